@@ -137,7 +137,8 @@ class ActivationStats(HooksCallback):
 
     def _start_model(self):
         "What is said of one model is not mixed with another's: sources, trackers, and what was told."
-        self.sources, self.trackers, self.axes, self._told, self._seen, self._looked = {}, {}, {}, set(), Counter(), 0
+        self.sources, self.kinds, self.trackers, self.axes, self._told = {}, {}, {}, {}, set()
+        self._seen, self._fired, self._looked = Counter(), set(), False
 
     def before_fit(self, learn):
         super().before_fit(learn)
@@ -149,6 +150,7 @@ class ActivationStats(HooksCallback):
         for hook in self.hooks:
             hook.stats = LayerStats(self.history, hook.name)
             self.sources.setdefault(hook.name, [])
+            self.kinds[hook.name] = type(hook.m).__name__
 
     def before_batch(self, learn):
         super().before_batch(learn)
@@ -158,8 +160,9 @@ class ActivationStats(HooksCallback):
         self._where = dict(step=step, epoch=getattr(learn, 'epoch', 0), phase=phase)
         self._calls, self._phase = Counter(), phase
 
+    def after_predict(self, learn): self._looked |= self.active   # a forward is done: what has not fired by now is silent
+
     def cleanup_batch(self, learn):
-        self._looked += self.active
         self._seen[self._phase] += 1
         super().cleanup_batch(learn)
 
@@ -169,10 +172,13 @@ def _record(self:ActivationStats, hook, mod, inp, outp):
     "Record one call of one module."
     call = self._calls[hook.name]
     self._calls[hook.name] += 1
+    self._fired.add(hook.name)
     if call >= self.max_calls:
         return self._tell(hook.name, f'is called more than {self.max_calls} times in a step; only the first are recorded')
+    tensors = named_tensors(outp, hook.name)
+    if not tensors: return self._tell(hook.name, f'returns no tensor to look at, but {type(outp).__name__}')
     try:
-        for source,a in named_tensors(outp, hook.name): self._record_tensor(hook.name, source, mod, a, call)
+        for source,a in tensors: self._record_tensor(hook.name, source, mod, a, call)
     except Exception as e: self._tell(hook.name, f'could not be measured and is left out ({type(e).__name__}: {e})')
 
 @patch
@@ -205,7 +211,8 @@ def cleanup_epoch(self:ActivationStats, learn):
     for (phase,source),tracker in self.trackers.items():
         dead = tracker.end_epoch()
         if dead is not None: self.history.record(source, 'dead_epoch', dead, **{**self._where, 'phase': phase})
-    for name in [name for name,sources in self.sources.items() if self._looked and not sources]: self._tell(name, _why_silent)
+    for name in self.sources if self._looked else ():
+        if name not in self._fired: self._tell(name, _why_silent)
     self.history.flush()   # the device is waited for here, once per epoch
 
 # %% ../nbs/10_activations.ipynb #9a1ef513
@@ -288,8 +295,15 @@ def _panels_figure(self:ActivationStats, draw, figsize, phase, text):
     fig, axs = get_grid(len(names), figsize=_fit_size(figsize, len(names)))
     for ax,name in zip(axs.flat, names): draw(ax, name, phase)
     runs = sorted({int(r) for name in names for r in self.rows(name, 'mean', phase).runs})
+    lines, labels = axs.flat[0].get_legend_handles_labels()
+    if lines: fig.legend(lines, labels, loc='outside upper right', ncols=len(lines), fontsize=8)
     caption(fig, f'{text} {self._scope(phase, runs)}')
     return fig
+
+@patch
+def _title(self:ActivationStats, source):
+    "Name and type of what a panel shows."
+    return f"{source}  {next((kind for name,kind in self.kinds.items() if source in (name, *self.sources[name])), '')}"
 
 @patch
 def _scope(self:ActivationStats, phase, runs):
@@ -319,14 +333,16 @@ def _draw_hist(self:ActivationStats, ax, source, phase):
     counts = s.values[:, :self.bins].T if len(s) else np.zeros((0, 0))
     logs = np.where(counts.sum(0) > 0, np.log1p(counts), np.nan) if len(s) else counts
     heatmap(ax, logs, x=x, xlabel=xlabel, yrange=self.hist_range)
-    ax.set_title(source + _outside_text(s, self.bins), fontsize=9)
+    ax.set_title(self._title(source) + _outside_text(s, self.bins), fontsize=9)
+
+def _percent(share): return '<1%' if share < .01 else f'{share:.0%}'
 
 def _outside_text(s, bins):
     "What the histograms do not show, as text: the largest share of a batch, and the first step."
     texts = []
     for i,what in enumerate(outside):
         shares = s.values[:, bins+i]/s.values.sum(1) if len(s) else np.zeros(0)
-        if shares.any(): texts.append(f'{shares.max():.0%} {what}, first at {s.steps[np.flatnonzero(shares)[0]]}')
+        if shares.any(): texts.append(f'{_percent(shares.max())} {what}, first at {s.steps[np.flatnonzero(shares)[0]]}')
     return '\n' + '; '.join(texts) if texts else ''
 
 # %% ../nbs/10_activations.ipynb #e7907359
@@ -348,9 +364,9 @@ def _draw_dead(self:ActivationStats, ax, source, phase):
     x, xlabel = _steps(s)
     small = near_zero(torch.from_numpy(s.values)).numpy() if len(s) else s.values
     lines = {'near-zero': small, 'dead units': self.rows(source, 'death_rate', phase).values}
-    first = source == self.panels()[0]
-    plot_lines(ax, x, lines, title=source, xlabel=xlabel, legend=first)
+    plot_lines(ax, x, lines, xlabel=xlabel, legend=False)
     ax.set_ylim(-.05, 1.05)
+    ax.set_title(self._title(source), fontsize=9)
 
 # %% ../nbs/10_activations.ipynb #5a7e677d
 @patch

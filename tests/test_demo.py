@@ -1,0 +1,100 @@
+"The console command, as a person types it."
+import subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+views = 'color_dim', 'dead_chart', 'plot_stats'
+pictures = {f'{run}_{view}.png' for run in ('failing', 'cured') for view in views} | {'comparison.png'}
+
+
+def command(*options, cwd=None):
+    "Run it in a process of its own; by the script that pip installed, where there is one."
+    installed = Path(sys.executable).with_name('miniai_demo')
+    start = [str(installed)] if installed.exists() else [sys.executable, '-c', 'from miniai.demo import main; main()']
+    return subprocess.run([*start, *map(str, options)], capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+@pytest.fixture(scope='module')
+def done(tmp_path_factory):
+    "The command with its defaults, in an empty folder, done twice."
+    folders = [tmp_path_factory.mktemp('demo') for _ in range(2)]
+    return folders, [command(cwd=o) for o in folders]
+
+
+def numbers(res):
+    "What the command says but for the lines of time and folder."
+    return [o for o in res.stdout.splitlines() if not o.startswith(('Time:', 'Pictures:'))]
+
+
+def test_pictures(done):
+    from matplotlib.image import imread
+    folder = done[0][0]/'miniai_demo'
+    assert {o.name for o in folder.iterdir()} == pictures
+    for path in folder.iterdir():
+        im = imread(path)
+        assert im.shape[0] > 150 and im.shape[1] > 400
+        assert np.std(im[..., :3]) > .02, f'{path.name} is empty'
+
+
+def test_what_it_says(done):
+    folder, res = done[0][0], done[1][0]
+    assert res.returncode == 0, res.stderr
+    for words in ('accuracy', 'shipped with miniai', '6,000 training, 1,000 test', 'Time: ', str(folder/'miniai_demo'), *pictures):
+        assert words in res.stdout
+    assert 'Traceback' not in res.stderr
+
+
+def test_same_seed_same_numbers(done):
+    one, two = map(numbers, done[1])
+    assert one == two and len(one) > 30
+
+
+def test_other_seed_other_numbers(done, tmp_path):
+    assert numbers(command('--seed', 2, '--epochs', 1, '--out', tmp_path)) != numbers(command('--epochs', 1, '--out', tmp_path))
+
+
+@pytest.mark.parametrize('seed', [1, 2, 3])
+def test_it_fails_and_is_cured(seed):
+    from miniai.datasets import DataLoaders, fashion_mnist
+    from miniai.demo import train_run
+    dls = DataLoaders.in_memory(fashion_mnist('small'), 512)
+    failing, cured = (train_run(o, dls, cured=o == 'cured', seed=seed) for o in ('failing', 'cured'))
+    assert failing.last('accuracy') + .15 < cured.last('accuracy') > .65
+
+
+def test_a_run_leaves_no_hook_behind():
+    from miniai.datasets import DataLoaders, fashion_mnist
+    from miniai.demo import train_run
+    run = train_run('cured', DataLoaders.in_memory(fashion_mnist('small'), 512), cured=True, epochs=1)
+    assert not any(m._forward_hooks for m in run.learn.model.modules())
+
+
+def test_diverging_run_is_drawn(tmp_path):
+    "With a learning rate of 1000 the losses are NaN: pictures and sentences all the same."
+    res = command('--lr', 1000, '--epochs', 1, '--out', tmp_path)
+    assert res.returncode == 0, res.stderr
+    assert {o.name for o in tmp_path.iterdir()} == pictures and 'nan' in res.stdout
+
+
+@pytest.mark.parametrize('options,words', [
+    (['--epochs', '0'], "'0' is not a whole number above 0"),
+    (['--epochs', '1.5'], "'1.5' is not a whole number above 0"),
+    (['--lr', '-1'], "'-1' is not a number above 0"),
+    (['--lr', 'nan'], "'nan' is not a number above 0"),
+    (['--batch-size', 'x'], "'x' is not a whole number above 0"),
+    (['--source', 'mnist'], "invalid choice: 'mnist'"),
+    (['--source', 'idx', '--path', '.'], 'lacks train-images-idx3-ubyte'),
+    (['--path', '.'], 'leave path out'),
+])
+def test_bad_options(options, words, tmp_path):
+    res = command(*options, cwd=tmp_path)
+    assert res.returncode == 2
+    assert words in res.stderr and 'Traceback' not in res.stderr
+
+
+def test_output_folder_is_a_file(tmp_path):
+    (tmp_path/'taken').write_text('x')
+    res = command('--out', tmp_path/'taken')
+    assert res.returncode == 2 and 'taken' in res.stderr and 'Traceback' not in res.stderr

@@ -1,0 +1,325 @@
+"Looking inside: hooks, statistics, history and ActivationStats together, on real fits."
+import collections, copy, dataclasses, gc, io, pickle, warnings, weakref
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from miniai.activations import ActivationStats, HooksCallback, append_stats, get_hist, get_min
+from miniai.callback import Callback, CancelBatchException, CancelEpochException, CancelFitException, events
+from miniai.conv import conv
+from miniai.datasets import DataLoaders
+from miniai.hooks import Hook, Hooks, count_hooks, select_modules
+from miniai.learner import DeviceCB, Learner, MetricsCB, ProgressCB, SingleBatchCB, TrainCB, TrainLearner
+from miniai.stats import abs_hist, mean_std, unit_dead
+from miniai.training import accuracy
+
+
+def five_convs():
+    return nn.Sequential(conv(1, 8, ks=5), conv(8, 16), conv(16, 32), conv(32, 64), conv(64, 10, act=False), nn.Flatten())
+
+def batches(n, bs=16, device='cpu'):
+    g = torch.Generator().manual_seed(0)
+    return [(torch.rand(bs, 1, 28, 28, generator=g).to(device), torch.randint(0, 10, (bs,), generator=g).to(device))
+            for _ in range(n)]
+
+def watched_learner(model, dls, *cbs, device='cpu', **kw):
+    astats = ActivationStats(**kw)
+    return Learner(model, dls, F.cross_entropy, lr=.05, cbs=[TrainCB(), DeviceCB(device), astats, *cbs]), astats
+
+
+# --- nothing is read from the device in a step ---
+
+class CountReads(TorchDispatchMode):
+    "Counts reads of a tensor's value by the host."
+    def __init__(self): super().__init__(); self.reads = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.reads += func.name() in ('aten::_local_scalar_dense', 'aten::nonzero', 'aten::equal', 'aten::is_nonzero')
+        return func(*args, **(kwargs or {}))
+
+class ReadsPerStep(Callback):
+    "Host reads from the first event of a training batch to the last."
+    order = 1000
+    def before_fit(self, learn): self.per_step = []
+    def before_epoch(self, learn): self.seen = counter.reads
+    def cleanup_batch(self, learn):
+        self.per_step.append(counter.reads - self.seen)
+        self.seen = counter.reads
+
+@pytest.mark.parametrize('every', [1, 7])
+def test_200_steps_read_nothing(every):
+    global counter
+    from torcheval.metrics import MulticlassAccuracy
+    steps = ReadsPerStep()
+    learn, astats = watched_learner(five_convs(), DataLoaders(batches(200), batches(2)), every=every)
+    learn.cbs += [MetricsCB(MulticlassAccuracy(), acc=accuracy), ProgressCB(plot=True), steps]
+    with CountReads() as counter: learn.fit(1, valid=False)
+    assert len(steps.per_step) == 200 and sum(steps.per_step) == 0
+    assert len(astats.rows('0.0', 'mean')) == len(range(0, 200, every))
+
+def test_the_counter_counts():
+    class Reader(Callback):
+        def after_loss(self, learn): learn.loss.item()
+    global counter
+    steps = ReadsPerStep()
+    learn = Learner(five_convs(), DataLoaders(batches(3), batches(1)), F.cross_entropy, cbs=[TrainCB(), Reader(), steps])
+    with CountReads() as counter: learn.fit(1, valid=False)
+    assert steps.per_step == [1, 1, 1]
+
+@pytest.mark.gpu
+def test_no_sync_on_a_gpu():
+    class Strict(Callback):
+        order = -1000
+        def before_batch(self, learn): torch.cuda.set_sync_debug_mode('error')
+        def cleanup_batch(self, learn): torch.cuda.set_sync_debug_mode('default')
+    from torcheval.metrics import MulticlassAccuracy
+    dls = DataLoaders(batches(200, device='cuda'), batches(2, device='cuda'))
+    learn, astats = watched_learner(five_convs(), dls, MetricsCB(acc=accuracy), ProgressCB(plot=True), Strict(), device='cuda')
+    learn.fit(1, valid=False)
+    assert len(astats.rows('0.0', 'hist')) == 200
+
+@pytest.mark.gpu
+def test_histogram_on_a_gpu_in_deterministic_mode():
+    a = torch.randn(10_000, device='cuda')*5
+    torch.use_deterministic_algorithms(True)
+    try: counts = abs_hist(a)
+    finally: torch.use_deterministic_algorithms(False)
+    assert torch.equal(counts.cpu(), abs_hist(a.cpu()))
+
+
+# --- nothing is left on the model ---
+
+class RaiseAt(Callback):
+    order = 500
+    def __init__(self, event, e): self.e = e; setattr(self, event, self._raise)
+    def _raise(self): raise self.e
+
+exits = [CancelBatchException, CancelEpochException, CancelFitException, ValueError, KeyboardInterrupt]
+
+@pytest.mark.parametrize('event', [e for e in events if e not in ('predict', 'get_loss', 'backward', 'step', 'zero_grad')])
+@pytest.mark.parametrize('exc', exits, ids=lambda e: e.__name__)
+def test_no_hook_is_left_after_any_exit(event, exc):
+    model = five_convs()
+    learn, astats = watched_learner(model, DataLoaders(batches(2), batches(1)), RaiseAt(event, exc()), on_valid=True)
+    try: learn.fit(1)
+    except (Exception, KeyboardInterrupt): pass
+    assert count_hooks(model) == 0
+    copy.deepcopy(model), pickle.dumps(model), torch.save(model, io.BytesIO())
+    learn.cbs = [o for o in learn.cbs if not isinstance(o, RaiseAt)]
+    learn.fit(1)
+    assert len(astats.rows('0.0', 'mean')) >= 2 and count_hooks(model) == 0
+
+def test_copies_made_during_a_fit_carry_no_live_hook():
+    class Copies(Callback):
+        def after_step(self, learn):
+            self.twin, self.bytes = copy.deepcopy(learn.model), pickle.dumps(learn.model)
+    model, copies = five_convs(), Copies()
+    learn, astats = watched_learner(model, DataLoaders(batches(3), batches(1)), copies)
+    learn.fit(1)
+    rows = len(astats.history)
+    copies.twin(torch.rand(2, 1, 28, 28)), pickle.loads(copies.bytes)(torch.rand(2, 1, 28, 28))
+    assert len(astats.history) == rows
+    assert len(copies.bytes) < len(pickle.dumps(model)) + 10_000      # nothing of the learner came along
+
+def test_a_watched_model_can_be_freed():
+    model = five_convs()
+    learn, astats = watched_learner(model, DataLoaders(batches(2), batches(1)))
+    learn.fit(1)
+    ref = weakref.ref(model)
+    astats.hooks = []
+    del learn.model, model, learn, astats.learn
+    gc.collect()
+    assert ref() is None and astats.panels()
+
+
+# --- whatever a module does, the user's forward goes on ---
+
+@dataclasses.dataclass
+class Out:
+    logits: torch.Tensor
+    extra: object = None
+
+class Odd(nn.Module):
+    "Returns something unusual."
+    def __init__(self, f): super().__init__(); self.f = f
+    def forward(self, x=None, *, k=None): return self.f(x if k is None else k)
+
+odd = {'tuple': (lambda x: (x, [x, x]), 3), 'dict': (lambda x: {'a': x, 'b': None}, 1), 'dataclass': (lambda x: Out(x), 1),
+       'int': (lambda x: x.long(), 1), 'bool': (lambda x: x > 0, 1), '0-d': (lambda x: x.sum(), 1), '1-d': (lambda x: x[:, 0], 1),
+       'empty': (lambda x: x[:0], 1), 'nothing': (lambda x: None, 0), 'text': (lambda x: 'text', 0),
+       'complex': (lambda x: x+1j, 1), 'half': (lambda x: x.half(), 1), 'sparse': (lambda x: x.to_sparse(), 0),
+       'namedtuple': (lambda x: collections.namedtuple('P', 'a b')(x, x), 2), 'nan': (lambda x: x*torch.nan, 1)}
+
+@pytest.mark.parametrize('kind', odd)
+def test_odd_outputs_never_stop_the_forward(kind):
+    f, n = odd[kind]
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.odd, self.head = Odd(f), nn.Linear(784, 10)
+        def forward(self, x): self.odd(k=x.flatten(1)); return self.head(x.flatten(1))
+    learn, astats = watched_learner(Net(), DataLoaders(batches(2), batches(1)))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        learn.fit(2)
+    assert len(astats.sources['odd']) == n
+    assert len([w for w in told if "'odd'" in str(w.message)]) == (n == 0)
+    assert len(astats.rows('head', 'mean')) == 4
+    astats.color_dim(), astats.dead_chart(), astats.plot_stats(), astats.dead_units()
+
+def test_in_place_successor_does_not_change_what_was_seen():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.ReLU(inplace=True), nn.Linear(8, 10))
+    plain = copy.deepcopy(net)
+    data = DataLoaders(batches(1), batches(1))
+    learn, astats = watched_learner(net, data)
+    learn.fit(1)
+    out = plain[1](data.train[0][0].flatten(1))
+    np.testing.assert_allclose(astats.rows('1', 'mean').values[0], out.mean().item(), rtol=1e-4)
+    np.testing.assert_allclose(astats.rows('2', 'mean').values[0], out.relu().mean().item(), rtol=1e-4)
+
+def test_shared_layer_and_many_calls():
+    class Loop(nn.Module):
+        def __init__(self): super().__init__(); self.cell, self.head = nn.Linear(784, 784), nn.Linear(784, 10)
+        def forward(self, x):
+            x = x.flatten(1)
+            for _ in range(20): x = self.cell(x).tanh()
+            return self.head(x)
+    learn, astats = watched_learner(Loop(), DataLoaders(batches(2), batches(1)))
+    with pytest.warns(UserWarning, match='more than 8 times'): learn.fit(1)
+    assert len(astats.sources['cell']) == 8
+    assert astats.rows('cell (call 2)', 'mean').calls.tolist() == [1, 1]
+
+def test_layer_that_never_fires_is_told_once():
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.used, self.around, self.idle = nn.Linear(784, 8), nn.Linear(8, 10), nn.ReLU()
+        def forward(self, x): return self.around.forward(F.relu(self.used(x.flatten(1))))
+    learn, astats = watched_learner(Net(), DataLoaders(batches(2), batches(1)))
+    with pytest.warns(UserWarning) as told: learn.fit(3)
+    told = [str(w.message) for w in told]
+    assert [sum(f"'{nm}'" in t and 'never called' in t for t in told) for nm in ('used', 'around', 'idle')] == [0, 1, 1]
+    axes = [ax for ax in astats.color_dim().axes if ax.get_visible()]
+    assert len(axes) == 3 and axes[2].texts[0].get_text() == 'nothing recorded yet'
+
+
+# --- the numbers ---
+
+def test_stats_do_not_depend_on_the_door():
+    "Hook by hand, HooksCallback and ActivationStats see the same numbers."
+    data = DataLoaders(batches(4), batches(1))
+    torch.manual_seed(1)
+    model = five_convs()
+    state = copy.deepcopy(model.state_dict())
+    learn, astats = watched_learner(model, data, mod_filter=nn.Conv2d)
+    learn.fit(1)
+    model.load_state_dict(state)
+    callback = HooksCallback(append_stats, mod_filter=lambda m: isinstance(m, nn.Conv2d))
+    TrainLearner(model, data, F.cross_entropy, lr=.05, cbs=callback).fit(1)
+    model.load_state_dict(state)
+    opt = torch.optim.SGD(model.parameters(), .05)
+    with Hooks([m for _,m in select_modules(model, nn.Conv2d)], append_stats) as hooks:
+        for xb,yb in data.train:
+            F.cross_entropy(model(xb), yb).backward()
+            opt.step(); opt.zero_grad()
+    for a,b,c in zip(astats, callback, hooks):
+        for i in range(3):
+            assert torch.equal(torch.stack(a.stats[i]), torch.stack(b.stats[i]))
+            assert torch.equal(torch.stack(a.stats[i]), torch.stack(c.stats[i]))
+        assert torch.equal(get_hist(a), get_hist(c)) and torch.equal(get_min(a), get_min(c))
+
+def test_large_mean_does_not_cancel():
+    a = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0)) + 1e4
+    mean, std = mean_std(a)
+    assert abs(std/a.double().std()-1) < 1e-4 and abs(mean/a.double().mean()-1) < 1e-6
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_counts_every_entry(dtype): assert abs_hist(torch.ones(100_001, dtype=dtype))[4] == 100_001
+
+def test_histogram_in_deterministic_mode():
+    torch.use_deterministic_algorithms(True)
+    try: assert abs_hist(torch.randn(1000)).sum() == 1000
+    finally: torch.use_deterministic_algorithms(False)
+
+@pytest.mark.parametrize('bins,hist_range', [(1, (0, 1)), (40, (0, 10)), (64, (.5, 4)), (255, (0, 3)), (300, (0, 8)), (1000, (1, 5))])
+def test_histogram_against_numpy(bins, hist_range):
+    a = torch.randn(50_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)*3
+    v = a.abs().numpy()
+    want = [*np.histogram(v, bins, hist_range)[0], (v < hist_range[0]).sum(), (v > hist_range[1]).sum(), 0, 0]
+    assert abs_hist(a, bins, hist_range).tolist() == want
+
+def test_nan_is_not_dead_and_is_shown():
+    class Poison(Callback):
+        def after_step(self, learn):
+            if learn.n_steps == 1: learn.model[1].bias.data[0] = torch.nan
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 4), nn.ReLU(), nn.Linear(4, 10))
+    learn, astats = watched_learner(net, DataLoaders(batches(4), batches(1)), Poison())
+    learn.fit(1, valid=False)
+    assert astats.rows('2', 'hist').values[:, -1].tolist() == [0, 0, 16, 16*4]
+    assert not astats.dead_units().query("layer == '2' and unit == 0").dead.any()
+    titles = [ax.get_title() for ax in astats.color_dim().axes]
+    assert any('nan, first at 2' in t for t in titles)
+
+def test_validation_without_eval_mode_is_a_series_of_its_own():
+    learn, astats = watched_learner(five_convs(), DataLoaders(batches(3), batches(2)), on_valid=True)
+    learn.fit(2)
+    assert len(astats.rows('0.0', 'mean', 'train')) == 6 and len(astats.rows('0.0', 'mean', 'valid')) == 4
+    assert ActivationStats().rows('0.0', 'mean', 'valid').values.tolist() == []
+
+def test_history_grows_by_runs_and_another_model_starts_clean_plots():
+    data, astats = DataLoaders(batches(3), batches(1)), ActivationStats()
+    learn = Learner(five_convs(), data, F.cross_entropy, cbs=[TrainCB(), astats], lr=.01)
+    learn.fit(1), learn.fit(1)
+    s = astats.rows('0.0', 'mean')
+    assert s.runs.tolist() == [0]*3+[1]*3 and s.steps.tolist() == [0, 1, 2, 3, 4, 5]
+    Learner(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), data, F.cross_entropy, cbs=[TrainCB(), astats], lr=.01).fit(1)
+    assert astats.panels() == ['0', '1'] and len(astats.rows('1', 'mean')) == 3
+    assert len(astats.history.series('0.0', 'mean')) == 6
+
+def test_lr_find_does_not_disturb_what_was_recorded():
+    learn, astats = watched_learner(five_convs(), DataLoaders(batches(6), batches(1)))
+    learn.fit(1)
+    before = astats.rows('0.0', 'mean').values
+    learn.lr_find(max_epochs=1)
+    assert np.array_equal(astats.rows('0.0', 'mean').values[:6], before) and count_hooks(learn.model) == 0
+
+def test_time_series_units_are_features():
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.lin, self.head = nn.Linear(28, 5), nn.Linear(5*28, 10)
+        def forward(self, x): return self.head(F.relu(self.lin(x.squeeze(1))).flatten(1))
+    net = Net()
+    net.lin.weight.data[2], net.lin.bias.data[2] = 0, 0
+    learn, astats = watched_learner(net, DataLoaders(batches(1), batches(1)))
+    learn.fit(1)
+    dead = astats.dead_units()
+    assert dead[['layer', 'unit', 'axis']].values.tolist() == [['lin', 2, 2]]
+
+
+# --- compiled models ---
+
+def test_compiled_after_attaching_gives_the_same_numbers():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, 10))
+    data = batches(4)
+    with Hooks(net, append_stats) as plain:
+        for xb,_ in data: net(xb)
+    with Hooks(net, append_stats) as hooks:
+        fast = torch.compile(net, backend='aot_eager')
+        for xb,_ in data: fast(xb).sum().backward()
+    torch._dynamo.reset()
+    for a,b in zip(plain, hooks): torch.testing.assert_close(torch.stack(a.stats[0]), torch.stack(b.stats[0]))
+
+def test_attaching_to_a_compiled_model_is_said():
+    net = torch.compile(five_convs(), backend='eager')
+    learn, astats = watched_learner(net, DataLoaders(batches(1), batches(1)))
+    with pytest.warns(UserWarning, match='already compiled'): learn.fit(1)
+    assert astats.panels()[0] == '0.0'                # names without the wrapper's prefix
+    torch._dynamo.reset()
+
+
+# --- bounded ---
+
+def test_memory_of_the_history_does_not_hold_activations():
+    learn, astats = watched_learner(five_convs(), DataLoaders(batches(50, bs=64), batches(1)))
+    learn.fit(1, valid=False)
+    held = sum(a.nbytes for c in astats.history._columns.values() for a in c.chunks)
+    rows = len(astats.panels())*50
+    assert held < rows*(44*8 + 3*4) + 10_000
