@@ -7,11 +7,21 @@ __all__ = ['subplots', 'get_grid', 'show_image', 'show_images', 'plot_lines', 'h
 
 # %% ../nbs/03_plots.ipynb #64afdaac
 import math, textwrap
+from functools import partial
 from itertools import zip_longest
 
 import numpy as np
 
 # %% ../nbs/03_plots.ipynb #080c5ce9
+def _show_once(fig):
+    "What a notebook calls for a figure that is the result of a cell."
+    import matplotlib.pyplot as plt
+    from IPython.core.pylabtools import print_figure
+    from IPython.display import display
+    display({'image/png': print_figure(fig, base64=True)}, raw=True)
+    plt.close(fig)   # or the end of the cell would show it again
+
+# %% ../nbs/03_plots.ipynb #cd76f4b1
 def subplots(
     nrows:int=1, # rows of cells
     ncols:int=1, # columns of cells
@@ -24,6 +34,7 @@ def subplots(
     import matplotlib.pyplot as plt
     kw.setdefault('layout', 'constrained')
     fig,axs = plt.subplots(nrows, ncols, figsize=figsize or (ncols*imsize, nrows*imsize), **kw)
+    fig._ipython_display_ = partial(_show_once, fig)
     if suptitle is not None: fig.suptitle(suptitle)
     return fig,axs
 

@@ -1,8 +1,6 @@
 "Code as users of the course library have it in their notebooks: star imports, and classes of their own over our Callback."
 import math
-from collections import Counter
 from functools import partial
-from operator import attrgetter
 
 import fastcore.all as fc
 import numpy as np
@@ -85,8 +83,8 @@ def test_first_style_on_our_learner(flat_dls):
     learn = TrainLearner(mlp(), flat_dls, F.cross_entropy, lr=0.2, cbs=[DeviceOfMineCB(), report])
     learn.fit(1)
     assert [o[:2] for o in report.reports] == [(0, True), (0, False)]
-    np.testing.assert_allclose(report.reports[1][2], np.average(*[getattr(learn.history.series('batch', 'loss', 'valid'), o) for o in ('values',)],
-                               weights=learn.history.series('batch', 'loss', 'valid').samples), rtol=1e-5)
+    losses = learn.history.series('batch', 'loss', 'valid')
+    np.testing.assert_allclose(report.reports[1][2], np.average(losses.values, weights=losses.samples), rtol=1e-5)
 
 class BareLearner:
     "A learner that hands itself to its callbacks and calls them with nothing."
