@@ -1,6 +1,7 @@
-"""Run notebooks in place and keep their outputs small: `.ci/pages.py nbs/10_activations.ipynb ...`
+"""Run notebooks in place and keep their outputs small: `.ci/pages.py [--shrink] nbs/10_activations.ipynb ...`
 
-Figures keep 128 colours, which is a quarter of the bytes and no loss that can be seen in a plot. Run `nbdev_clean` afterwards.
+Figures keep 128 colours, which is a quarter of the bytes and no loss that can be seen in a plot. `--shrink` only does
+that, to outputs that are there. Run `nbdev_clean` afterwards.
 """
 import base64, io, os, sys
 
@@ -27,8 +28,7 @@ def shrink(path:str):
 
 if __name__ == '__main__':
     from execnb.shell import CaptureShell
-    for path in sys.argv[1:]:
-        if os.environ.get('ONLY_SHRINK') is None:
-            CaptureShell(mpl_format='png').execute(path, path)
+    for path in [o for o in sys.argv[1:] if o != '--shrink']:
+        if '--shrink' not in sys.argv: CaptureShell(mpl_format='png').execute(path, path)
         shrink(path)
         print(path, f'{os.path.getsize(path)//1024} KB')

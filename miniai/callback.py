@@ -125,6 +125,7 @@ def call_event(
         try: f()
         except BaseException as e:   # Ctrl-C too must not keep the others from cleaning up
             if isinstance(e, Exception) and cancels(e) is None: e = explained(e, _where(cb, event, learn))
+            elif not hasattr(e, 'where'): e.where = _where(cb, event, learn)   # for a cancel that nobody catches
             if not event.startswith('cleanup_'): raise e
             first = first or e
     if first is not None: raise first
@@ -150,7 +151,8 @@ def _misplaced(e, levels):
     running = ' > '.join(levels) or 'nothing any more'
     return RuntimeError(f'{type(e).__name__} ends a level called "{cancels(e)}", but none is running '
                         f'(running: {running}). Raise it after before_{cancels(e)} has begun and before '
-                        f'cleanup_{cancels(e)}, or raise the exception of a level that is running')
+                        f'cleanup_{cancels(e)}, or raise the exception of a level that is running'
+                        + (f'; {e.where}' if hasattr(e, 'where') else ''))
 
 # %% ../nbs/08_callback.ipynb #bd4fc39d
 class with_cbs:
@@ -209,4 +211,4 @@ def warn_misspelt(cbs):
     for cb in cbs:
         for nm,event in misspelt(cb).items():
             warnings.warn(f'{type(cb).__name__}.{nm} is never called: there is no event `{nm}`. '
-                          f'Did you mean `{event}`? A helper needs another name, `_{nm}` for example', stacklevel=3)
+                          f'Did you mean `{event}`? A helper needs another name, `_{nm}` for example', stacklevel=4)

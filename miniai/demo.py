@@ -152,7 +152,7 @@ def compare(
 
 # %% ../nbs/23_demo.ipynb #32bff6d3
 def _arrow(values, text):
-    "First, highest and last of `values` [n] with `text` to format them; NaN and infinity are said as they are."
+    "First, highest and last of `values` [n] formatted by `text`; NaN and infinity are said as they are."
     values = np.asarray(values, dtype=float)
     top = int(np.where(np.isfinite(values), values, np.inf).argmax())   # the first that is not finite, if any
     first,high,last = (text.format(values[o]) for o in (0, top, -1))

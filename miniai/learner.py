@@ -214,12 +214,27 @@ def _drop_grads(self:Learner):
     else: self.model.zero_grad()
 
 @patch
+def record(self:Learner,
+    source:str, # who: 'batch', 'epoch', or the name of your callback
+    stat:str,   # what
+    value       # number or small tensor; a tensor is copied on its device, not read
+):
+    "One row into `history`, at the step, epoch and phase the fit is in."
+    if not isinstance(value, torch.Tensor): value = torch.tensor(value)
+    self.history.record(source, stat, value, step=self.n_steps, epoch=self.epoch, phase=self.phase,
+                        samples=batch_size(self.batch))
+
+@patch
 def _record_loss(self:Learner):
-    "The loss of this batch into the history; a copy on the device, not a read."
+    "The loss of this batch into the history."
     loss = getattr(self, 'loss', None)
-    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
-        self.history.record('batch', 'loss', loss.reshape(()), step=self.n_steps, epoch=self.epoch, phase=self.phase,
-                            samples=batch_size(self.batch))
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1: self.record('batch', 'loss', loss.reshape(()))
+
+def _detach(o):
+    "`o` without its graph, which holds the memory of a whole batch."
+    if isinstance(o, torch.Tensor): return o.detach()
+    if isinstance(o, Mapping): return {k: _detach(v) for k,v in o.items()}
+    return type(o)(map(_detach, o)) if type(o) in (list, tuple) else o
 
 @patch
 def _end(self:Learner, added, modes):
@@ -228,6 +243,7 @@ def _end(self:Learner, added, modes):
         if any(self.cbs[i] is o for o in added): del self.cbs[i]
     if self.model is not modes[0][0]: self.model.train(modes[0][1])   # a callback has wrapped the model
     for m,training in modes: m.training = training
+    for nm in {'preds', 'loss'} & set(vars(self)): setattr(self, nm, _detach(getattr(self, nm)))   # the last graph may go
     self.history.flush()
 
 # %% ../nbs/09_learner.ipynb #5bccbe23
@@ -326,12 +342,6 @@ def _named_metrics(ms, metrics):
                                                               'has of itself; choose another name')
         res[nm] = _as_metric(nm, o)
     return res
-
-def _detach(o):
-    "`o` without its graph: a metric may keep predictions for a whole epoch."
-    if isinstance(o, torch.Tensor): return o.detach()
-    if isinstance(o, Mapping): return {k: _detach(v) for k,v in o.items()}
-    return type(o)(map(_detach, o)) if type(o) in (list, tuple) else o
 
 def _text(v):
     "One number as the log shows it; larger results by their shape."

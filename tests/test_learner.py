@@ -731,3 +731,22 @@ def test_import_is_light():
     code = 'import sys, miniai.learner; print(*[o for o in ("datasets", "matplotlib", "IPython", "torcheval", "pandas") if o in sys.modules])'
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     assert out.split() == []
+
+
+def test_record_uses_the_phase_of_the_fit_and_no_graph_stays():
+    class Share(Callback):
+        def after_loss(self, learn): learn.record('share', 'half', learn.loss/2)
+    x, y = torch.randn(8, 3), torch.randn(8, 1)
+    learn = TrainLearner(nn.Linear(3, 1), SimpleNamespace(train=[(x, y)]*3, valid=[(x, y)]*2), F.mse_loss, lr=.1, cbs=Share())
+    learn.fit(1)
+    assert [len(learn.history.series('share', 'half', phase)) for phase in ('train', 'valid')] == [3, 2]
+    learn.fit(1, valid=False)
+    assert not learn.loss.requires_grad and not learn.preds.requires_grad
+    copy.deepcopy(learn.cbs[0])
+
+def test_misplaced_cancel_names_who_raised_it():
+    class Late(Callback):
+        def after_fit(self, learn): raise CancelBatchException()
+    x, y = torch.randn(8, 3), torch.randn(8, 1)
+    learn = TrainLearner(nn.Linear(3, 1), SimpleNamespace(train=[(x, y)], valid=[(x, y)]), F.mse_loss, lr=.1, cbs=Late())
+    with pytest.raises(RuntimeError, match='raised in callback Late at event `after_fit`'): learn.fit(1)
