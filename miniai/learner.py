@@ -406,7 +406,8 @@ def _do(self:MetricsCB, nm, f, *args):
 def _record(self:MetricsCB, learn, nm, v):
     "A number or tensor goes into the history; other results do not fit into a table."
     if isinstance(v, (torch.Tensor, int, float, np.number)):
-        learn.history.record('epoch', nm, torch.as_tensor(v), step=learn.n_steps, epoch=learn.epoch, phase=learn.phase)
+        learn.history.record('epoch', nm, torch.as_tensor(v), step=learn.n_steps, epoch=learn.epoch, phase=learn.phase,
+                             samples=self.loss.weight)
 
 # %% ../nbs/09_learner.ipynb #371b68b6
 class _LateValue:
@@ -617,11 +618,13 @@ def show_loop(self:Learner):
 
 # %% ../nbs/09_learner.ipynb #76dfb7f1
 def _steepest(lrs, losses):
-    "Where the smoothed loss falls fastest."
-    return lrs[int(np.argmin(np.gradient(np.array(_smoothed(losses, 0.8)), np.log(lrs))))]
+    "Where the smoothed loss falls fastest on its way to its lowest point; what comes after that is noise."
+    smooth = np.array(_smoothed(losses, 0.8))
+    end = max(int(smooth.argmin())+1, 2)
+    return lrs[int(np.argmin(np.gradient(smooth[:end], np.log(lrs[:end]))))]
 
 def _valley(lrs, losses):
-    "Two thirds down the longest way on which the smoothed loss keeps falling."
+    "Two thirds along the longest run of steps in which the smoothed loss keeps falling."
     falls = np.diff(_smoothed(losses, 0.8)) < 0
     best,start = (0,0),0
     for i,fall in enumerate([*falls, False]):
@@ -684,7 +687,7 @@ def plot(self:LRFinderCB,
     ax.plot(self.lrs, self.losses)
     if np.isfinite(self.losses).sum() >= 4:
         for i,(nm,lr) in enumerate(self.suggest()._asdict().items()):
-            ax.axvline(lr, color=f'C{i+1}', ls='--', label=f'{nm} {lr:.1e}')
+            ax.axvline(lr, color=f'C{i+1}', ls='--', label=f'{dict(minimum="minimum/10").get(nm, nm)} {lr:.1e}')
         ax.legend()
     ax.set(xscale='log', xlabel='learning rate', ylabel='loss', title='Learning rate finder')
     return ax.figure
