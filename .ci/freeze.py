@@ -27,7 +27,7 @@ def closure(name, extras, seen):
     key = canonicalize_name(name)
     if extras <= seen.get(key, (None, {None}))[1]: return seen
     try: dist = distribution(name)
-    except PackageNotFoundError: raise SystemExit(f'{name} is needed and not installed: pip install it first') from None
+    except PackageNotFoundError: raise SystemExit(f'{name} is needed but not installed') from None
     seen[key] = dist, {'', *extras} | (seen[key][1] if key in seen else set())
     for req in map(Requirement, dist.requires or []):
         if wanted(req, extras): closure(req.name, {'', *req.extras}, seen)

@@ -26,23 +26,28 @@ _all_ = ['Hook', 'Hooks', 'set_seed']
 
 # %% ../nbs/10_activations.ipynb #a01c2d2d
 class HooksCallback(Callback):
-    "Calls `hookfunc(hook, mod, inp, outp)` for each chosen module's output during a fit; iterating gives the hooks."
+    "Calls `hookfunc(hook, mod, inp, outp)` at each call of the chosen modules; iterating gives hooks."
     def __init__(self,
         hookfunc,        # called as hookfunc(hook, mod, inp, outp)
-        mod_filter=noop, # which modules, as for `select_modules`: predicate, type, name pattern, list; default all leaves
+        mod_filter=noop, # predicate, type, name pattern or list, as for `select_modules`; default all leaves
         on_train=True,   # call it in training
         on_valid=False,  # call it in validation
         mods=None        # a list of modules or names, instead of `mod_filter`
     ):
-        self.hookfunc, self.mod_filter, self.on_train, self.on_valid, self.mods = hookfunc, mod_filter, on_train, on_valid, mods
+        self.hookfunc, self.mod_filter, self.mods = hookfunc, mod_filter, mods
+        self.on_train, self.on_valid = on_train, on_valid
         self.hooks, self.active = [], False
 
     def before_fit(self, learn):
         warn_if_compiled(learn.model, type(self).__name__)
         what = list(self.mods) if self.mods else None if self.mod_filter is noop else self.mod_filter
+        if self.hooks: self.hooks.remove()   # of a fit that is still running around this one
         self.hooks = Hooks(select_modules(learn.model, what), self._call)
 
-    def before_batch(self, learn): self.active = self.on_train if learn.training else self.on_valid
+    def before_batch(self, learn):
+        wanted = self.on_train if learn.training else self.on_valid
+        self.active = wanted and not getattr(learn, 'trial', False)   # `lr_find` takes its steps back
+
     def cleanup_batch(self, learn): self.active = False
     def cleanup_fit(self, learn):
         if self.hooks: self.hooks.remove()
@@ -71,11 +76,13 @@ def record_output(
 
 # %% ../nbs/10_activations.ipynb #4dc2725a
 class LayerStats:
-    "The triple (means, stds, histograms) of one layer, read from the history each time; three lists of CPU tensors."
-    def __init__(self, history, source, phase='train'): self.history, self.source, self.phase = history, source, phase
+    "The triple (means, stds, histograms) of one layer, read from the history: three lists of CPU tensors."
+    def __init__(self, history, source, phase='train', first_run=0):
+        self.history, self.source, self.phase, self.first_run = history, source, phase, first_run
 
     def __getitem__(self, i):
-        values = self.history.series(self.source, ('mean', 'std', 'hist')[i], self.phase).values   # waits for the device
+        s = self.history.series(self.source, ('mean', 'std', 'hist')[i], self.phase)   # waits for the device
+        values = s.values[s.runs >= self.first_run]
         if i in (2, -1) and len(values): values = values[:, :-len(outside)]
         return list(torch.from_numpy(np.ascontiguousarray(values)))
 
@@ -93,7 +100,8 @@ def append_stats(
     if not hasattr(hook, 'history'):
         hook.history, hook.seen = History(), 0
         hook.stats = LayerStats(hook.history, getattr(hook, 'name', ''))
-    for source,a in named_tensors(outp, getattr(hook, 'name', '')): record_output(hook.history, source, a, step=hook.seen)
+    for source,a in named_tensors(outp, getattr(hook, 'name', '')):
+        record_output(hook.history, source, a, step=hook.seen)
     hook.seen += 1
 
 # %% ../nbs/10_activations.ipynb #cebcc4d9
@@ -115,11 +123,11 @@ def get_min(
 
 # %% ../nbs/10_activations.ipynb #6c1637fb
 class ActivationStats(HooksCallback):
-    "Means, deviations, histograms and dead units of every chosen layer's output, kept on the device; `history` has the rows."
+    "Means, deviations, histograms and dead units of each chosen layer's output; `history` has the rows."
     max_calls = 8 # of one module in one step that are told apart; a cell in a long loop would fill the table
 
     def __init__(self,
-        mod_filter=noop,      # which modules: predicate, type, name pattern, list of these; default all leaves
+        mod_filter=noop,      # predicate, type, name pattern or a list of these; default all leaves
         on_train=True,        # record in training
         on_valid=False,       # record in validation
         mods=None,            # a list of modules or names, instead of `mod_filter`
@@ -142,14 +150,16 @@ class ActivationStats(HooksCallback):
 
     def before_fit(self, learn):
         super().before_fit(learn)
-        run = self.history.start_run()
+        self._where = self._phase = None
+        run = self.history.run if getattr(learn, 'trial', False) else self.history.start_run()
         model = unwrap(learn.model)
         if self._model() is not model:
             self._start_model()
-            self._model, self.first_run = weakref.ref(model), run
+            self._model, self.first_run = weakref.ref(model), max(run, 0)
         for hook in self.hooks:
-            hook.stats = LayerStats(self.history, hook.name)
             self.sources.setdefault(hook.name, [])
+            source = (self.sources[hook.name] or [hook.name])[0]
+            hook.stats = LayerStats(self.history, source, first_run=self.first_run)
             self.kinds[hook.name] = type(hook.m).__name__
 
     def before_batch(self, learn):
@@ -160,11 +170,14 @@ class ActivationStats(HooksCallback):
         self._where = dict(step=step, epoch=getattr(learn, 'epoch', 0), phase=phase)
         self._calls, self._phase = Counter(), phase
 
-    def after_predict(self, learn): self._looked |= self.active   # a forward is done: what has not fired by now is silent
+    def after_predict(self, learn): self._looked |= self.active   # what has not fired by now is silent
 
     def cleanup_batch(self, learn):
-        self._seen[self._phase] += 1
+        if self._phase: self._seen[self._phase] += 1   # None: the batch was cut short before it came here
+        self._phase = None
         super().cleanup_batch(learn)
+
+    def __getstate__(self): return {**vars(self), '_model': noop}   # a weak reference can't be pickled
 
 # %% ../nbs/10_activations.ipynb #470e65f7
 @patch
@@ -174,12 +187,15 @@ def _record(self:ActivationStats, hook, mod, inp, outp):
     self._calls[hook.name] += 1
     self._fired.add(hook.name)
     if call >= self.max_calls:
-        return self._tell(hook.name, f'is called more than {self.max_calls} times in a step; only the first are recorded')
+        return self._tell(
+            hook.name, f'is called more than {self.max_calls} times in a step; the rest is not recorded')
     tensors = named_tensors(outp, hook.name)
     if not tensors: return self._tell(hook.name, f'returns no tensor to look at, but {type(outp).__name__}')
     try:
         for source,a in tensors: self._record_tensor(hook.name, source, mod, a, call)
-    except Exception as e: self._tell(hook.name, f'could not be measured and is left out ({type(e).__name__}: {e})')
+        hook.stats.source = self.sources[hook.name][0]   # of a nested output, the first tensor
+    except Exception as e:
+        self._tell(hook.name, f'could not be measured and is left out ({type(e).__name__}: {e})')
 
 @patch
 def _record_tensor(self:ActivationStats, layer, source, mod, a, call):
@@ -192,7 +208,8 @@ def _record_tensor(self:ActivationStats, layer, source, mod, a, call):
     key = self._where['phase'], source
     if key not in self.trackers: self.trackers[key] = UnitTracker()
     self.trackers[key].update(dead, self._where['step'])
-    self.history.record(source, 'death_rate', dead.float().mean(), samples=len(a) if a.ndim else 1, call=call, **self._where)
+    self.history.record(source, 'death_rate', dead.float().mean(), samples=len(a) if a.ndim else 1, call=call,
+                        **self._where)
 
 @patch
 def _tell(self:ActivationStats, layer, what):
@@ -202,29 +219,36 @@ def _tell(self:ActivationStats, layer, what):
     warnings.warn(f'ActivationStats: layer {layer!r} {what}', stacklevel=2)
 
 # %% ../nbs/10_activations.ipynb #0d282b7b
-_why_silent = ('was never called. It is not part of what forward runs, or is used without calling it (`layer.forward(x)`, '
-               '`F.relu` beside an nn.ReLU), or the model (or another of its class) was compiled before the hooks were there')
+_why_silent = ('was never called. It is not part of what forward runs, or is used without calling it '
+               '(`layer.forward(x)`, `F.relu` beside an nn.ReLU), or the model (or another of its class) was '
+               'compiled before the hooks were there')
 
 @patch
 def cleanup_epoch(self:ActivationStats, learn):
     "Close the epoch: its dead units, a word on layers never called, and one transfer to the host."
     for (phase,source),tracker in self.trackers.items():
         dead = tracker.end_epoch()
-        if dead is not None: self.history.record(source, 'dead_epoch', dead, **{**self._where, 'phase': phase})
+        where = {**(self._where or {}), 'phase': phase}
+        if dead is not None: self.history.record(source, 'dead_epoch', dead, **where)
     for name in self.sources if self._looked else ():
         if name not in self._fired: self._tell(name, _why_silent)
     self.history.flush()   # the device is waited for here, once per epoch
 
 # %% ../nbs/10_activations.ipynb #9a1ef513
+def _check_phase(phase):
+    if phase in ('train', 'valid'): return phase
+    raise ValueError(f"ActivationStats: phase is {phase!r}; it must be 'train' or 'valid'")
+
 @patch
 def dead_units(self:ActivationStats,
     phase:str='train' # 'train' or 'valid'
 ): # pandas.DataFrame: layer, unit, dead, since, returned, batches_dead, batches, epochs_dead, axis
     """Units that were dead in at least one recorded batch, worst first.
 
-    `dead`: in the last batch; `since`: the step it has been dead from (missing when alive); `returned`: how often it came
-    back to life; `batches_dead` of `batches`: recorded batches; `epochs_dead`: epochs in which it was dead throughout;
-    `axis`: the axis of the output that was read as units."""
+    `dead`: in the last batch; `since`: the step it has been dead from (missing when alive); `returned`: how
+    often it came back to life; `batches_dead` of `batches`: recorded batches; `epochs_dead`: epochs in which
+    it was dead throughout; `axis`: the axis of the output that was read as units."""
+    _check_phase(phase)
     import pandas as pd
     tables = [self._unit_table(source, tracker) for (p,source),tracker in self.trackers.items() if p == phase]
     columns = 'layer unit dead since returned batches_dead batches epochs_dead axis'.split()
@@ -235,14 +259,17 @@ def dead_units(self:ActivationStats,
 @patch
 def _unit_table(self:ActivationStats, source, tracker):
     import pandas as pd
-    since, returned, batches_dead = torch.stack([tracker.since, tracker.returns, tracker.batches_dead]).cpu().numpy() # waits
+    state = torch.stack([tracker.since, tracker.returns, tracker.batches_dead])
+    since, returned, batches_dead = state.cpu().numpy()   # waits for the device
     phase = next(p for (p,s),t in self.trackers.items() if t is tracker)
     windows = self.history.series(source, 'dead_epoch', phase)
-    windows = [w for w,run in zip(windows.values, windows.runs) if run >= self.first_run and len(w) == len(since)]
+    windows = [w for w,run in zip(windows.values, windows.runs)
+               if run >= self.first_run and len(w) == len(since)]
     epochs_dead = np.sum(windows, axis=0, dtype=int) if windows else np.zeros(len(since), dtype=int)
-    table = pd.DataFrame(dict(layer=source, unit=np.arange(len(since)), dead=since >= 0,
-                              since=pd.array(since, dtype='Int64'), returned=returned, batches_dead=batches_dead,
-                              batches=tracker.batches, epochs_dead=epochs_dead, axis=self.axes[source]))
+    table = pd.DataFrame(dict(
+        layer=source, unit=np.arange(len(since)), dead=since >= 0, since=pd.array(since, dtype='Int64'),
+        returned=returned, batches_dead=batches_dead, batches=tracker.batches, epochs_dead=epochs_dead,
+        axis=self.axes[source]))
     table.loc[~table.dead, 'since'] = pd.NA
     return table[table.batches_dead > 0]
 
@@ -258,20 +285,20 @@ def rows(self:ActivationStats,
     phase:str='train'  # 'train' or 'valid'
 ): # `Series`
     "The rows of the model that is watched now; those of earlier models stay in `history`."
-    s = self.history.series(source, stat, phase)
+    s = self.history.series(source, stat, _check_phase(phase))
     now = s.runs >= self.first_run
     return type(s)(**{k: v[now] for k,v in vars(s).items()})
 
 @patch
 def panels(self:ActivationStats) -> list: # names, in model order; a layer that was never called is among them
-    "What gets a panel: every watched layer, each tensor of a nested output, each call of a layer called several times."
+    "What gets a panel: every watched layer, each tensor of a nested output, each call in one step."
     return [source for name,sources in self.sources.items() for source in sources or [name]]
 
 # %% ../nbs/10_activations.ipynb #ea16e030
 def _shown_phase(astats, phase):
     "The phase to draw: as asked, else training if there is any of it, else validation."
     phases = {p for p,_,_ in astats.history.keys()}
-    return phase or ('valid' if phases == {'valid'} else 'train')
+    return _check_phase(phase) if phase else ('valid' if phases == {'valid'} else 'train')
 
 def _fit_size(figsize, n):
     "`figsize`, made higher for more than twelve panels."
@@ -284,7 +311,8 @@ def _empty(figsize, text):
     axs.flat[0].set_axis_off()
     return fig
 
-_nothing = 'Nothing to draw: no layer has been watched yet.\nPut this ActivationStats into the cbs of a Learner and fit.'
+_nothing = ('Nothing to draw: no layer has been watched yet.\n'
+            'Put this ActivationStats into the cbs of a Learner and fit.')
 
 @patch
 def _panels_figure(self:ActivationStats, draw, figsize, phase, text):
@@ -303,13 +331,15 @@ def _panels_figure(self:ActivationStats, draw, figsize, phase, text):
 @patch
 def _title(self:ActivationStats, source):
     "Name and type of what a panel shows."
-    return f"{source}  {next((kind for name,kind in self.kinds.items() if source in (name, *self.sources[name])), '')}"
+    kind = next((kind for name,kind in self.kinds.items() if source in (name, *self.sources[name])), '')
+    return f'{source}  {kind}'
 
 @patch
 def _scope(self:ActivationStats, phase, runs):
     "What the rows are of, for a caption."
     often = 'every batch' if self.every == 1 else f'one batch in {self.every}'
-    return f"{dict(train='Training', valid='Validation')[phase]}, {often}" + (f', {len(runs)} fits.' if len(runs) > 1 else '.')
+    what = dict(train='Training', valid='Validation')[phase]
+    return f'{what}, {often}' + (f', {len(runs)} fits.' if len(runs) > 1 else '.')
 
 # %% ../nbs/10_activations.ipynb #5c084ffb
 @patch
@@ -317,12 +347,12 @@ def color_dim(self:ActivationStats,
     figsize=(11, 5), # inches; higher for more than twelve layers
     phase:str=None   # 'train' or 'valid'; default training, if there is any
 ): # the figure
-    """Histograms over time, one panel per layer: column = step, row = bin of the absolute value, colour = log(1 + count).
+    """Histograms over time, one panel per layer: a column is a step, a row a bin, the colour log(1 + count).
 
     What was above the range, infinite or NaN is stated in the panel's title."""
     lo, hi = self.hist_range
-    text = (f'Histogram of |output| at each step, {self.bins} bins from {lo:g} (bottom) to {hi:g} (top); colour: '
-            'log(1 + count), each panel with its own scale.')
+    text = (f'Histogram of |output| at each step, {self.bins} bins from {lo:g} (bottom) to {hi:g} (top); '
+            'colour: log(1 + count), each panel with its own scale.')
     return self._panels_figure(self._draw_hist, figsize, phase, text)
 
 @patch
@@ -342,7 +372,8 @@ def _outside_text(s, bins):
     texts = []
     for i,what in enumerate(outside):
         shares = s.values[:, bins+i]/s.values.sum(1) if len(s) else np.zeros(0)
-        if shares.any(): texts.append(f'{_percent(shares.max())} {what}, first at {s.steps[np.flatnonzero(shares)[0]]}')
+        if not shares.any(): continue
+        texts.append(f'{_percent(shares.max())} {what}, first at {s.steps[np.flatnonzero(shares)[0]]}')
     return '\n' + '; '.join(texts) if texts else ''
 
 # %% ../nbs/10_activations.ipynb #e7907359
@@ -353,8 +384,9 @@ def dead_chart(self:ActivationStats,
 ): # the figure
     "The near-zero share over time and, as a second line, the share of dead units; one panel per layer."
     width = (self.hist_range[1]-self.hist_range[0])/self.bins
-    text = (f'Near-zero: share of outputs in the lowest bin, |output| < {self.hist_range[0]+width:g} - small, which is not '
-            'dead. Dead: share of units that are exactly zero for the whole batch (falls as the batch grows).')
+    text = (f'Near-zero: share of outputs in the lowest bin, |output| < {self.hist_range[0]+width:g}: small, '
+            'which is not dead. Dead: share of units that are exactly zero for the whole batch (falls as the '
+            'batch grows).')
     return self._panels_figure(self._draw_dead, figsize, phase, text)
 
 @patch
@@ -374,7 +406,7 @@ def plot_stats(self:ActivationStats,
     figsize=(10, 4), # inches
     phase:str=None   # 'train' or 'valid'; default training, if there is any
 ): # the figure
-    "Means and standard deviations of all layers over time, one line per layer from dark (first) to light (last)."
+    "Means and standard deviations over time, one line per layer from dark (first) to light (last)."
     from matplotlib import colormaps
     from miniai.plots import caption, plot_lines, subplots
     names, phase = self.panels(), _shown_phase(self, phase)
@@ -384,9 +416,11 @@ def plot_stats(self:ActivationStats,
         for i,name in enumerate(names):
             s = self.rows(name, stat, phase)
             x, xlabel = _steps(s)
-            plot_lines(ax, x, {name: s.values}, legend=False, color=colormaps['viridis'](.95*i/max(len(names)-1, 1)), lw=1)
+            color = colormaps['viridis'](.95*i/max(len(names)-1, 1))
+            plot_lines(ax, x, {name: s.values}, legend=False, color=color, lw=1)
         ax.set(title=dict(mean='means', std='standard deviations')[stat], xlabel=xlabel)
-    fig.legend(*axs[0].get_legend_handles_labels(), loc='outside right upper', fontsize=7, ncols=1+len(names)//20)
+    lines, labels = axs[0].get_legend_handles_labels()
+    fig.legend(lines, labels, loc='outside right upper', fontsize=7, ncols=1+len(names)//20)
     runs = sorted({int(r) for name in names for r in self.rows(name, 'mean', phase).runs})
     caption(fig, f'Over all entries of each output. {self._scope(phase, runs)}')
     return fig

@@ -14,7 +14,8 @@ from functools import partial, wraps
 from operator import attrgetter
 
 # %% ../nbs/08_callback.ipynb #ea13bb33
-work_events = ['predict', 'get_loss', 'backward', 'step', 'zero_grad'] # these do the work; the others only look on
+# these do the work; the others only look on
+work_events = ['predict', 'get_loss', 'backward', 'step', 'zero_grad']
 
 events = ['before_fit', 'before_epoch', 'before_batch', 'predict', 'after_predict', 'get_loss', 'after_loss',
           'backward', 'after_backward', 'step', 'after_step', 'zero_grad', 'after_batch', 'cleanup_batch',
@@ -30,9 +31,11 @@ def _takes_learner(method):
     "Whether `method` has a positional argument for the learner."
     try: args = inspect.signature(method).parameters.values()
     except (TypeError, ValueError): return True # a built-in without a signature
-    needed = [o for o in args if o.kind in (o.POSITIONAL_ONLY, o.POSITIONAL_OR_KEYWORD) and o.default is o.empty]
+    needed = [o for o in args
+              if o.kind in (o.POSITIONAL_ONLY, o.POSITIONAL_OR_KEYWORD) and o.default is o.empty]
     if len(needed) > 1:
-        raise TypeError(f'{method.__qualname__} needs {len(needed)} arguments ({", ".join(map(str, needed))}); '
+        names = ', '.join(map(str, needed))
+        raise TypeError(f'{method.__qualname__} needs {len(needed)} arguments ({names}); '
                         'a callback method takes `learn` or nothing')
     return any(o.kind in (o.POSITIONAL_ONLY, o.POSITIONAL_OR_KEYWORD, o.VAR_POSITIONAL) for o in args)
 
@@ -49,7 +52,8 @@ def bind_event(
 def _order(cb): return getattr(cb, 'order', 0)
 
 # %% ../nbs/08_callback.ipynb #23ae7ae9
-def _is_cb(o): return not isinstance(o, type) and (isinstance(o, Callback) or any(hasattr(o, e) for e in events))
+def _is_cb(o):
+    return not isinstance(o, type) and (isinstance(o, Callback) or any(hasattr(o, e) for e in events))
 
 def as_cbs(
     cbs=None # one callback, any iterable of callbacks, or None
@@ -59,8 +63,10 @@ def as_cbs(
     one = _is_cb(cbs) or isinstance(cbs, (type, str)) or not hasattr(cbs, '__iter__')
     cbs = [cbs] if one else list(cbs)
     for o in cbs:
-        if isinstance(o, type): raise TypeError(f'cbs: got the class {o.__name__}; pass an instance, `{o.__name__}()`')
-        if not _is_cb(o): raise TypeError(f'cbs: got {o!r} ({type(o).__name__}); pass a Callback or a list of them')
+        if isinstance(o, type):
+            raise TypeError(f'cbs: got the class {o.__name__}; pass an instance, `{o.__name__}()`')
+        if not _is_cb(o):
+            raise TypeError(f'cbs: got {o!r} ({type(o).__name__}); pass a Callback or a list of them')
     return cbs
 
 # %% ../nbs/08_callback.ipynb #98b9f89c
@@ -88,7 +94,8 @@ def _level(nm): return nm.replace('_', '').lower()
 def _with_text(e, text):
     "An exception of a subclass of `e`'s type that says `text` too."
     cls = type(e)
-    new_cls = type(cls.__name__, (cls,), {'__str__': lambda self: f'{e}\n{text}', '__module__': cls.__module__})
+    attrs = {'__str__': lambda self: f'{e}\n{text}', '__module__': cls.__module__}
+    new_cls = type(cls.__name__, (cls,), attrs)
     new = new_cls.__new__(new_cls, *e.args)
     new.__dict__.update(e.__dict__)
     return new
@@ -125,7 +132,7 @@ def call_event(
         try: f()
         except BaseException as e:   # Ctrl-C too must not keep the others from cleaning up
             if isinstance(e, Exception) and cancels(e) is None: e = explained(e, _where(cb, event, learn))
-            elif not hasattr(e, 'where'): e.where = _where(cb, event, learn)   # for a cancel that nobody catches
+            elif not hasattr(e, 'where'): e.where = _where(cb, event, learn)   # if nobody catches the cancel
             if not event.startswith('cleanup_'): raise e
             first = first or e
     if first is not None: raise first
@@ -194,7 +201,8 @@ def _nearest(nm):
     if nm in events or nm.startswith('_'): return None
     strict = not re.match('(before|after|cleanup)_', nm)
     levels = [o for o in events if o not in work_events]
-    near = get_close_matches(nm, levels, 1, .85 if strict else 0.) or get_close_matches(nm, work_events, 1, .9)
+    near = get_close_matches(nm, levels, 1, .85 if strict else 0.)
+    near = near or get_close_matches(nm, work_events, 1, .9)
     return near[0] if near else None
 
 # %% ../nbs/08_callback.ipynb #a801c44b
@@ -202,7 +210,8 @@ def misspelt(
     cb # a callback
 ) -> dict: # method name -> the event it was probably meant to be
     "Methods of `cb` that look like events and are none."
-    own = {nm for cls in type(cb).__mro__[:-1] if cls is not Callback for nm,f in vars(cls).items() if inspect.isfunction(f)}
+    own = {nm for cls in type(cb).__mro__[:-1] if cls is not Callback
+           for nm,f in vars(cls).items() if inspect.isfunction(f)}
     return {nm: _nearest(nm) for nm in sorted(own) if _nearest(nm)}
 
 # %% ../nbs/08_callback.ipynb #8be5b1a2
@@ -211,4 +220,5 @@ def warn_misspelt(cbs):
     for cb in cbs:
         for nm,event in misspelt(cb).items():
             warnings.warn(f'{type(cb).__name__}.{nm} is never called: there is no event `{nm}`. '
-                          f'Did you mean `{event}`? A helper needs another name, `_{nm}` for example', stacklevel=4)
+                          f'Did you mean `{event}`? A helper needs another name, `_{nm}` for example',
+                          stacklevel=4)

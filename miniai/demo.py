@@ -8,6 +8,7 @@ __all__ = ['five_convs', 'kaiming_convs', 'StandardizeCB', 'ClipCB', 'Run', 'cur
 
 # %% ../nbs/23_demo.ipynb #69d28ce2
 import argparse, sys, time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,21 +205,6 @@ def draw(
     res[folder/'comparison.png'] = f'Test accuracy at the end: {ends}.'
     return res
 
-# %% ../nbs/23_demo.ipynb #11feb333
-def _parser():
-    "The options of the command."
-    p = argparse.ArgumentParser(prog='miniai_demo', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description='Train five convolutions on Fashion-MNIST badly and well, and draw what happens inside.')
-    p.add_argument('--source', choices=['small', 'idx', 'hub', 'auto'], default='small',
-                   help='images: the 7,000 in the package, IDX files, the Hugging Face Hub, or the best at hand')
-    p.add_argument('--path', help='folder of the IDX files, for --source idx; otherwise where Debian puts them')
-    p.add_argument('--epochs', type=_above(int), default=5, help='passes over the training images, in each run')
-    p.add_argument('--lr', type=_above(float), default=0.6, help='learning rate of both runs')
-    p.add_argument('--batch-size', type=_above(int), default=512, help='images in a training step')
-    p.add_argument('--seed', type=int, default=1, help='same seed, same numbers')
-    p.add_argument('--out', default='miniai_demo', help='folder for the pictures')
-    return p
-
 # %% ../nbs/23_demo.ipynb #920d02d2
 def _above(kind):
     "A reader of options that takes finite numbers above 0."
@@ -229,6 +215,21 @@ def _above(kind):
         number = 'a whole number' if kind is int else 'a number'
         raise argparse.ArgumentTypeError(f'{text!r} is not {number} above 0')
     return read
+
+# %% ../nbs/23_demo.ipynb #6373d856
+def _parser():
+    "The options of the command."
+    p = argparse.ArgumentParser(prog='miniai_demo', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description='Train five convolutions on Fashion-MNIST badly and well, and draw what happens inside.')
+    p.add_argument('--source', choices=['small', 'idx', 'hub', 'auto'], default='small',
+                   help='images: the 7,000 shipped, IDX files, the Hugging Face Hub, or the best at hand')
+    p.add_argument('--path', help='folder of the IDX files, for --source idx; else where Debian puts them')
+    p.add_argument('--epochs', type=_above(int), default=5, help='passes over the training images')
+    p.add_argument('--lr', type=_above(float), default=0.6, help='learning rate of both runs')
+    p.add_argument('--batch-size', type=_above(int), default=512, help='images in a training step')
+    p.add_argument('--seed', type=int, default=1, help='same seed, same numbers')
+    p.add_argument('--out', default='miniai_demo', help='folder for the pictures')
+    return p
 
 # %% ../nbs/23_demo.ipynb #3b8471a6
 _titles = dict(failing="1. PyTorch's default initialisation",
@@ -250,7 +251,22 @@ def _closing(dd, pictures, folder, seconds):
     print(f"({len(dd['train']):,} training, {len(dd['test']):,} test images)")
     print(f'Time: {seconds:.0f} s on {def_device}\nPictures: {folder.resolve()}')
 
-# %% ../nbs/23_demo.ipynb #80ac3b54
+# %% ../nbs/23_demo.ipynb #62a5a658
+def _draw_to_files():
+    "No window is needed, so none is asked for."
+    import matplotlib
+    matplotlib.use('Agg')
+
+# %% ../nbs/23_demo.ipynb #6b813ef2
+@contextmanager
+def _one_thread():
+    "PyTorch computes with one thread."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
+
+# %% ../nbs/23_demo.ipynb #6342cd9a
 def main(
     argv=None, # list of options; default: those of the command line
 ):
@@ -263,12 +279,6 @@ def main(
         dd = fashion_mnist(args.source, args.path)
         dls = DataLoaders.in_memory(dd, args.batch_size, device=def_device)
     except (OSError, ValueError, MemoryError) as e: parser.exit(2, f'miniai_demo: {e}\n')
-    if 'ipykernel' not in sys.modules: _draw_to_files()
-    pictures = draw(list(_train_all(dls, args)), folder)
+    if 'IPython' not in sys.modules: _draw_to_files()
+    with _one_thread(): pictures = draw(list(_train_all(dls, args)), folder)
     _closing(dd, pictures, folder, time.time()-start)
-
-# %% ../nbs/23_demo.ipynb #62a5a658
-def _draw_to_files():
-    "No window is needed, so none is asked for."
-    import matplotlib
-    matplotlib.use('Agg')

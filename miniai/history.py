@@ -42,11 +42,12 @@ def _to_host(blocks):
         sizes = [blocks[i].bytes().numel() for i in mine]
         for i,part in zip(mine, np.split(raw, np.cumsum(sizes)[:-1])):
             rows = blocks[i].rows
-            arrays[i] = np.frombuffer(part.tobytes(), dtype=_np_type[rows.dtype]).reshape(-1, *rows.shape[1:])
+            flat = np.frombuffer(part.tobytes(), dtype=_np_type[rows.dtype])
+            arrays[i] = flat.reshape(blocks[i].n, *rows.shape[1:])
     return arrays
 
-_np_type = {torch.float32: np.float32, torch.float64: np.float64, torch.int64: np.int64, torch.int32: np.int32,
-            torch.uint8: np.uint8, torch.bool: np.bool_}
+_np_type = {torch.float32: np.float32, torch.float64: np.float64, torch.int64: np.int64,
+            torch.int32: np.int32, torch.uint8: np.uint8, torch.bool: np.bool_}
 
 # %% ../nbs/06_history.ipynb #b73d6b0b
 @dataclass
@@ -88,7 +89,7 @@ class _Column:
 
 # %% ../nbs/06_history.ipynb #852b61c5
 class History:
-    "Rows (run, step, epoch, phase, source, stat, value): written without a host read, read as numpy or pandas."
+    "Rows (run, step, epoch, phase, source, stat, value), written without a host read; numpy or pandas out."
     def __init__(self,
         max_pending=1024 # rows of one series that may wait on the device before `record` itself flushes
     ):
@@ -112,12 +113,16 @@ class History:
     ):
         "Append one row; nothing is read from the device."
         if not isinstance(value, torch.Tensor): value = torch.as_tensor(value)
-        if value.dtype not in _np_type: value = value.to(torch.float32 if value.is_floating_point() else torch.int64)
+        if value.is_complex():
+            raise TypeError(f'History.record: {source} {stat} is complex; record its modulus or its parts')
+        if value.dtype not in _np_type:
+            value = value.to(torch.float32 if value.is_floating_point() else torch.int64)
         key = phase, source, stat
         if key not in self._columns: self._columns[key] = _Column()
         column = self._columns[key]
         column.append(value.detach(), (max(self.run, 0), step, epoch, samples, call))
-        if column.pending >= self.max_pending: self.flush() # paid once in `max_pending` steps, so that memory is bounded
+        # bounds the memory, for one transfer in `max_pending` steps
+        if column.pending >= self.max_pending: self.flush()
 
     def flush(self):
         "Move all pending rows to the host: one transfer per device, the only place that waits for it."
@@ -153,15 +158,16 @@ def frame(self:History): # pandas.DataFrame: run, step, epoch, phase, source, st
     parts = []
     for phase,source,stat in self.keys():
         s = self.series(source, stat, phase)
-        parts.append(pd.DataFrame(dict(run=s.runs, step=s.steps, epoch=s.epochs, phase=phase, source=source, stat=stat,
-                                       samples=s.samples, call=s.calls, value=list(s.values))))
+        parts.append(pd.DataFrame(dict(
+            run=s.runs, step=s.steps, epoch=s.epochs, phase=phase, source=source, stat=stat,
+            samples=s.samples, call=s.calls, value=list(s.values))))
     columns = 'run step epoch phase source stat samples call value'.split()
     if not parts: return pd.DataFrame(columns=columns)
     return pd.concat(parts, ignore_index=True).sort_values(['run', 'step'], kind='stable', ignore_index=True)
 
 # %% ../nbs/06_history.ipynb #b45417b0
 class RunningMean:
-    "Weighted mean of 0-d tensors, summed up on their device in float64 (float32 on MPS, which has no wider type)."
+    "Weighted mean of 0-d tensors, summed up on their device in float64 (on MPS float32, its widest type)."
     def __init__(self): self.reset()
 
     def reset(self):
@@ -180,7 +186,8 @@ class RunningMean:
 
     def merge(self, other):
         "Take in what another one has seen, as if `self` had seen it."
-        if other.total is not None: self.total = other.total if self.total is None else self.total + other.total
+        if other.total is not None:
+            self.total = other.total if self.total is None else self.total + other.total
         self.weight += other.weight
         return self
 
@@ -190,7 +197,8 @@ class RunningMean:
 
 # %% ../nbs/06_history.ipynb #599a0a46
 class UnitTracker:
-    "Per unit: dead since which step, how often it came back, in how many batches it was dead, and in every one of this epoch."
+    """Per unit: dead since which step, how often it came back, in how many batches it was dead, and whether
+    in every one of this epoch."""
     def __init__(self): self.since = None
 
     def start(self, dead):
@@ -212,7 +220,7 @@ class UnitTracker:
         self.batches += 1
         self.epoch_dead = dead if self.epoch_dead is None else self.epoch_dead & dead
 
-    def end_epoch(self) -> torch.Tensor: # [C] bool, dead in every batch of the epoch; None if the epoch had no batch
+    def end_epoch(self) -> torch.Tensor: # [C] bool, dead in every batch of the epoch; None if it had none
         "Close the epoch's window and open the next."
         window, self.epoch_dead = self.epoch_dead, None
         return window

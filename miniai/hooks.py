@@ -29,14 +29,15 @@ class _Tap:
 
 # %% ../nbs/02_hooks.ipynb #cb937b96
 class Hook:
-    "A forward hook on `m` that calls `f(hook, mod, inp, outp)`; what `f` wants to keep, it keeps on the hook."
+    "A forward hook on `m` that calls `f(hook, mod, inp, outp)`; what `f` wants to keep goes on the hook."
     def __init__(self,
         m:nn.Module, # module to watch
-        f,           # called as f(hook, mod, inp, outp) after each call of the module; its return value is dropped
+        f,           # called as f(hook, mod, inp, outp) after each call of the module; its result is dropped
         name:str=''  # name to show, such as the module's dotted path
     ):
         self.handle = None
-        if not isinstance(m, nn.Module): raise TypeError(f'Hook: got {type(m).__name__}; give the nn.Module to watch')
+        if not isinstance(m, nn.Module):
+            raise TypeError(f'Hook: got {type(m).__name__}; give the nn.Module to watch')
         if not callable(f): raise TypeError(f'Hook: f is {f!r}; give a function f(hook, mod, inp, outp)')
         self.m, self.f, self.name = m, f, name
         self.handle = m.register_forward_hook(_Tap(f, self))
@@ -48,11 +49,12 @@ class Hook:
 
     def __enter__(self): return self
     def __exit__(self, *args): self.remove()
-    def __repr__(self): return f"Hook({self.name or type(self.m).__name__}{'' if self.handle else ', removed'})"
+    def __repr__(self):
+        return f"Hook({self.name or type(self.m).__name__}{'' if self.handle else ', removed'})"
 
 # %% ../nbs/02_hooks.ipynb #7b97329b
 class Hooks(MutableSequence):
-    "A list of hooks on modules `ms`; each is removed when it leaves the list, all on `remove` or at the end of `with`."
+    "Hooks on modules `ms`; each is removed when it leaves the list, all on `remove` or at the end of `with`."
     def __init__(self,
         ms, # modules, or (name, module) pairs as `select_modules` gives them
         f   # as for `Hook`
@@ -71,8 +73,12 @@ class Hooks(MutableSequence):
         del self.items[i]
 
     def __setitem__(self, i, hooks):
-        for hook in self.items[i] if isinstance(i, slice) else [self.items[i]]: hook.remove()
+        before = list(self.items)
         self.items[i] = hooks
+        for hook in before:
+            if not any(hook is o for o in self.items): hook.remove()
+
+    def reverse(self): self.items.reverse()   # the inherited one holds each hook twice for a moment
 
     def __len__(self): return len(self.items)
     def __getitem__(self, i): return self.items[i]
@@ -96,7 +102,8 @@ def unwrap(
     "The model itself, without the wrappers that would change the names of its layers."
     while True:
         inner = getattr(model, '_orig_mod', None)
-        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): inner = model.module
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
         if inner is None: return model
         model = inner
 
@@ -107,17 +114,27 @@ def _matches(what, name, module):
     if isinstance(what, type): return isinstance(module, what)
     if isinstance(what, (list, tuple, set)): return any(_matches(o, name, module) for o in what)
     if callable(what): return what(module)
-    raise TypeError(f'select_modules: got {what!r}; give None (all leaves), a module type, a name pattern such as '
-                    "'encoder.*', a predicate on modules, a module, or a list of these")
+    raise TypeError(f'select_modules: got {what!r}; give None (all leaves), a module type, a name pattern '
+                    "such as 'encoder.*', a predicate on modules, a module, or a list of these")
+
+def _is_leaf(m): return isinstance(m, _no_parts) or not any(True for _ in m.children())
+
+def _named_modules(model):
+    "As `model.named_modules()`, without compiled wrappers and parts that are never called by themselves."
+    found = list(model.named_modules())
+    parts = {id(o) for _,m in found if isinstance(m, _no_parts) for o in m.modules() if o is not m}
+    return [(name, m) for name,m in found if id(m) not in parts and not hasattr(m, '_orig_mod')]
+
+_no_parts = nn.MultiheadAttention,   # computes with the weights of its output layer, and never calls it
 
 def select_modules(
     model:nn.Module, # searched with all its submodules; wrappers are looked through
-    what=None        # None for all leaves; a module type, a glob pattern on dotted names, a predicate on modules, a module, or a list of these
+    what=None        # None (all leaves), a type, glob on dotted names, predicate, module, or a list of these
 ) -> list: # [(dotted name, module)] in model order; the model itself is called by its class name
     "The modules of `model` that `what` describes; an error that lists what there is when there are none."
     model = unwrap(model)
-    named = [(name or type(model).__name__, m) for name,m in model.named_modules()]
-    if what is None: return [(name, m) for name,m in named if not any(True for _ in m.children())]
+    named = [(name.replace('_orig_mod.', '') or type(model).__name__, m) for name,m in _named_modules(model)]
+    if what is None: return [(name, m) for name,m in named if _is_leaf(m)]
     found = [(name, m) for name,m in named if _matches(what, name, m)]
     if found: return found
     there = ', '.join(f'{name} ({type(m).__name__})' for name,m in named[:20])
@@ -144,8 +161,10 @@ def warn_if_compiled(
     who:str='hooks'  # for the message: who wanted to attach
 ) -> bool: # True if the model is compiled
     "Warn that hooks attached to a compiled model may never fire."
-    compiled = [m for m in model.modules() if hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None]
+    compiled = [m for m in model.modules()
+                if hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None]
     if compiled:
-        warnings.warn(f'{who}: {type(unwrap(compiled[0])).__name__} is already compiled, so hooks attached now may never '
-                      'be called. Attach before torch.compile, or call torch._dynamo.reset() after attaching.', stacklevel=3)
+        warnings.warn(f'{who}: {type(unwrap(compiled[0])).__name__} is already compiled, so hooks attached '
+                      'now may never be called. Attach before torch.compile, or call torch._dynamo.reset() '
+                      'after attaching.', stacklevel=3)
     return bool(compiled)

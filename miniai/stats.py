@@ -19,25 +19,30 @@ def _widen(a):
 # %% ../nbs/01_stats.ipynb #169e1afd
 def mean_std(
     a:torch.Tensor # any shape and dtype
-) -> torch.Tensor: # [2], float32 (float64 for float64): mean, and standard deviation as `torch.std` (unbiased)
-    "Mean and standard deviation over all entries; NaN where torch has NaN: none at all, a single one's deviation, NaN inside."
+) -> torch.Tensor: # [2], float32 (float64 for float64): mean, and unbiased standard deviation as `torch.std`
+    """Mean and standard deviation over all entries.
+
+    NaN where torch has NaN: none at all, a single one's deviation, NaN inside."""
     a = _widen(a).reshape(-1)
     if a.numel() == 0: return a.new_full((2,), torch.nan)
+    scale = a.abs().amax()   # squares of very small and very large numbers do not fit
+    scale = torch.where((scale > 0) & scale.isfinite(), scale, 1)
+    a = a/scale
     mean = a.mean()
     rest = a - mean
-    left = rest.mean()
-    var = (rest.square_().sum() - a.numel()*left**2)/(a.numel()-1)   # `sum` adds pairwise; `dot` and `norm` do not,
-                                                                    # and lose four digits over ten million entries
-    return torch.stack([mean + left, var.clamp(min=0).sqrt()])
+    left = torch.where(mean.isfinite(), rest.mean(), 0)
+    # `sum` adds pairwise; `dot` and `norm` do not, and lose four digits over ten million entries
+    var = (rest.square_().sum() - a.numel()*left**2)/(a.numel()-1)
+    return torch.stack([mean + left, var.clamp(min=0).sqrt()])*scale
 
 # %% ../nbs/01_stats.ipynb #e60e09af
 outside = 'below', 'above', 'inf', 'nan'
 
 def _bin_index(a, bins, lo, hi):
     "The slot of each entry of `a` >= 0: 0..bins-1 in range, then the four of `outside`."
-    index = ((a-lo) if lo else a).mul(bins/(hi-lo)).clamp_(max=bins-.5)      # `hi` itself stays in the last bin,
-    index += (a-hi).mul_(1e18/hi).clamp_(0, 1.5)                               # what is above goes two slots on,
-    index += (a-torch.finfo(a.dtype).max).clamp_(0, 1)                         # and infinity one more
+    index = ((a-lo) if lo else a).mul(bins/(hi-lo)).clamp_(max=bins-.5)  # `hi` itself stays in the last bin,
+    index += (a > hi)*1.5                                                # what is above goes two slots on,
+    index += (a-torch.finfo(a.dtype).max).clamp_(0, 1)                   # and infinity one more
     if lo: index = torch.where(a < lo, bins+.5, index)
     return index.nan_to_num_(nan=bins+3).to(torch.uint8 if bins+4 <= 256 else torch.int16)
 
@@ -47,22 +52,24 @@ def _count(index, n):
     if index.device.type == 'cpu': return torch.bincount(index, minlength=n)
     # elsewhere `bincount` reads the largest value back to size its answer; a scatter knows the size
     index = index.long()
-    return torch.zeros(n, dtype=torch.int64, device=index.device).scatter_add_(0, index, torch.ones_like(index))
+    counts = torch.zeros(n, dtype=torch.int64, device=index.device)
+    return counts.scatter_add_(0, index, torch.ones_like(index))
 
 def _check_range(bins, hist_range):
     lo, hi = map(float, hist_range)
     if not (isinstance(bins, int) and 1 <= bins <= 32_000):
         raise ValueError(f'abs_hist: bins is {bins!r}; give a whole number from 1 to 32,000')
     if not 0 <= lo < hi < torch.inf:
-        raise ValueError(f'abs_hist: hist_range is {hist_range!r}; it bins |a|, so give (lower, upper), 0 <= lower < upper')
+        raise ValueError(f'abs_hist: hist_range is {hist_range!r}; it bins |a|, '
+                         'so give (lower, upper), 0 <= lower < upper')
     return lo, hi
 
 def abs_hist(
     a:torch.Tensor,        # any shape and dtype
     bins:int=40,           # number of equal bins, 1 to 32,000
     hist_range=(0., 10.)   # lower and upper end, 0 <= lower < upper
-) -> torch.Tensor: # [bins+4] int64: count of each bin, then below, above, infinite, NaN; they add up to `a.numel()`
-    "Counts of the absolute values of all entries, `torch.histc`'s bins; nothing is lost and nothing is read back."
+) -> torch.Tensor: # [bins+4] int64: each bin, then below, above, infinite, NaN; they add up to `a.numel()`
+    "Counts of the absolute values of all entries, `torch.histc`'s bins; nothing is lost or read back."
     lo, hi = _check_range(bins, hist_range)
     return _count(_bin_index(_widen(a).abs().reshape(-1), bins, lo, hi), bins+4)
 
@@ -81,10 +88,12 @@ def activation_rate(
     return (a.detach() != 0).sum()/a.numel() if a.numel() else torch.tensor(torch.nan, device=a.device)
 
 # %% ../nbs/01_stats.ipynb #0b9a94ec
-_units_last = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.MultiheadAttention, nn.RNNBase,
-               nn.RNNCellBase, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-_units_second = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.pooling._MaxPoolNd,
-                 nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd)
+_units_last = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.MultiheadAttention,
+               nn.RNNBase, nn.RNNCellBase, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.RMSNorm)
+_pooling = nn.modules.pooling
+_units_second = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LocalResponseNorm,
+                 *(getattr(_pooling, nm) for nm in ('_MaxPoolNd', '_AvgPoolNd', '_LPPoolNd', '_MaxUnpoolNd',
+                                                    '_AdaptiveAvgPoolNd', '_AdaptiveMaxPoolNd')))
 
 def unit_axis(
     module:nn.Module, # the layer whose output it is
@@ -92,8 +101,8 @@ def unit_axis(
 ) -> int: # 0 to ndim-1; 0 for a 0-d or 1-d output, too
     """Axis of a layer's output that counts its units, by the type of the layer.
 
-    Layers of no such type (activations, dropout, your own) have only their shape to go by: three axes are read as
-    `[batch, time, feature]`, any other number as `[batch, unit, ...]`."""
+    Layers of no such type (activations, dropout, your own) have only their shape to go by: three axes are
+    read as `[batch, time, feature]`, any other number as `[batch, unit, ...]`."""
     if ndim < 2: return 0
     if isinstance(module, _units_last): return ndim-1
     if isinstance(module, _units_second): return 1
@@ -105,8 +114,11 @@ def unit_dead(
     axis:int=1      # the axis of the units, see `unit_axis`
 ) -> torch.Tensor: # [C] bool on the device of `a`; all False when `a` has no entries, [1] for 0-d and 1-d
     "Units that are exactly zero for every sample and position; a NaN is not zero."
-    a = a.detach().reshape(-1, 1) if a.ndim < 2 else a.detach()
+    if a.ndim < 2: a, axis = a.reshape(-1, 1), 1
+    a = a.detach()
     if a.dtype == torch.bool or a.is_complex(): a = _widen(a)
-    axis = axis if a.ndim > axis else 1
+    if not -a.ndim <= axis < a.ndim:
+        raise ValueError(f'unit_dead: axis is {axis} for shape {tuple(a.shape)}; give one of its axes')
+    axis %= a.ndim
     if a.numel() == 0: return torch.zeros(a.shape[axis], dtype=torch.bool, device=a.device)
     return a.abs().amax([d for d in range(a.ndim) if d != axis]) == 0

@@ -323,3 +323,78 @@ def test_memory_of_the_history_does_not_hold_activations():
     held = sum(a.nbytes for c in astats.history._columns.values() for a in c.chunks)
     rows = len(astats.panels())*50
     assert held < rows*(44*8 + 3*4) + 10_000
+
+
+# --- several fits, several learners, trials ---
+
+@pytest.mark.parametrize('exc', [CancelBatchException, KeyError])
+def test_a_batch_cut_short_before_it_is_seen(exc):
+    class Early(Callback):
+        order = -1
+        def before_batch(self, learn):
+            if learn.iter == 0: raise exc('of the user')
+    learn, astats = watched_learner(five_convs(), DataLoaders(batches(4), batches(1)), Early(), every=2)
+    if exc is KeyError:
+        with pytest.raises(KeyError, match='of the user'): learn.fit(1, valid=False)
+    else:
+        learn.fit(1, valid=False)
+        assert astats.rows('0.0', 'mean').steps.tolist() == [0, 2]     # steps done; the batch cut short made none
+    assert count_hooks(learn.model) == 0
+
+def test_one_list_of_callbacks_shows_the_learner_fitted_last():
+    data, cbs = DataLoaders(batches(4), batches(1)), [TrainCB(), ActivationStats()]
+    for _ in range(3): Learner(five_convs(), data, F.cross_entropy, lr=.01, cbs=cbs).fit(1)
+    hook = cbs[1].hooks[0]
+    assert len(hook.stats[0]) == 4 and get_hist(hook).shape == (40, 4) and get_min(hook).shape == (4,)
+    assert len(cbs[1].history.series('0.0', 'mean')) == 12
+
+def test_lr_find_before_a_fit_leaves_nothing_in_its_statistics():
+    seen = []
+    for finds in (False, True):
+        torch.manual_seed(1)
+        learn, astats = watched_learner(five_convs(), DataLoaders(batches(6), batches(1)))
+        if finds: learn.lr_find(max_epochs=2, plot=False)
+        learn.fit(1)
+        seen.append((astats.rows('0.0', 'mean').values, astats.rows('0.0', 'mean').steps, astats.dead_units().values.tolist()))
+    assert np.array_equal(seen[0][0], seen[1][0]) and np.array_equal(seen[0][1], seen[1][1]) and str(seen[0][2]) == str(seen[1][2])
+    assert not learn.trial
+
+def test_a_fit_inside_a_fit_leaves_no_hook():
+    class Inner(Callback):
+        def after_epoch(self, learn):
+            if learn.training: Learner(learn.model, learn.dls, F.cross_entropy, lr=.01, cbs=[TrainCB(), astats]).fit(1)
+    learn, astats = watched_learner(five_convs(), DataLoaders(batches(2), batches(1)))
+    learn.cbs.append(Inner())
+    learn.fit(1)
+    assert count_hooks(learn.model) == 0
+
+def test_training_is_training_whatever_mode_the_model_is_in():
+    class Frozen(Callback):
+        def before_epoch(self, learn): learn.model.eval()
+    model = five_convs()
+    before = model[0][0].weight.detach().clone()
+    learn, astats = watched_learner(model, DataLoaders(batches(3), batches(1)), Frozen())
+    learn.fit(1)
+    assert not torch.equal(before, model[0][0].weight) and len(astats.rows('0.0', 'mean')) == 3
+
+def test_a_fitted_callback_can_be_pickled():
+    learn, astats = watched_learner(five_convs(), DataLoaders(batches(2), batches(1)))
+    learn.fit(1)
+    del astats.learn
+    again = pickle.loads(pickle.dumps(astats))
+    assert len(again.rows('0.0', 'mean')) == 2 and again.panels() == astats.panels()
+
+def test_axis_and_phase_are_checked():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    learn, astats = watched_learner(net, DataLoaders(batches(1), batches(1)), axis=lambda module, ndim: 3)
+    with pytest.warns(UserWarning, match='axis is 3'): learn.fit(1)
+    for ask in (astats.color_dim, astats.dead_units, lambda phase: astats.rows('1', 'mean', phase)):
+        with pytest.raises(ValueError, match="phase is 'val'"): ask(phase='val')
+
+def test_nested_outputs_have_stats():
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.rnn, self.head = nn.LSTM(28, 6, batch_first=True), nn.Linear(6, 10)
+        def forward(self, x): return self.head(self.rnn(x.squeeze(1))[0][:, -1])
+    learn, astats = watched_learner(Net(), DataLoaders(batches(2), batches(1)))
+    learn.fit(1)
+    assert astats.panels() == ['rnn[0]', 'rnn[1][0]', 'rnn[1][1]', 'head'] and len(astats.hooks[0].stats[0]) == 2

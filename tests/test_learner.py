@@ -15,7 +15,8 @@ from torcheval.metrics import Mean, MulticlassAccuracy, MulticlassAUROC
 from miniai import learner as module
 from miniai.callback import CancelBatchException, CancelEpochException, CancelFitException, events
 from miniai.learner import (Callback, DeviceCB, LRFinderCB, Learner, MetricsCB, MomentumLearner, ProgressCB, SingleBatchCB,
-                            TrainCB, TrainLearner, batch_size, with_cbs)
+                            TrainCB, TrainLearner, with_cbs)
+from miniai.learner import _batch_size as batch_size
 
 torch.manual_seed(0)
 x = torch.randn(80, 4)
