@@ -234,7 +234,7 @@ def caption(
     "Put a small caption under the figure, broken to its width; a second one replaces the first."
     if fig.get_layout_engine() is None: fig.set_layout_engine('constrained')
     res = fig.supxlabel(text, size=size, color='0.35')
-    width,letters = .96*fig.bbox.width,len(text)
+    width,letters = .9*fig.bbox.width,len(text)
     while res.get_window_extent().width > width and letters > 8:
         letters = min(letters-1, int(letters*width/res.get_window_extent().width)+4)
         res.set_text(textwrap.fill(text, letters))
