@@ -13,6 +13,7 @@ from collections import Counter
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from fastcore.basics import noop, patch
 
 from .callback import Callback
@@ -81,8 +82,9 @@ class LayerStats:
         self.history, self.source, self.phase, self.first_run = history, source, phase, first_run
 
     def __getitem__(self, i):
-        s = self.history.series(self.source, ('mean', 'std', 'hist')[i], self.phase)   # waits for the device
-        values = s.values[s.runs >= self.first_run]
+        stat = ('mean', 'std', 'hist')[i]
+        # waits for the device
+        values = self.history.series(self.source, stat, self.phase, self.first_run).values
         if i in (2, -1) and len(values): values = values[:, :-len(outside)]
         return list(torch.from_numpy(np.ascontiguousarray(values)))
 
@@ -118,8 +120,7 @@ def get_min(
     "The near-zero share over time: lowest bin over all counts in range."
     hists = list(h.stats[2])
     if not hists: return torch.zeros(0)
-    counts = torch.stack(hists).float()
-    return counts[:, 0]/counts.sum(1)
+    return near_zero(F.pad(torch.stack(hists), (0, len(outside))))   # these counts are all in range
 
 # %% ../nbs/10_activations.ipynb #6c1637fb
 class ActivationStats(HooksCallback):
@@ -228,17 +229,27 @@ def cleanup_epoch(self:ActivationStats, learn):
     "Close the epoch: its dead units, a word on layers never called, and one transfer to the host."
     for (phase,source),tracker in self.trackers.items():
         dead = tracker.end_epoch()
-        where = {**(self._where or {}), 'phase': phase}
+        where = {**self._where, 'phase': phase}
         if dead is not None: self.history.record(source, 'dead_epoch', dead, **where)
     for name in self.sources if self._looked else ():
         if name not in self._fired: self._tell(name, _why_silent)
     self.history.flush()   # the device is waited for here, once per epoch
 
-# %% ../nbs/10_activations.ipynb #9a1ef513
+# %% ../nbs/10_activations.ipynb #ef2c2d55
 def _check_phase(phase):
     if phase in ('train', 'valid'): return phase
     raise ValueError(f"ActivationStats: phase is {phase!r}; it must be 'train' or 'valid'")
 
+@patch
+def rows(self:ActivationStats,
+    source:str,        # as in `history`, see `panels`
+    stat:str,          # 'mean', 'std', 'hist', 'death_rate' or 'dead_epoch'
+    phase:str='train'  # 'train' or 'valid'
+): # `Series`
+    "The rows of the model that is watched now; those of earlier models stay in `history`."
+    return self.history.series(source, stat, _check_phase(phase), self.first_run)
+
+# %% ../nbs/10_activations.ipynb #9a1ef513
 @patch
 def dead_units(self:ActivationStats,
     phase:str='train' # 'train' or 'valid'
@@ -250,21 +261,19 @@ def dead_units(self:ActivationStats,
     it was dead throughout; `axis`: the axis of the output that was read as units."""
     _check_phase(phase)
     import pandas as pd
-    tables = [self._unit_table(source, tracker) for (p,source),tracker in self.trackers.items() if p == phase]
+    tables = [self._unit_table(*key) for key in self.trackers if key[0] == phase]
     columns = 'layer unit dead since returned batches_dead batches epochs_dead axis'.split()
     if not tables: return pd.DataFrame(columns=columns)
     table = pd.concat(tables, ignore_index=True)[columns]
     return table.sort_values('batches_dead', ascending=False, kind='stable', ignore_index=True)
 
 @patch
-def _unit_table(self:ActivationStats, source, tracker):
+def _unit_table(self:ActivationStats, phase, source):
     import pandas as pd
+    tracker = self.trackers[phase, source]
     state = torch.stack([tracker.since, tracker.returns, tracker.batches_dead])
     since, returned, batches_dead = state.cpu().numpy()   # waits for the device
-    phase = next(p for (p,s),t in self.trackers.items() if t is tracker)
-    windows = self.history.series(source, 'dead_epoch', phase)
-    windows = [w for w,run in zip(windows.values, windows.runs)
-               if run >= self.first_run and len(w) == len(since)]
+    windows = [w for w in self.rows(source, 'dead_epoch', phase).values if len(w) == len(since)]
     epochs_dead = np.sum(windows, axis=0, dtype=int) if windows else np.zeros(len(since), dtype=int)
     table = pd.DataFrame(dict(
         layer=source, unit=np.arange(len(since)), dead=since >= 0, since=pd.array(since, dtype='Int64'),
@@ -277,17 +286,6 @@ def _unit_table(self:ActivationStats, source, tracker):
 def _steps(s):
     "Where to draw the rows of a series: at their steps, or one after the other where the steps do not grow."
     return (s.steps, 'step') if (np.diff(s.steps) > 0).all() else (np.arange(len(s)), 'recorded batch')
-
-@patch
-def rows(self:ActivationStats,
-    source:str,        # as in `history`, see `panels`
-    stat:str,          # 'mean', 'std', 'hist', 'death_rate' or 'dead_epoch'
-    phase:str='train'  # 'train' or 'valid'
-): # `Series`
-    "The rows of the model that is watched now; those of earlier models stay in `history`."
-    s = self.history.series(source, stat, _check_phase(phase))
-    now = s.runs >= self.first_run
-    return type(s)(**{k: v[now] for k,v in vars(s).items()})
 
 @patch
 def panels(self:ActivationStats) -> list: # names, in model order; a layer that was never called is among them
@@ -322,10 +320,9 @@ def _panels_figure(self:ActivationStats, draw, figsize, phase, text):
     if not names: return _empty(figsize, _nothing)
     fig, axs = get_grid(len(names), figsize=_fit_size(figsize, len(names)))
     for ax,name in zip(axs.flat, names): draw(ax, name, phase)
-    runs = sorted({int(r) for name in names for r in self.rows(name, 'mean', phase).runs})
     lines, labels = axs.flat[0].get_legend_handles_labels()
     if lines: fig.legend(lines, labels, loc='outside upper right', ncols=len(lines), fontsize=8)
-    caption(fig, f'{text} {self._scope(phase, runs)}')
+    caption(fig, f'{text} {self._scope(phase)}')
     return fig
 
 @patch
@@ -335,8 +332,9 @@ def _title(self:ActivationStats, source):
     return f'{source}  {kind}'
 
 @patch
-def _scope(self:ActivationStats, phase, runs):
+def _scope(self:ActivationStats, phase):
     "What the rows are of, for a caption."
+    runs = {int(run) for name in self.panels() for run in self.rows(name, 'mean', phase).runs}
     often = 'every batch' if self.every == 1 else f'one batch in {self.every}'
     what = dict(train='Training', valid='Validation')[phase]
     return f'{what}, {often}' + (f', {len(runs)} fits.' if len(runs) > 1 else '.')
@@ -421,6 +419,5 @@ def plot_stats(self:ActivationStats,
         ax.set(title=dict(mean='means', std='standard deviations')[stat], xlabel=xlabel)
     lines, labels = axs[0].get_legend_handles_labels()
     fig.legend(lines, labels, loc='outside right upper', fontsize=7, ncols=1+len(names)//20)
-    runs = sorted({int(r) for name in names for r in self.rows(name, 'mean', phase).runs})
-    caption(fig, f'Over all entries of each output. {self._scope(phase, runs)}')
+    caption(fig, f'Over all entries of each output. {self._scope(phase)}')
     return fig

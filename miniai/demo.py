@@ -174,12 +174,12 @@ def sentences(
     "What one sees in the three figures of a run."
     h = list(run.stats)[-1]
     near,spread = np.asarray(get_min(h), dtype=float),_spread(run)
-    flat = int((spread < .01).sum())
+    flat = int((spread < spread.max()/10).sum())
     return dict(
         color_dim='99% of what leaves the last ReLU is below ' + _arrow(_reach(h), '{:.2f}') + '.',
         dead_chart='Share of its outputs next to zero: ' + _arrow(near, '{:.0%}') + '.',
         plot_stats='Its standard deviation: ' + _arrow(spread, '{:.3f}')
-                   + f'; below 0.01 at {flat} of {len(spread)} steps.')
+                   + f'; below a tenth of that at {flat} of {len(spread)} steps.')
 
 # %% ../nbs/23_demo.ipynb #7f3de7ab
 def _save(fig, path):

@@ -62,6 +62,10 @@ class Series:
 
     def __len__(self): return len(self.steps)
 
+    def since(self, run):
+        "The rows of run number `run` and later ones."
+        return Series(**{k: v[self.runs >= run] for k,v in vars(self).items()}) if run else self
+
 # %% ../nbs/06_history.ipynb #2b144fec
 _meta = 'runs', 'steps', 'epochs', 'samples', 'calls'
 
@@ -136,13 +140,14 @@ class History:
 # %% ../nbs/06_history.ipynb #19ad0932
 @patch
 def series(self:History,
-    source:str,       # as recorded
-    stat:str,         # as recorded
-    phase:str='train' # 'train' or 'valid'
+    source:str,        # as recorded
+    stat:str,          # as recorded
+    phase:str='train', # 'train' or 'valid'
+    first_run:int=0    # leave out what earlier runs recorded
 ) -> Series: # numpy arrays, one entry a row; empty if nothing was recorded under these names
     "All rows of one statistic of one source; flushes first."
     self.flush()
-    return self._columns.get((phase, source, stat), _Column()).series()
+    return self._columns.get((phase, source, stat), _Column()).series().since(first_run)
 
 # %% ../nbs/06_history.ipynb #3d2209ff
 @patch

@@ -225,12 +225,13 @@ def _drop_grads(self:Learner):
 def record(self:Learner,
     source:str, # who: 'batch', 'epoch', or the name of your callback
     stat:str,   # what
-    value       # number or small tensor; a tensor is copied on its device, not read
+    value,      # number or small tensor; a tensor is copied on its device, not read
+    samples:int=None # samples the value was computed from; default those of the current batch
 ):
     "One row into `history`, at the step, epoch and phase the fit is in."
-    if not isinstance(value, torch.Tensor): value = torch.tensor(value)
-    self.history.record(source, stat, value, step=self.n_steps, epoch=self.epoch, phase=self.phase,
-                        samples=_batch_size(self.batch))
+    if samples is None: samples = _batch_size(self.batch) if 'batch' in vars(self) else 0
+    where = dict(step=self.n_steps, epoch=self.epoch, phase=self.phase)
+    self.history.record(source, stat, value, samples=samples, **where)
 
 @patch
 def _record_loss(self:Learner):
@@ -424,8 +425,7 @@ def _do(self:MetricsCB, nm, f, *args):
 def _record(self:MetricsCB, learn, nm, v):
     "A number or tensor goes into the history; other results do not fit into a table."
     if isinstance(v, (torch.Tensor, int, float, np.number)):
-        learn.history.record('epoch', nm, torch.as_tensor(v), step=learn.n_steps, epoch=learn.epoch,
-                             phase=learn.phase, samples=self.loss.weight)
+        learn.record('epoch', nm, v, samples=self.loss.weight)
 
 # %% ../nbs/09_learner.ipynb #371b68b6
 class _LateValue:

@@ -314,6 +314,24 @@ def test_attaching_to_a_compiled_model_is_said():
     assert astats.panels()[0] == '0.0'                # names without the wrapper's prefix
     torch._dynamo.reset()
 
+class Small(nn.Module):
+    "A class of which one instance can be compiled before another is watched."
+    def __init__(self): super().__init__(); self.first, self.last = nn.Linear(784, 8), nn.Linear(8, 10)
+    def forward(self, x): return self.last(self.first(x.flatten(1)).relu())
+
+def test_hooks_silenced_by_a_compiled_sibling_are_said():
+    torch.compile(Small(), backend='eager')(batches(1)[0][0])
+    net = Small()
+    learn, astats = watched_learner(net, DataLoaders(batches(2), batches(1)))
+    net.forward = torch.compile(net.forward, backend='eager')   # not a compiled module: nothing to warn of yet
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        learn.fit(1)
+    torch._dynamo.reset()
+    seen = {name for name in ('first', 'last') if len(astats.rows(name, 'mean'))}
+    silent = {name for name in ('first', 'last') if any(f'{name!r} was never called' in str(w.message) for w in told)}
+    assert silent == {'first', 'last'} and not seen
+
 
 # --- bounded ---
 
