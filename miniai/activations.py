@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from fastcore.basics import noop, patch
 
 from .callback import Callback
+from .cost import Cost, Pace
 from .device import set_seed
 from .history import History, UnitTracker
 from .hooks import Hook, Hooks, named_tensors, select_modules, unwrap, warn_if_compiled
-from .stats import abs_hist, mean_std, near_zero, outside, unit_axis, unit_dead
+from .stats import abs_hist, layer_stat_names, layer_stats, near_zero, outside, unit_axis
 
 # %% ../nbs/10_activations.ipynb #08949e34
 _all_ = ['Hook', 'Hooks', 'set_seed']
@@ -33,11 +34,14 @@ class HooksCallback(Callback):
         mod_filter=noop, # predicate, type, name pattern or list, as for `select_modules`; default all leaves
         on_train=True,   # call it in training
         on_valid=False,  # call it in validation
-        mods=None        # a list of modules or names, instead of `mod_filter`
+        mods=None,       # a list of modules or names, instead of `mod_filter`
+        every:int=1,     # call it in every n-th batch of a phase
+        budget=None      # or as often as fits into this share of the fit's time, such as 0.02
     ):
         self.hookfunc, self.mod_filter, self.mods = hookfunc, mod_filter, mods
         self.on_train, self.on_valid = on_train, on_valid
         self.hooks, self.active = [], False
+        self.pace = Pace(every, budget, type(self).__name__)
 
     def before_fit(self, learn):
         warn_if_compiled(learn.model, type(self).__name__)
@@ -45,16 +49,28 @@ class HooksCallback(Callback):
         if self.hooks: self.hooks.remove()   # of a fit that is still running around this one
         self.hooks = Hooks(select_modules(learn.model, what), self._call)
 
+    def before_epoch(self, learn):
+        self._trial = getattr(learn, 'trial', False)   # `lr_find` takes its steps back
+        if not self._trial: self.pace.start()
+
     def before_batch(self, learn):
         wanted = self.on_train if learn.training else self.on_valid
-        self.active = wanted and not getattr(learn, 'trial', False)   # `lr_find` takes its steps back
+        self.active = wanted and not self._trial and self.pace.wants('train' if learn.training else 'valid')
 
     def cleanup_batch(self, learn): self.active = False
+    def cleanup_epoch(self, learn): self.pace.stop()
     def cleanup_fit(self, learn):
         if self.hooks: self.hooks.remove()
 
     def _call(self, hook, mod, inp, outp):
-        if self.active: self.hookfunc(hook, mod, inp, outp)
+        if not self.active: return
+        self.pace.begin_watch()
+        try: self.hookfunc(hook, mod, inp, outp)
+        finally: self.pace.end_watch()
+
+    def cost(self) -> Cost: # seconds, bytes, layers, steps seen and sampled; `share` of the fit's time
+        "What watching has cost so far, over all fits."
+        return self.pace.cost(layers=len(self))
 
     def __iter__(self): return iter(self.hooks)
     def __len__(self): return len(self.hooks)
@@ -66,14 +82,16 @@ def record_output(
     a:torch.Tensor,        # its output, or one tensor of it
     bins:int=40,           # of the histogram
     hist_range=(0., 10.),  # of the histogram of absolute values
+    axis:int=1,            # the axis of the units, see `unit_axis`
+    stats=('mean', 'std', 'hist'), # which, of `layer_stat_names`
     **where                # step, epoch, phase, call: passed on to `History.record`
-):
-    "Rows 'mean', 'std' and 'hist' of one output, computed and kept on its device; an empty output is a gap."
+): # [C] bool, the dead units, if 'death_rate' is in `stats`
+    "One row for each statistic of one output, computed and kept on its device; an empty output is a gap."
     if a.numel() == 0: return
-    mean, std = mean_std(a).unbind()
+    values, dead = layer_stats(a, axis, bins, hist_range, stats)
     samples = len(a) if a.ndim else 1
-    for stat,value in (('mean', mean), ('std', std), ('hist', abs_hist(a, bins, hist_range))):
-        history.record(source, stat, value, samples=samples, **where)
+    for stat,value in values.items(): history.record(source, stat, value, samples=samples, **where)
+    return dead
 
 # %% ../nbs/10_activations.ipynb #4dc2725a
 class LayerStats:
@@ -123,6 +141,11 @@ def get_min(
     return near_zero(F.pad(torch.stack(hists), (0, len(outside))))   # these counts are all in range
 
 # %% ../nbs/10_activations.ipynb #6c1637fb
+def _check_stats(stats):
+    wrong = [o for o in stats if o not in layer_stat_names]
+    if isinstance(stats, str) or wrong or not stats:
+        raise ValueError(f'ActivationStats: stats is {stats!r}; give a tuple of some of {layer_stat_names}')
+
 class ActivationStats(HooksCallback):
     "Means, deviations, histograms and dead units of each chosen layer's output; `history` has the rows."
     max_calls = 8 # of one module in one step that are told apart; a cell in a long loop would fill the table
@@ -135,23 +158,27 @@ class ActivationStats(HooksCallback):
         every:int=1,          # record every n-th batch of a phase; plots show the true steps
         bins:int=40,          # of the histograms
         hist_range=(0., 10.), # of the histograms of absolute values; what falls outside is counted apart
-        axis=None             # function (module, ndim) -> axis of the units; default `unit_axis`
+        axis=None,            # function (module, ndim) -> axis of the units; default `unit_axis`
+        budget=None,          # instead of `every`: the share of the fit's time to stay within, such as 0.02
+        stats=layer_stat_names, # what to record, some of 'mean', 'std', 'hist', 'death_rate'
+        max_bytes=56_000_000  # memory for the rows; the largest series are thinned when it is full
     ):
-        super().__init__(self._record, mod_filter, on_train, on_valid, mods)
-        if every < 1: raise ValueError(f'ActivationStats: every is {every!r}; it must be 1 or more')
+        super().__init__(self._record, mod_filter, on_train, on_valid, mods, every, budget)
+        _check_stats(stats)
         abs_hist(torch.zeros(1), bins, hist_range)   # complains here rather than in the first forward
-        self.every, self.bins, self.hist_range, self.axis = every, bins, hist_range, axis or unit_axis
-        self.history, self.first_run, self._model = History(), 0, noop
+        self.bins, self.hist_range, self.axis, self.stats = bins, hist_range, axis or unit_axis, tuple(stats)
+        self.history, self.first_run, self._model = History(max_bytes=max_bytes), 0, noop
         self._start_model()
 
     def _start_model(self):
         "What is said of one model is not mixed with another's: sources, trackers, and what was told."
         self.sources, self.kinds, self.trackers, self.axes, self._told = {}, {}, {}, {}, set()
-        self._seen, self._fired, self._looked = Counter(), set(), False
+        self._fired, self._looked = set(), False
+        self.pace = Pace(self.pace.every, self.pace.budget, type(self).__name__)
 
     def before_fit(self, learn):
         super().before_fit(learn)
-        self._where = self._phase = None
+        self._where = None
         run = self.history.run if getattr(learn, 'trial', False) else self.history.start_run()
         model = unwrap(learn.model)
         if self._model() is not model:
@@ -166,17 +193,12 @@ class ActivationStats(HooksCallback):
     def before_batch(self, learn):
         super().before_batch(learn)
         phase = 'train' if learn.training else 'valid'
-        self.active = self.active and self._seen[phase] % self.every == 0
-        step = getattr(learn, 'n_steps', self._seen['train'])   # a Learner of your own may not count
+        # a Learner of your own may not count its steps
+        step = getattr(learn, 'n_steps', max(self.pace.seen['train']-1, 0))
         self._where = dict(step=step, epoch=getattr(learn, 'epoch', 0), phase=phase)
-        self._calls, self._phase = Counter(), phase
+        self._calls = Counter()
 
     def after_predict(self, learn): self._looked |= self.active   # what has not fired by now is silent
-
-    def cleanup_batch(self, learn):
-        if self._phase: self._seen[self._phase] += 1   # None: the batch was cut short before it came here
-        self._phase = None
-        super().cleanup_batch(learn)
 
     def __getstate__(self): return {**vars(self), '_model': noop}   # a weak reference can't be pickled
 
@@ -201,16 +223,18 @@ def _record(self:ActivationStats, hook, mod, inp, outp):
 @patch
 def _record_tensor(self:ActivationStats, layer, source, mod, a, call):
     if call: source = f'{source} (call {call+1})'
-    record_output(self.history, source, a, self.bins, self.hist_range, call=call, **self._where)
+    axis = self.axes[source] = self.axis(mod, a.ndim)
+    dead = record_output(self.history, source, a, self.bins, self.hist_range, axis, self.stats,
+                         call=call, **self._where)
     if source not in self.sources[layer]: self.sources[layer].append(source)
-    if a.numel() == 0: return
-    self.axes[source] = self.axis(mod, a.ndim)
-    dead = unit_dead(a, self.axes[source])
+    if dead is not None: self._tracker(source).update(dead, self._where['step'])
+
+@patch
+def _tracker(self:ActivationStats, source):
+    "The tracker of the units of `source` in this phase."
     key = self._where['phase'], source
     if key not in self.trackers: self.trackers[key] = UnitTracker()
-    self.trackers[key].update(dead, self._where['step'])
-    self.history.record(source, 'death_rate', dead.float().mean(), samples=len(a) if a.ndim else 1, call=call,
-                        **self._where)
+    return self.trackers[key]
 
 @patch
 def _tell(self:ActivationStats, layer, what):
@@ -227,13 +251,23 @@ _why_silent = ('was never called. It is not part of what forward runs, or is use
 @patch
 def cleanup_epoch(self:ActivationStats, learn):
     "Close the epoch: its dead units, a word on layers never called, and one transfer to the host."
+    self.pace.begin_watch()
     for (phase,source),tracker in self.trackers.items():
         dead = tracker.end_epoch()
-        where = {**self._where, 'phase': phase}
-        if dead is not None: self.history.record(source, 'dead_epoch', dead, **where)
+        if dead is None: continue   # no batch of this phase was looked at
+        self.history.record(source, 'dead_epoch', dead, **{**self._where, 'phase': phase})
     for name in self.sources if self._looked else ():
         if name not in self._fired: self._tell(name, _why_silent)
     self.history.flush()   # the device is waited for here, once per epoch
+    self.pace.end_watch()
+    self.pace.stop()
+
+# %% ../nbs/10_activations.ipynb #b06ee07c
+@patch
+def cost(self:ActivationStats) -> Cost: # seconds, bytes, layers, steps seen and sampled, share of time
+    "What watching this model has cost so far, and the memory that all rows take."
+    trackers = [o.nbytes() for o in self.trackers.values()]
+    return self.pace.cost(self.history.nbytes + sum(trackers), len(self))
 
 # %% ../nbs/10_activations.ipynb #ef2c2d55
 def _check_phase(phase):
@@ -335,7 +369,9 @@ def _title(self:ActivationStats, source):
 def _scope(self:ActivationStats, phase):
     "What the rows are of, for a caption."
     runs = {int(run) for name in self.panels() for run in self.rows(name, 'mean', phase).runs}
-    often = 'every batch' if self.every == 1 else f'one batch in {self.every}'
+    seen, sampled = self.pace.seen[phase], self.pace.sampled[phase]
+    often = 'every batch' if seen == sampled else f'{sampled} of {seen} batches'
+    for stat,n in self.history.thinned().items(): often += f', of which 1 in {n} kept ({stat})'
     what = dict(train='Training', valid='Validation')[phase]
     return f'{what}, {often}' + (f', {len(runs)} fits.' if len(runs) > 1 else '.')
 

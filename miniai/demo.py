@@ -240,7 +240,9 @@ def _train_all(dls, args):
     "Both runs, with a table of the epochs for each."
     for name,title in _titles.items():
         print(f'\n{title}, learning rate {args.lr:g}\n', flush=True)
-        yield train_run(name, dls, name=='cured', args.epochs, args.lr, args.seed, cbs=[ProgressCB()])
+        run = train_run(name, dls, name=='cured', args.epochs, args.lr, args.seed, cbs=[ProgressCB()])
+        print(f'Watching took {run.stats.cost()}')
+        yield run
 
 # %% ../nbs/23_demo.ipynb #cbadcb0c
 def _closing(dd, pictures, folder, seconds):

@@ -6,6 +6,7 @@
 __all__ = ['Series', 'History', 'RunningMean', 'UnitTracker']
 
 # %% ../nbs/06_history.ipynb #6f442832
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,38 +68,73 @@ class Series:
         return Series(**{k: v[self.runs >= run] for k,v in vars(self).items()}) if run else self
 
 # %% ../nbs/06_history.ipynb #2b144fec
-_meta = 'runs', 'steps', 'epochs', 'samples', 'calls'
+_facts = 'runs', 'steps', 'epochs', 'samples', 'calls'
+_facts_bytes = 120   # a tuple of five whole numbers, one of them new
 
 class _Column:
-    "One series while it grows: host chunks, pending device blocks, and the facts Python knows."
-    def __init__(self): self.meta, self.chunks, self.blocks, self.pending = {k: [] for k in _meta}, [], [], 0
+    "One series while it grows."
+    def __init__(self):
+        self.facts, self.chunks, self.blocks = [], [], []
+        self.offered, self.stride, self.own_facts, self.waiting = 0, 1, 0, 0
 
-    def append(self, value, facts):
+    def wants_next(self):
+        "Whether the next row is one to keep, counting it."
+        self.offered += 1
+        return (self.offered-1) % self.stride == 0
+
+    def append(self, value, facts, own):
         if not self.blocks or not self.blocks[-1].fits(value): self.blocks.append(_Block(value))
         self.blocks[-1].append(value)
-        self.pending += 1
-        for k,v in zip(_meta, facts): self.meta[k].append(v)
+        self.facts.append(facts)
+        self.own_facts += own
+        self.waiting += 1
 
     def flushed(self, arrays):
         self.chunks += arrays
-        self.blocks, self.pending = [], 0
+        self.blocks, self.waiting = [], 0
+
+    def nbytes(self):
+        arrays = *self.chunks, *(b.rows for b in self.blocks)
+        return sum(o.nbytes for o in arrays) + 8*len(self.facts) + _facts_bytes*self.own_facts
+
+    def thin(self):
+        "Forget every second row. All rows must have been flushed."
+        starts = np.cumsum([0, *map(len, self.chunks)])
+        self.chunks = [c[start % 2::2].copy() for start,c in zip(starts, self.chunks)]
+        self.facts, self.own_facts, self.stride = self.facts[::2], self.own_facts//2, self.stride*2
+
+    def values(self):
+        if len({c.shape[1:] for c in self.chunks}) <= 1: return np.concatenate(self.chunks or [np.zeros(0)])
+        rows = [row for c in self.chunks for row in c]
+        values = np.empty(len(rows), dtype=object)
+        values[:] = rows
+        return values
 
     def series(self):
-        if len({c.shape[1:] for c in self.chunks}) <= 1: values = np.concatenate(self.chunks or [np.zeros(0)])
-        else:
-            rows = [row for c in self.chunks for row in c]
-            values = np.empty(len(rows), dtype=object)
-            values[:] = rows
-        return Series(**{k: np.array(v, dtype=np.int64) for k,v in self.meta.items()}, values=values)
+        facts = np.array(self.facts, dtype=np.int64).reshape(-1, len(_facts)).T
+        return Series(**dict(zip(_facts, facts)), values=self.values())
 
 # %% ../nbs/06_history.ipynb #852b61c5
+def _storable(value, source, stat):
+    "`value` without its graph, in a type that numpy has."
+    if not isinstance(value, torch.Tensor): value = torch.as_tensor(value)
+    if value.is_complex():
+        raise TypeError(f'History.record: {source} {stat} is complex; record its modulus or its parts')
+    if value.dtype not in _np_type:
+        value = value.to(torch.float32 if value.is_floating_point() else torch.int64)
+    return value.detach()
+
 class History:
     "Rows (run, step, epoch, phase, source, stat, value), written without a host read; numpy or pandas out."
     def __init__(self,
-        max_pending=1024 # rows of one series that may wait on the device before `record` itself flushes
+        max_pending=1024,      # rows of one series that may wait on the device before `record` itself flushes
+        max_bytes=56_000_000   # memory from which on the largest series keep every second row only
     ):
         if max_pending < 1: raise ValueError(f'History: max_pending is {max_pending!r}; it must be 1 or more')
-        self.max_pending, self.run, self._columns = max_pending, -1, {}
+        if max_bytes < 100_000:
+            raise ValueError(f'History: max_bytes is {max_bytes!r}; it must be 100,000 or more')
+        self.max_pending, self.max_bytes, self.run = max_pending, max_bytes, -1
+        self._columns, self._last_facts = {}, None
 
     def start_run(self) -> int: # number of the run that starts now
         "Rows recorded from here on belong to the next run; earlier rows stay."
@@ -116,26 +152,31 @@ class History:
         call:int=0          # which call of the module in this step
     ):
         "Append one row; nothing is read from the device."
-        if not isinstance(value, torch.Tensor): value = torch.as_tensor(value)
-        if value.is_complex():
-            raise TypeError(f'History.record: {source} {stat} is complex; record its modulus or its parts')
-        if value.dtype not in _np_type:
-            value = value.to(torch.float32 if value.is_floating_point() else torch.int64)
         key = phase, source, stat
         if key not in self._columns: self._columns[key] = _Column()
         column = self._columns[key]
-        column.append(value.detach(), (max(self.run, 0), step, epoch, samples, call))
+        if not column.wants_next(): return
+        facts = max(self.run, 0), step, epoch, samples, call
+        own = facts != self._last_facts
+        if own: self._last_facts = facts
+        column.append(_storable(value, source, stat), self._last_facts, own)
         # bounds the memory, for one transfer in `max_pending` steps
-        if column.pending >= self.max_pending: self.flush()
+        if column.waiting >= self.max_pending: self.flush()
 
     def flush(self):
         "Move all pending rows to the host: one transfer per device, the only place that waits for it."
         columns = [c for c in self._columns.values() if c.blocks]
         arrays = iter(_to_host([b for c in columns for b in c.blocks]))
         for c in columns: c.flushed([next(arrays) for _ in c.blocks])
+        if self.nbytes > self.max_bytes: self._thin()
         return self
 
-    def __len__(self): return sum(len(c.meta['steps']) for c in self._columns.values())
+    @property
+    def nbytes(self):
+        "Memory held, in bytes, on the host and on the device."
+        return sum(c.nbytes() for c in self._columns.values())
+
+    def __len__(self): return sum(len(c.facts) for c in self._columns.values())
 
 # %% ../nbs/06_history.ipynb #19ad0932
 @patch
@@ -169,6 +210,31 @@ def frame(self:History): # pandas.DataFrame: run, step, epoch, phase, source, st
     columns = 'run step epoch phase source stat samples call value'.split()
     if not parts: return pd.DataFrame(columns=columns)
     return pd.concat(parts, ignore_index=True).sort_values(['run', 'step'], kind='stable', ignore_index=True)
+
+# %% ../nbs/06_history.ipynb #35839802
+@patch
+def _thin(self:History):
+    "Thin the largest series until a quarter of the table is free."
+    while self.nbytes > self.max_bytes*3/4:
+        sizes = {key: c.nbytes() for key,c in self._columns.items() if len(c.facts) > 1}
+        if not sizes: return
+        largest = [key for key,size in sizes.items() if size > max(sizes.values())/2]
+        for key in largest: self._columns[key].thin()
+    self._tell_thinned()
+
+@patch
+def thinned(self:History) -> dict: # stat -> n, where one row in n is kept; empty while all rows are
+    "What of the table has been thinned."
+    strides = {}
+    for (_,_,stat),c in self._columns.items():
+        if c.stride > 1: strides[stat] = max(c.stride, strides.get(stat, 1))
+    return strides
+
+@patch
+def _tell_thinned(self:History):
+    what = ', '.join(f'one row of {stat!r} in {n}' for stat,n in self.thinned().items())
+    warnings.warn(f'History: {self.max_bytes/1e6:g} MB are full. It keeps {what}; each row has its step. '
+                  'Give History a larger `max_bytes`, or watch fewer steps (`every`) or layers', stacklevel=4)
 
 # %% ../nbs/06_history.ipynb #b45417b0
 class RunningMean:
@@ -229,3 +295,7 @@ class UnitTracker:
         "Close the epoch's window and open the next."
         window, self.epoch_dead = self.epoch_dead, None
         return window
+
+    def nbytes(self) -> int: # of memory on the device
+        "Bytes held."
+        return sum(o.nbytes for o in vars(self).values() if isinstance(o, torch.Tensor))

@@ -24,8 +24,8 @@ def done(tmp_path_factory):
 
 
 def numbers(res):
-    "What the command says but for the lines of time and folder."
-    return [o for o in res.stdout.splitlines() if not o.startswith(('Time:', 'Pictures:'))]
+    "What the command says but for the lines of time, cost and folder."
+    return [o for o in res.stdout.splitlines() if not o.startswith(('Time:', 'Pictures:', 'Watching took'))]
 
 
 def test_pictures(done):
