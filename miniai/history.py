@@ -110,16 +110,17 @@ class _Column:
         values[:] = rows
         return values
 
-    def series(self):
-        facts = np.array(self.facts, dtype=np.int64).reshape(-1, len(_facts)).T
-        return Series(**dict(zip(_facts, facts)), values=self.values())
+    def series(self, i=None):
+        "All rows; where a row has a value for each of many sources, those of number `i`."
+        facts, values = np.array(self.facts, dtype=np.int64).reshape(-1, len(_facts)).T, self.values()
+        return Series(**dict(zip(_facts, facts)), values=values if i is None else values[:, i])
 
 # %% ../nbs/06_history.ipynb #852b61c5
-def _storable(value, source, stat):
+def _storable(value, key):
     "`value` without its graph, in a type that numpy has."
     if not isinstance(value, torch.Tensor): value = torch.as_tensor(value)
     if value.is_complex():
-        raise TypeError(f'History.record: {source} {stat} is complex; record its modulus or its parts')
+        raise TypeError(f'History.record: {key[2]} of {key[1]} is complex; record its modulus or its parts')
     if value.dtype not in _np_type:
         value = value.to(torch.float32 if value.is_floating_point() else torch.int64)
     return value.detach()
@@ -134,7 +135,7 @@ class History:
         if max_bytes < 100_000:
             raise ValueError(f'History: max_bytes is {max_bytes!r}; it must be 100,000 or more')
         self.max_pending, self.max_bytes, self.run = max_pending, max_bytes, -1
-        self._columns, self._last_facts = {}, None
+        self._columns, self._series, self._last_facts = {}, {}, None
 
     def start_run(self) -> int: # number of the run that starts now
         "Rows recorded from here on belong to the next run; earlier rows stay."
@@ -152,16 +153,33 @@ class History:
         call:int=0          # which call of the module in this step
     ):
         "Append one row; nothing is read from the device."
-        key = phase, source, stat
-        if key not in self._columns: self._columns[key] = _Column()
+        self._append((phase, source, stat), [source], value, step, epoch, samples, call)
+
+    def record_many(self,
+        sources:tuple,       # who: n of them
+        stat:str,            # what
+        values:torch.Tensor, # [n, ...], one value for each source
+        *, step:int, epoch:int=0, phase:str='train', samples:int=0, call:int=0 # as for `record`
+    ):
+        "Append one row to the series of each source, at the price of one."
+        self._append((phase, sources, stat), sources, values, step, epoch, samples, call)
+
+    def _append(self, key, sources, value, step, epoch, samples, call):
+        if key not in self._columns: self._new_column(key, sources)
         column = self._columns[key]
         if not column.wants_next(): return
         facts = max(self.run, 0), step, epoch, samples, call
         own = facts != self._last_facts
         if own: self._last_facts = facts
-        column.append(_storable(value, source, stat), self._last_facts, own)
+        column.append(_storable(value, key), self._last_facts, own)
         # bounds the memory, for one transfer in `max_pending` steps
         if column.waiting >= self.max_pending: self.flush()
+
+    def _new_column(self, key, sources):
+        "A column, and the series that are in it: those of all `sources`, or of the one."
+        self._columns[key], (phase, who, stat) = _Column(), key
+        for i,source in enumerate(sources):
+            self._series.setdefault((phase, source, stat), []).append((key, None if who is source else i))
 
     def flush(self):
         "Move all pending rows to the host: one transfer per device, the only place that waits for it."
@@ -176,7 +194,8 @@ class History:
         "Memory held, in bytes, on the host and on the device."
         return sum(c.nbytes() for c in self._columns.values())
 
-    def __len__(self): return sum(len(c.facts) for c in self._columns.values())
+    def __len__(self):
+        return sum(len(self._columns[key].facts) for found in self._series.values() for key,_ in found)
 
 # %% ../nbs/06_history.ipynb #19ad0932
 @patch
@@ -188,13 +207,21 @@ def series(self:History,
 ) -> Series: # numpy arrays, one entry a row; empty if nothing was recorded under these names
     "All rows of one statistic of one source; flushes first."
     self.flush()
-    return self._columns.get((phase, source, stat), _Column()).series().since(first_run)
+    found = [self._columns[key].series(i) for key,i in self._series.get((phase, source, stat), ())]
+    return _join(found or [_Column().series()]).since(first_run)
+
+def _join(parts):
+    "Series of one quantity as one, in the order of runs and steps."
+    if len(parts) == 1: return parts[0]
+    joined = Series(**{nm: np.concatenate([getattr(o, nm) for o in parts]) for nm in vars(parts[0])})
+    order = np.lexsort((joined.steps, joined.runs))
+    return Series(**{nm: v[order] for nm,v in vars(joined).items()})
 
 # %% ../nbs/06_history.ipynb #3d2209ff
 @patch
 def keys(self:History) -> list: # (phase, source, stat) of every series, in order of first appearance
     "What there is in the table."
-    return list(self._columns)
+    return list(self._series)
 
 # %% ../nbs/06_history.ipynb #6cf0f45b
 @patch
