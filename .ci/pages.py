@@ -1,7 +1,7 @@
-"""Run notebooks in place and keep their outputs small: `.ci/pages.py [--shrink] nbs/10_activations.ipynb ...`
+"""Run notebooks in place and keep their outputs small: `.ci/pages.py [--shrink] [--slow] nbs/10_activations.ipynb ...`
 
 Figures keep 128 colours, which is a quarter of the bytes and no loss that can be seen in a plot. `--shrink` only does
-that, to outputs that are there. Run `nbdev_clean` afterwards.
+that, to outputs that are there. Cells marked `#| slow` keep the outputs they have, unless `--slow` runs them, too. Run `nbdev_clean` afterwards.
 """
 import base64, io, os, sys
 
@@ -26,9 +26,24 @@ def shrink(path:str):
             if 'image/png' in output.get('data', {}): output.data['image/png'] = small_png(output.data['image/png'])
     nbformat.write(nb, path)
 
-if __name__ == '__main__':
+def is_slow(cell): return cell.cell_type == 'code' and '#| slow' in cell.source.splitlines()
+
+def run(path:str, slow:bool):
+    "Execute the notebook at `path` in its folder; an error ends the program and leaves the file as it was."
+    from execnb.nbio import read_nb, write_nb
     from execnb.shell import CaptureShell
-    for path in [o for o in sys.argv[1:] if o != '--shrink']:
-        if '--shrink' not in sys.argv: CaptureShell(mpl_format='png').execute(path, path)
+    nb = read_nb(path)
+    for cell in nb.cells:
+        if cell.cell_type == 'code' and (slow or not is_slow(cell)): cell.outputs = []
+    here = os.getcwd()
+    os.chdir(os.path.dirname(path) or '.')
+    CaptureShell(mpl_format='png').run_all(nb, exc_stop=True, preproc=lambda cell: is_slow(cell) and not slow)
+    os.chdir(here)
+    write_nb(nb, path)
+
+if __name__ == '__main__':
+    options = {o for o in sys.argv[1:] if o.startswith('--')}
+    for path in [o for o in sys.argv[1:] if o not in options]:
+        if '--shrink' not in options: run(path, '--slow' in options)
         shrink(path)
         print(path, f'{os.path.getsize(path)//1024} KB')

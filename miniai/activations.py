@@ -166,7 +166,8 @@ class ActivationStats(HooksCallback):
         super().__init__(self._record, mod_filter, on_train, on_valid, mods, every, budget)
         _check_stats(stats)
         abs_hist(torch.zeros(1), bins, hist_range)   # complains here rather than in the first forward
-        self.bins, self.hist_range, self.axis, self.stats = bins, hist_range, axis or unit_axis, tuple(stats)
+        self.bins, self.hist_range, self.axis = bins, hist_range, axis or unit_axis
+        self.stats = tuple(stats)
         self.history, self.first_run, self._model = History(max_bytes=max_bytes), 0, noop
         self._start_model()
 

@@ -338,9 +338,78 @@ def test_hooks_silenced_by_a_compiled_sibling_are_said():
 def test_memory_of_the_history_does_not_hold_activations():
     learn, astats = watched_learner(five_convs(), DataLoaders(batches(50, bs=64), batches(1)))
     learn.fit(1, valid=False)
-    held = sum(a.nbytes for c in astats.history._columns.values() for a in c.chunks)
     rows = len(astats.panels())*50
-    assert held < rows*(44*8 + 3*4) + 10_000
+    assert astats.history.nbytes < rows*(44*4 + 3*4 + 4*8) + 120*51 + 10_000
+
+def test_a_full_table_thins_itself_and_stays_true():
+    learn, astats = watched_learner(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), DataLoaders(batches(10)*200, batches(1)),
+                                    max_bytes=200_000)
+    with pytest.warns(UserWarning, match='MB are full'): learn.fit(1, valid=False)
+    assert astats.history.nbytes <= 200_000
+    hists, means = astats.rows('1', 'hist'), astats.rows('1', 'mean')
+    assert 10 < len(hists) < len(means) <= 2000
+    assert len(set(np.diff(hists.steps))) == 1          # equally far apart, over the whole run
+    assert hists.steps[0] == 0 and hists.steps[-1] > 1900
+    assert 'kept (hist)' in astats._scope('train')      # and the pictures say so
+    astats.color_dim()
+
+def test_a_thinned_row_is_the_one_of_its_step():
+    seen = {}
+    class Keep(Callback):
+        def after_loss(self, learn): seen[learn.n_steps] = learn.preds.detach().mean().item()
+    learn, astats = watched_learner(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), DataLoaders(batches(10)*150, batches(1)),
+                                    Keep(), max_bytes=100_000)
+    with pytest.warns(UserWarning, match='MB are full'): learn.fit(1, valid=False)
+    for stat in ('mean', 'std', 'hist'): assert astats.rows('1', stat).steps[-1] > 1400
+    means = astats.rows('1', 'mean')
+    for step,value in zip(means.steps, means.values): assert value == pytest.approx(seen[step], rel=1e-4, abs=1e-6)
+
+
+# --- cost ---
+
+def test_the_bill():
+    learn, astats = watched_learner(five_convs(), DataLoaders(batches(20), batches(3)), every=4)
+    learn.fit(2)
+    cost = astats.cost()
+    assert (cost.layers, cost.steps_seen, cost.steps_sampled) == (10, 40, 10)   # validation is not watched
+    assert 0 < cost.seconds < cost.run_seconds and cost.bytes >= astats.history.nbytes
+    assert f'{cost.share:.1%} of the time for 10 layers, 10 of 40 steps' in str(cost)
+
+def test_every_watcher_has_a_bill():
+    class Look(HooksCallback):
+        def __init__(self): super().__init__(lambda hook, mod, inp, outp: None, every=2)
+    look = Look()
+    watched_learner(five_convs(), DataLoaders(batches(6), batches(1)), look)[0].fit(1)
+    assert (look.cost().steps_seen, look.cost().steps_sampled) == (6, 3)
+
+def test_a_budget_is_kept_and_rows_say_their_step():
+    learn, astats = watched_learner(five_convs(), DataLoaders(batches(10, bs=64)*20, batches(1)), budget=.05)
+    learn.fit(1, valid=False)
+    cost, means = astats.cost(), astats.rows('0.0', 'mean')
+    assert cost.steps_seen == 200 and len(means) == cost.steps_sampled < 100
+    assert means.steps[0] == 0 and (np.diff(means.steps) > 0).all()
+    looked_once = cost.seconds/cost.steps_sampled
+    assert cost.seconds - looked_once <= .05*cost.run_seconds   # never more than one look above it
+    assert f'{cost.steps_sampled} of 200 batches' in astats._scope('train')
+
+def test_lr_find_is_not_on_the_bill():
+    learn, astats = watched_learner(five_convs(), DataLoaders(batches(20), batches(1)))
+    learn.lr_find(plot=False)
+    assert astats.cost().steps_seen == 0 and astats.cost().run_seconds == 0
+
+def test_only_what_is_asked_for_is_recorded():
+    learn, astats = watched_learner(five_convs(), DataLoaders(batches(3), batches(1)), stats=('mean', 'std'))
+    learn.fit(1)
+    assert {stat for _,source,stat in astats.history.keys()} == {'mean', 'std'}
+    assert astats.dead_units().empty
+    for view in (astats.color_dim, astats.dead_chart, astats.plot_stats): view()
+
+@pytest.mark.gpu
+def test_time_on_a_gpu_is_taken_without_waiting():
+    learn, astats = watched_learner(five_convs(), DataLoaders(batches(50, device='cuda'), batches(1)), device='cuda')
+    learn.fit(1, valid=False)
+    torch.cuda.synchronize()
+    assert 0 < astats.pace._gpu.so_far() < astats.cost().run_seconds
 
 
 # --- several fits, several learners, trials ---
