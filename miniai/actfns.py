@@ -33,7 +33,8 @@ from .callback import Callback, CancelFitException
 from .datasets import DataLoaders, MemoryLoader, fashion_mnist
 from .device import def_device, set_seed, to_device
 from .hooks import Hooks, named_tensors, select_modules, unwrap, warn_if_compiled
-from .learner import DeviceCB, Learner, MetricsCB, TrainCB, _batch_size, _rng_state, _set_rng_state
+from .learner import (DeviceCB, Learner, MetricsCB, TrainCB, _batch_size, _in_notebook, _in_terminal, _rng_state,
+                            _set_rng_state)
 from .stats import activation_rate, mean_std, unit_axis, unit_dead
 from .training import accuracy
 
@@ -162,7 +163,9 @@ def plot_act_fn(
     act_fn, x = get_act_fn(act_fn), torch.linspace(*x_range, 1001)
     with torch.no_grad(): y = act_fn(x)
     lines = {'value': y, 'derivative': get_grads(act_fn, x)}
-    return plot_lines(ax, x, lines, title=_act_name(act_fn), legend=legend)
+    return plot_lines(ax, x, lines, title=_title(act_fn), legend=legend)
+
+def _title(act_fn): return _act_name(act_fn).replace('(', '\n(')   # options on a line of their own
 
 def plot_act_fns(
     act_fns=six,     # names, classes, modules or functions
@@ -535,33 +538,34 @@ def _look(net, batch_or_dl, who, what=None, params=None, loss_func=None, n_inp=1
         return outputs, _gradients(net, loss_func(preds, *targets), _chosen_params(net, params), outputs)
 
 # %% ../nbs/20_actfns.ipynb #1be3c226
-def _density(values, low, high, n=512):
-    "Middles of `n` cells from `low` to `high`, and the estimated density there."
+def _density(values, low, high, least=0, n=512):
+    "Middles of `n` cells from `low` to `high`, and the density there, with a kernel no narrower than `least`."
     counts, edges = np.histogram(values, n, (low, high))
     width, quartiles = edges[1]-edges[0], np.quantile(values, [.25, .75])
-    band = .9*min(values.std(), np.ptp(quartiles)/1.34)*len(values)**-.2
+    band = max(.9*min(values.std(), np.ptp(quartiles)/1.34)*len(values)**-.2, least, width/2)
     reach = int(np.clip(4*band/width, 1, n//2-1))
-    kernel = np.exp(-.5*(np.arange(-reach, reach+1)*width/max(band, width/2))**2)
+    kernel = np.exp(-.5*(np.arange(-reach, reach+1)*width/band)**2)
     inside = np.convolve(np.ones(n), kernel, 'same')   # less than all of the kernel at the two ends
     return edges[:-1]+width/2, np.convolve(counts, kernel, 'same')/inside/(counts.sum()*width)
 
 def _draw_distribution(ax, values, color, bins, title):
     "Histogram and density of what is finite and not zero, without the outermost thousandths."
     values = values[np.isfinite(values) & (values != 0)].astype(float)
-    low, high = np.quantile(values, [.001, .999]) if len(values) else (0, 0)
+    ends = (.001, 'lower'), (.999, 'higher')
+    low, high = (np.quantile(values, q, method=side) if len(values) else 0 for q,side in ends)
     ax.set_title(title, fontsize=8)
     ax.set_yticks([])
     if not low < high: return ax.text(.5, .5, 'nothing but zeros' if not len(values) else f'all {low:.3g}',
                                       ha='center', transform=ax.transAxes, color='0.4')
     ax.hist(values, bins, range=(low, high), density=True, color=color, alpha=.4)
-    ax.plot(*_density(values, low, high), color=color)
+    ax.plot(*_density(values, low, high, (high-low)/bins/2), color=color)
     ax.ticklabel_format(axis='x', style='sci', scilimits=(-2, 3), useMathText=True)
     ax.locator_params(axis='x', nbins=4)
 
 def _draw_distributions(rows, color, bins, title, text):
     "A panel for each row."
     from miniai.plots import caption, get_grid
-    fig, axs = get_grid(len(rows), ncols=min(len(rows), 5), imsize=2.1)
+    fig, axs = get_grid(len(rows), ncols=min(len(rows), 5), imsize=2.2)
     fig.suptitle(title)
     for row,ax in zip(rows, axs.flat):
         zeros = f', {row["zeros"]:.0%} zero' if row['zeros'] > 0 else ''
@@ -660,11 +664,21 @@ def compare_act_fns(
             tables.append(_by_depth(_act_name(act_fn), *rows))
     return _draw_comparison(tables), pd.concat(tables, ignore_index=True)
 
+def _log_axis(axs):
+    "A logarithmic axis from power of ten to power of ten, for a row that shares it."
+    ys = np.concatenate([line.get_ydata() for ax in axs for line in ax.lines])
+    ys = np.log10(ys[np.isfinite(ys) & (ys > 0)])
+    if not len(ys): return
+    axs[0].set_yscale('log')
+    axs[0].set_ylim(10**np.floor(ys.min()), 10**max(np.ceil(ys.max()), np.floor(ys.min())+1))
+
 def _draw_comparison(tables):
+    from matplotlib.ticker import MaxNLocator
     from miniai.plots import caption, subplots
     fig, axs = subplots(3, len(tables), figsize=(1+1.45*len(tables), 5.4), sharex=True, sharey='row', squeeze=False)
     for column,table in zip(axs.T, tables): _draw_by_depth(column, table, table.function[0].replace('(', '\n('))
-    for ax in axs[:2].flat: ax.set_yscale('log')
+    for row in axs[:2]: _log_axis(row)
+    axs[0, 0].xaxis.set_major_locator(MaxNLocator(6, integer=True))
     for ax,label in zip(axs[:, 0], ('signal: std', 'gradient: norm', 'share')): ax.set_ylabel(label)
     axs[2, 0].set_ylim(-.05, 1.05)
     fig.legend(*axs[2, 0].get_legend_handles_labels(), loc='outside upper right', ncols=2, fontsize=8)
@@ -727,7 +741,7 @@ def _say_dead(table):
 @torch.no_grad()
 def measure_number_dead_neurons(
     net,           # any model
-    dl,            # loader of batches (inputs, targets) or of inputs
+    dl,            # loader of batches (inputs, targets) or of inputs; a tensor or tuple is one batch
     what=None,     # layers as for `select_modules`; default: the activation functions
     axis=None,     # function (module, ndim) -> axis of units; default: as the layer in front has it
     progress=True, # show a progress bar?
@@ -739,8 +753,9 @@ def measure_number_dead_neurons(
     `report` says which number to look at: 'dead', or 'saturated' for a function without exact zeros. Where that
     share can't be told (input overwritten in place, function not of each entry) it is NaN."""
     tallies, layers = {}, _layers_to_count(net, what)
+    hide = not (progress and (_in_notebook() or _in_terminal()))   # in a log file a bar would be many lines
     with _undisturbed(net, dl), _Taps(net, layers, partial(_count_in, tallies), axis) as taps:
-        for batch in tqdm(_batches(dl), leave=False, disable=None if progress else True):
+        for batch in tqdm([dl] if isinstance(dl, (torch.Tensor, tuple)) else dl, leave=False, disable=hide):
             taps.start()
             net(*_split(to_device(batch, _device(net)), n_inp, 'measure_number_dead_neurons')[0])
     if not tallies: raise ValueError('measure_number_dead_neurons: ' + (
