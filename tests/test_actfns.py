@@ -14,7 +14,7 @@ from miniai import actfns as mod
 from miniai import datasets
 from miniai.actfns import (ActivationFunction, BaseNetwork, BestEpochCB, LeakyReLU, PatienceCB, act_fn_by_name, compare_act_fns,
                            fashion_splits, get_act_fn, get_grads, load_model, load_notes, measure_number_dead_neurons, plot_act_fn,
-                           plot_act_fns, save_model, six, train_act_fns, visualize_activations, visualize_gradients)
+                           plot_act_fns, save_model, six_act_fns, train_act_fns, visualize_activations, visualize_gradients)
 from miniai.conv import conv
 from miniai.datasets import DataLoaders, fashion_mnist, idx_folder
 from miniai.hooks import count_hooks
@@ -284,7 +284,7 @@ def test_tied_and_transposed_weights(tmp_path):
 def test_gradients_of_the_six_on_real_images(batch):
     "Sigmoid's first layer gets next to nothing; the others are level."
     ratios = {}
-    for name in six:
+    for name in six_act_fns:
         net = seeded(name)
         fig, numbers = visualize_gradients(net, batch)
         assert all(p.grad is None for p in net.parameters())
@@ -360,6 +360,12 @@ def test_what_cannot_be_told_is_a_gap():
 def test_all_leaves_where_no_layer_is_an_activation_function():
     net = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
     assert visualize_activations(net, torch.randn(5, 6))[1].layer.tolist() == ['0', '1']
+
+def test_a_container_is_not_tried_on_the_record(batch):
+    "Trying a chosen layer calls what is in it; those calls are not outputs of the batch."
+    net = nn.Sequential(nn.Flatten(), nn.Sequential(nn.ReLU(), nn.Tanh()))
+    assert visualize_activations(net, batch, what=['1', '1.*'])[1].layer.tolist() == ['1.0', '1.1', '1']
+    assert measure_number_dead_neurons(net, [batch], what=['1', '1.*']).samples.tolist() == [256]*3
 
 def test_constant_and_all_zero_outputs_are_drawn():
     fig, numbers = visualize_activations(nn.Sequential(nn.Threshold(9, 0), nn.Threshold(9, 3)), torch.randn(5, 6))
@@ -451,7 +457,7 @@ def test_two_inputs(batch):
 # --- side by side ---
 
 def test_comparison_has_equal_axes_and_the_numbers_of_each(batch):
-    fig, table = compare_act_fns([*six, nn.Softsign()], batch)
+    fig, table = compare_act_fns([*six_act_fns, nn.Softsign()], batch)
     axs = np.array([o for o in fig.axes if o.get_visible()]).reshape(3, 7)
     for row in axs: assert len({ax.get_ylim() for ax in row}) == 1 and len({ax.get_xlim() for ax in row}) == 1
     assert [o.get_title() for o in axs[0]] == ['Sigmoid', 'Tanh', 'ReLU', 'LeakyReLU\n(alpha=0.1)', 'ELU', 'Swish', 'Softsign']
@@ -490,8 +496,7 @@ def test_dead_units_over_50_000_images():
     x, totals = dls.train.columns['image'], []
     for sizes in ([512, 256, 256, 128], [256]*5+[128]*5):
         net = seeded('relu', hidden_sizes=sizes)
-        loader = DataLoader(TensorDataset(x), 1024)
-        table = measure_number_dead_neurons(net, loader)
+        table = measure_number_dead_neurons(net, dls.train_all)
         assert table.indices.tolist() == dead_by_hand(net, x) and (table.samples == 50_000).all()
         assert table.dead.tolist() == [len(o) for o in table.indices] and table.units.tolist() == sizes
         np.testing.assert_allclose(table.share, table.dead/table.units)
@@ -670,7 +675,7 @@ def tiny_learner(*cbs):
     return Learner(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)), DataLoaders(dl, dl), F.cross_entropy, .1, [TrainCB(), *cbs])
 
 @pytest.mark.parametrize('values,patience,epochs,best', [
-    ([.1, .2, .3, .2, .1, .1, .9], 3, 6, 2), ([.1]*9, 7, 8, 0), ([.5, .4, .6, .1], 9, 4, 2), ([.1, .2, .3], 1, 3, 2)])
+    ([.1, .2, .3, .2, .1, .1, .9], 3, 6, 2), ([.1]*9, 7, 8, 0), ([.5, .4, .6, .1], 9, 4, 2), ([.1, .2, .3], 1, 3, 2), ([np.nan, .2, np.nan, np.nan], 2, 4, 1)])
 def test_patience_and_the_best_epoch(values, patience, epochs, best):
     keeps, cb = Keeps(), BestEpochCB()
     learn = tiny_learner(Says(values), keeps, cb, PatienceCB(patience))
@@ -695,6 +700,7 @@ def test_best_epoch_of_a_loss_after_an_error_and_in_a_trial():
     before = copy.deepcopy(learn.model.state_dict())
     learn.lr_find(max_epochs=9, plot=False)
     for k,v in learn.model.state_dict().items(): assert torch.equal(v, before[k])
+    assert cb.best == pytest.approx(losses.min()) and cb.best_epoch == losses.argmin()    # a trial does not count
     with pytest.raises(ValueError, match="no metric 'auc'"): tiny_learner(BestEpochCB('auc')).fit(1)
 
 def test_deterministic_mode_is_not_switched_off(small, tmp_path):
