@@ -153,10 +153,10 @@ def get_grads(
 
 # %% ../nbs/20_actfns.ipynb #41556f8f
 def plot_act_fn(
-    act_fn,         # as for `get_act_fn`
-    ax=None,        # Axes to draw on; default: those of a new figure
-    x_range=(-5, 5),# where to draw
-    legend=True     # name the two lines?
+    act_fn,          # as for `get_act_fn`
+    ax=None,         # Axes to draw on; default: those of a new figure
+    x_range=(-5, 5), # where to draw
+    legend=True      # name the two lines?
 ): # the Axes
     "Values and derivative of one activation function."
     from miniai.plots import plot_lines, subplots
@@ -169,10 +169,10 @@ def plot_act_fn(
 def _title(act_fn): return _act_name(act_fn).replace('(', '\n(')   # options on a line of their own
 
 def plot_act_fns(
-    act_fns=six_act_fns,     # names, classes, modules or functions
-    x_range=(-5, 5), # where to draw
-    ncols=3,         # panels in a row
-    imsize=2.4       # side of a panel in inches
+    act_fns=six_act_fns, # names, classes, modules or functions
+    x_range=(-5, 5),     # where to draw
+    ncols=3,             # panels in a row
+    imsize=2.4           # side of a panel in inches
 ): # the figure
     "Values and derivatives of several activation functions in one grid."
     from miniai.plots import get_grid
@@ -310,8 +310,8 @@ def _saved_act_fn(config, path):
     options = {k: v for k,v in config.items() if k != 'name'}
     try: return act_fn_by_name[config['name']](**options)
     except KeyError as e:
-        raise ValueError(f'load_model: {path}: {e.args[0]}. For another one build the network yourself '
-                         'and pass it as net=') from e
+        raise ValueError(f'load_model: {path}: {e.args[0]}. For another one add its class to act_fn_by_name, '
+                         'or build the network yourself and pass it as net=') from e
     except TypeError as e:
         raise ValueError(f'load_model: {path}: {config["name"]} does not take {options}') from e
 
@@ -533,15 +533,15 @@ def _outputs(net, inputs, layers):
     with _Taps(net, layers, lambda o: rows.append(_output_row(o))): preds = net(*inputs)
     return preds, rows
 
-def _chosen_params(net, pattern):
+def _chosen_params(net, pattern, who):
     "The parameters whose names `pattern` fits."
     names = [nm for nm,_ in unwrap(net).named_parameters()]
     found = [(nm, p) for nm,p in unwrap(net).named_parameters() if fnmatchcase(nm, pattern)]
     if any(p.requires_grad for _,p in found): return found
-    raise ValueError(f'visualize_gradients: no parameter that is trained is called like {pattern!r}; '
+    raise ValueError(f'{who}: no parameter that is trained is called like {pattern!r}; '
                      f'the model has {", ".join(names[:20])}')
 
-def _gradients(net, loss, params, outputs):
+def _gradients(loss, params, outputs):
     "A row for each parameter, with the saturated share of the outputs that its layer feeds."
     wanted = [p for _,p in params if p.requires_grad]
     grads = dict(zip(map(id, wanted), torch.autograd.grad(loss, wanted, allow_unused=True)))
@@ -558,7 +558,7 @@ def _look(net, batch_or_dl, who, what=None, params=None, loss_func=None, n_inp=1
         layers = _act_layers(net) if what is None else select_modules(net, what)
         preds, outputs = _outputs(net, inputs, layers)
         if not params: return outputs, []
-        return outputs, _gradients(net, loss_func(preds, *targets), _chosen_params(net, params), outputs)
+        return outputs, _gradients(loss_func(preds, *targets), _chosen_params(net, params, who), outputs)
 
 # %% ../nbs/20_actfns.ipynb #1be3c226
 def _density(values, low, high, least=0, n=512):
@@ -593,8 +593,9 @@ def _draw_distributions(rows, color, bins, title, text):
     for row,ax in zip(rows, axs.flat):
         zeros = f', {row["zeros"]:.0%} zero' if row['zeros'] > 0 else ''
         _draw_distribution(ax, row['values'], color, bins, f'{row["layer"]}\nstd {row["std"]:.2g}{zeros}')
-    caption(fig, text + ' Heights are densities, axes differ; exact zeros and the outermost 0.1% on each side '
-            'are not drawn.', size=9)
+    text += (' Heights are densities, axes differ; exact zeros and the outermost 0.1% on each side are '
+             'not drawn.')
+    caption(fig, text, size=9)
     return fig
 
 # %% ../nbs/20_actfns.ipynb #3ae4b15e
@@ -765,8 +766,8 @@ def _layers_to_count(net, what):
     if found := _act_layers(net): return found
     there = ', '.join(f'{nm} ({type(m).__name__})' for nm,m in select_modules(net)[:10])
     raise ValueError(f'measure_number_dead_neurons: {type(net).__name__} has no activation function as a '
-                     f'layer; it has {there}. Put nn.ReLU() and the like in the place of F.relu in forward, or '
-                     'choose layers with what=, by type or name')
+                     f'layer; it has {there}. Put nn.ReLU() and the like in the place of F.relu in forward, '
+                     'or choose layers with what=, by type or name')
 
 def _say_dead(table):
     "What was found, in a sentence for each kind of function."
@@ -938,7 +939,7 @@ def _trained(act_fn, seed, folder, nm, dls, device, settings, make_net, overwrit
 
 # %% ../nbs/20_actfns.ipynb #175d347f
 def train_act_fns(
-    act_fns=six_act_fns,               # names, classes, modules or functions
+    act_fns=six_act_fns,       # names, classes, modules or functions
     model_path='saved_models', # folder to save to, and to look in first
     dls=None,                  # with `.train`, `.valid`, `.test`; default: `fashion_splits(source, bs)`
     seeds=42,                  # one seed, or several
