@@ -21,7 +21,7 @@ from .cost import Cost, Pace
 from .device import set_seed
 from .history import History, UnitTracker
 from .hooks import Hook, Hooks, named_tensors, select_modules, unwrap, warn_if_compiled
-from .stats import abs_hist, layer_stat_names, layer_stats, near_zero, outside, unit_axis
+from .stats import abs_hist, layer_stat_names, layer_stats, near_zero, outside, stacked_stats, unit_axis
 
 # %% ../nbs/10_activations.ipynb #08949e34
 _all_ = ['Hook', 'Hooks', 'set_seed']
@@ -149,6 +149,7 @@ def _check_stats(stats):
 class ActivationStats(HooksCallback):
     "Means, deviations, histograms and dead units of each chosen layer's output; `history` has the rows."
     max_calls = 8 # of one module in one step that are told apart; a cell in a long loop would fill the table
+    small = 2**14 # entries up to which an output is copied, to be looked at with others of its shape
 
     def __init__(self,
         mod_filter=noop,      # predicate, type, name pattern or a list of these; default all leaves
@@ -197,9 +198,15 @@ class ActivationStats(HooksCallback):
         # a Learner of your own may not count its steps
         step = getattr(learn, 'n_steps', max(self.pace.seen['train']-1, 0))
         self._where = dict(step=step, epoch=getattr(learn, 'epoch', 0), phase=phase)
-        self._calls = Counter()
+        self._calls, self._small = Counter(), {}
 
-    def after_predict(self, learn): self._looked |= self.active   # what has not fired by now is silent
+    def after_predict(self, learn):
+        self._looked |= self.active   # what has not fired by now is silent
+        self._look_at_small()
+
+    def cleanup_batch(self, learn):
+        super().cleanup_batch(learn)
+        self._look_at_small()   # of a batch that was cut short
 
     def __getstate__(self): return {**vars(self), '_model': noop}   # a weak reference can't be pickled
 
@@ -225,17 +232,60 @@ def _record(self:ActivationStats, hook, mod, inp, outp):
 def _record_tensor(self:ActivationStats, layer, source, mod, a, call):
     if call: source = f'{source} (call {call+1})'
     axis = self.axes[source] = self.axis(mod, a.ndim)
-    dead = record_output(self.history, source, a, self.bins, self.hist_range, axis, self.stats,
-                         call=call, **self._where)
+    if a.numel() > self.small or a.layout != torch.strided: self._look_at(source, a, axis, call)
+    elif a.numel(): self._put_aside(source, a, axis, call)
     if source not in self.sources[layer]: self.sources[layer].append(source)
-    if dead is not None: self._tracker(source).update(dead, self._where['step'])
 
 @patch
-def _tracker(self:ActivationStats, source):
-    "The tracker of the units of `source` in this phase."
-    key = self._where['phase'], source
-    if key not in self.trackers: self.trackers[key] = UnitTracker()
-    return self.trackers[key]
+def _look_at(self:ActivationStats, source, a, axis, call):
+    "Record one output."
+    dead = record_output(self.history, source, a, self.bins, self.hist_range, axis, self.stats,
+                         call=call, **self._where)
+    if dead is not None: self._track((source,), dead[None])
+
+@patch
+def _put_aside(self:ActivationStats, source, a, axis, call):
+    "Copy a small output, since the next layer may overwrite it."
+    alike = a.shape, a.dtype, a.device, axis, call
+    self._small.setdefault(alike, []).append((source, a.detach().clone()))
+
+@patch
+def _look_at_small(self:ActivationStats):
+    "Record what was put aside, outputs of one shape together."
+    if not getattr(self, '_small', None): return
+    groups, self._small = self._small, {}
+    self.pace.begin_watch()
+    for (shape,_,_,axis,call),found in groups.items():
+        sources, outputs = zip(*found)
+        try: self._record_alike(sources, torch.stack(outputs), axis, shape[0] if shape else 1, call)
+        except Exception as e:
+            for source in sources: self._tell(source, f'could not be measured ({type(e).__name__}: {e})')
+    self.pace.end_watch()
+
+@patch
+def _record_alike(self:ActivationStats, sources, outputs, axis, samples, call):
+    values, dead = stacked_stats(outputs, axis, self.bins, self.hist_range, self.stats)
+    for stat,v in values.items():
+        self.history.record_many(sources, stat, v, samples=samples, call=call, **self._where)
+    if dead is not None: self._track(sources, dead)
+
+@patch
+def _track(self:ActivationStats, sources, dead):
+    "Follow the units of `sources`, `dead` [L, C], in one tracker as long as they come together."
+    phase, step = self._where['phase'], self._where['step']
+    known = [key for key in self.trackers if key[0] == phase and set(key[1]) & set(sources)]
+    if not known: self.trackers[phase, sources] = UnitTracker()
+    elif known != [(phase, sources)]: return self._track_apart(known, sources, dead)
+    self.trackers[phase, sources].update(dead, step)
+
+@patch
+def _track_apart(self:ActivationStats, known, sources, dead):
+    "Give each source of the trackers `known` a tracker of its own."
+    phase, step = self._where['phase'], self._where['step']
+    for key in known:
+        for source,part in zip(key[1], self.trackers.pop(key).split()): self.trackers[phase, (source,)] = part
+    for i,source in enumerate(sources):
+        self.trackers.setdefault((phase, (source,)), UnitTracker()).update(dead[i:i+1], step)
 
 @patch
 def _tell(self:ActivationStats, layer, what):
@@ -253,10 +303,10 @@ _why_silent = ('was never called. It is not part of what forward runs, or is use
 def cleanup_epoch(self:ActivationStats, learn):
     "Close the epoch: its dead units, a word on layers never called, and one transfer to the host."
     self.pace.begin_watch()
-    for (phase,source),tracker in self.trackers.items():
+    for (phase,sources),tracker in self.trackers.items():
         dead = tracker.end_epoch()
         if dead is None: continue   # no batch of this phase was looked at
-        self.history.record(source, 'dead_epoch', dead, **{**self._where, 'phase': phase})
+        self.history.record_many(sources, 'dead_epoch', dead, **{**self._where, 'phase': phase})
     for name in self.sources if self._looked else ():
         if name not in self._fired: self._tell(name, _why_silent)
     self.history.flush()   # the device is waited for here, once per epoch
@@ -284,6 +334,11 @@ def rows(self:ActivationStats,
     "The rows of the model that is watched now; those of earlier models stay in `history`."
     return self.history.series(source, stat, _check_phase(phase), self.first_run)
 
+@patch
+def panels(self:ActivationStats) -> list: # names, in model order; a layer that was never called is among them
+    "What gets a panel: every watched layer, each tensor of a nested output, each call in one step."
+    return [source for name,sources in self.sources.items() for source in sources or [name]]
+
 # %% ../nbs/10_activations.ipynb #9a1ef513
 @patch
 def dead_units(self:ActivationStats,
@@ -296,17 +351,19 @@ def dead_units(self:ActivationStats,
     it was dead throughout; `axis`: the axis of the output that was read as units."""
     _check_phase(phase)
     import pandas as pd
-    tables = [self._unit_table(*key) for key in self.trackers if key[0] == phase]
+    found = [(source, tracker, i) for (p,sources),tracker in self.trackers.items() if p == phase
+             for i,source in enumerate(sources)]
+    order = {source: i for i,source in enumerate(self.panels())}
+    tables = [self._unit_table(phase, *o) for o in sorted(found, key=lambda o: order[o[0]])]
     columns = 'layer unit dead since returned batches_dead batches epochs_dead axis'.split()
     if not tables: return pd.DataFrame(columns=columns)
     table = pd.concat(tables, ignore_index=True)[columns]
     return table.sort_values('batches_dead', ascending=False, kind='stable', ignore_index=True)
 
 @patch
-def _unit_table(self:ActivationStats, phase, source):
+def _unit_table(self:ActivationStats, phase, source, tracker, i):
     import pandas as pd
-    tracker = self.trackers[phase, source]
-    state = torch.stack([tracker.since, tracker.returns, tracker.batches_dead])
+    state = torch.stack([tracker.since[i], tracker.returns[i], tracker.batches_dead[i]])
     since, returned, batches_dead = state.cpu().numpy()   # waits for the device
     windows = [w for w in self.rows(source, 'dead_epoch', phase).values if len(w) == len(since)]
     epochs_dead = np.sum(windows, axis=0, dtype=int) if windows else np.zeros(len(since), dtype=int)
@@ -322,10 +379,7 @@ def _steps(s):
     "Where to draw the rows of a series: at their steps, or one after the other where the steps do not grow."
     return (s.steps, 'step') if (np.diff(s.steps) > 0).all() else (np.arange(len(s)), 'recorded batch')
 
-@patch
-def panels(self:ActivationStats) -> list: # names, in model order; a layer that was never called is among them
-    "What gets a panel: every watched layer, each tensor of a nested output, each call in one step."
-    return [source for name,sources in self.sources.items() for source in sources or [name]]
+
 
 # %% ../nbs/10_activations.ipynb #ea16e030
 def _shown_phase(astats, phase):

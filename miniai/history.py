@@ -6,7 +6,7 @@
 __all__ = ['Series', 'History', 'RunningMean', 'UnitTracker']
 
 # %% ../nbs/06_history.ipynb #6f442832
-import warnings
+import copy, warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -306,7 +306,7 @@ class UnitTracker:
         self.batches, self.epoch_dead = 0, None
 
     def update(self,
-        dead:torch.Tensor, # [C] bool, the units that are zero for the whole batch
+        dead:torch.Tensor, # [C] bool, or [L, C] of L layers: the units that are zero for the whole batch
         step:int           # training steps done so far
     ):
         "Take in one batch; nothing is read from the device."
@@ -318,10 +318,18 @@ class UnitTracker:
         self.batches += 1
         self.epoch_dead = dead if self.epoch_dead is None else self.epoch_dead & dead
 
-    def end_epoch(self) -> torch.Tensor: # [C] bool, dead in every batch of the epoch; None if it had none
+    def end_epoch(self) -> torch.Tensor: # bool, shape of `dead`: dead in every batch; None if there was none
         "Close the epoch's window and open the next."
         window, self.epoch_dead = self.epoch_dead, None
         return window
+
+    def split(self) -> list: # of trackers, one for each of the L layers
+        "Trackers that go on by themselves."
+        parts = [copy.copy(self) for _ in self.since]
+        for i,part in enumerate(parts):
+            tensors = {nm: v[i:i+1].clone() for nm,v in vars(self).items() if isinstance(v, torch.Tensor)}
+            vars(part).update(tensors)
+        return parts
 
     def nbytes(self) -> int: # of memory on the device
         "Bytes held."

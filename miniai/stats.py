@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['outside', 'layer_stat_names', 'mean_std', 'abs_hist', 'near_zero', 'activation_rate', 'unit_axis', 'unit_dead',
-           'layer_stats']
+           'stacked_stats', 'layer_stats']
 
 # %% ../nbs/01_stats.ipynb #c6ea750a
 from functools import lru_cache
@@ -62,26 +62,25 @@ class _Moments:
         var = (squares - left.square()/self.n)/(self.n - 1)
         return torch.stack([left/self.n*self.scale + self.shift, var.clamp_(min=0).sqrt_()*self.scale])
 
-class _ShortMoments:
-    "Mean and deviation of a tensor that is no longer than a part."
-    needs_abs = False
-    def add(self, o, m):
-        a, n = o.double(), o.numel()
-        mean = a.mean()
-        var = (a - mean).square_().sum()/(n - 1) if n else mean   # of nothing both are NaN
-        self.both = torch.stack([mean, var.sqrt()]).to(o.dtype)
-    def answer(self): return self.both
+def _short_moments(a):
+    "[L, 2] for each row of `a` [L, n]."
+    a, n = a.double(), a.shape[1]
+    mean = a.mean(1, keepdim=True)
+    var = (a - mean).square_().sum(1, keepdim=True)/(n - 1) if n else mean   # of nothing both are NaN
+    return torch.cat([mean, var.sqrt()], 1)
+
+def _is_short(a): return a.numel() <= 2**14 and a.device.type != 'mps'
 
 # %% ../nbs/01_stats.ipynb #46b9d56c
-def _moments(a): return _ShortMoments() if a.numel() <= 2**14 and a.device.type != 'mps' else _Moments(a)
-
 def mean_std(
     a:torch.Tensor # any shape and dtype
 ) -> torch.Tensor: # [2], float32 (float64 for float64): mean, and unbiased standard deviation as `torch.std`
     """Mean and standard deviation over all entries.
 
     NaN where torch has NaN: none at all, a single one's deviation, NaN inside."""
-    return _over_parts(a, _moments(a))[0]
+    if not _is_short(a): return _over_parts(a, _Moments(a))[0]
+    a = _widen(a)
+    return _short_moments(a.reshape(1, -1))[0].to(a.dtype)
 
 # %% ../nbs/01_stats.ipynb #e60e09af
 outside = 'below', 'above', 'inf', 'nan'
@@ -216,21 +215,51 @@ def unit_dead(
 # %% ../nbs/01_stats.ipynb #6ae20180
 layer_stat_names = 'mean', 'std', 'hist', 'death_rate'
 
+def _named(found, stats):
+    "The statistics by name, and the dead units."
+    if 'moments' in found: found['mean'], found['std'] = found.pop('moments').unbind(-1)
+    dead = found.pop('dead', None)
+    if dead is not None: found['death_rate'] = dead.mean(-1, dtype=torch.float32)
+    return {nm: found[nm] for nm in stats}, dead
+
+# %% ../nbs/01_stats.ipynb #627bfc08
+def _stacked_hist(m, bins, lo, hi):
+    "[L, bins+4] for `m` >= 0, [L, ...], which is used up."
+    rows = torch.arange(len(m), device=m.device, dtype=torch.int32)[:, None]*(bins+4)
+    slots = _slots(m.reshape(-1), bins, lo, hi).reshape(len(m), -1) + rows
+    return _count(slots.reshape(-1), len(m)*(bins+4)).reshape(len(m), -1).roll(-2, 1).int()
+
+def stacked_stats(
+    a:torch.Tensor,         # [L, B, ...], small outputs of L layers, with at least one entry
+    axis:int=1,             # the axis of the units in one of them, see `unit_axis`
+    bins:int=40,            # of the histograms, as for `abs_hist`
+    hist_range=(0., 10.),   # of the histograms, as for `abs_hist`
+    stats=layer_stat_names  # which of 'mean', 'std', 'hist', 'death_rate'
+) -> tuple: # {name: [L, ...]}, and [L, C] bool, the dead units (None if 'death_rate' is not asked for)
+    "As `layer_stats` of each of them."
+    axis, found = _with_units(a[0], axis)[1], {}
+    a = _widen(a if a.ndim > 2 else a.reshape(len(a), -1, 1))
+    if {'mean', 'std'} & set(stats): found['moments'] = _short_moments(a.flatten(1)).to(a.dtype)
+    m = a.abs() if {'death_rate', 'hist'} & set(stats) else None
+    if 'death_rate' in stats: found['dead'] = m.movedim(axis+1, -1).flatten(1, -2).amax(1) == 0
+    if 'hist' in stats: found['hist'] = _stacked_hist(m, bins, *_check_range(bins, hist_range))
+    return _named(found, stats)
+
+# %% ../nbs/01_stats.ipynb #8194e28e
+def _first(found, dead): return {nm: v[0] for nm,v in found.items()}, None if dead is None else dead[0]
+
 def layer_stats(
-    a:torch.Tensor,         # output of a layer, [B, ...]
+    a:torch.Tensor,         # output of a layer, [B, ...], with at least one entry
     axis:int=1,             # the axis of the units, see `unit_axis`
     bins:int=40,            # of the histogram, as for `abs_hist`
     hist_range=(0., 10.),   # of the histogram, as for `abs_hist`
     stats=layer_stat_names  # which of 'mean', 'std', 'hist', 'death_rate'
 ) -> tuple: # {name: small tensor}, and [C] bool, the dead units (None if 'death_rate' is not asked for)
     "What is asked for of one output, on its device."
+    if _is_short(a): return _first(*stacked_stats(a[None], axis, bins, hist_range, stats))
     a, axis = _with_units(a, axis)
     wanted = {}
-    if {'mean', 'std'} & set(stats): wanted['moments'] = _moments(a)
+    if {'mean', 'std'} & set(stats): wanted['moments'] = _Moments(a)
     if 'death_rate' in stats: wanted['dead'] = _Dead(axis)
     if 'hist' in stats: wanted['hist'] = _Hist(bins, *_check_range(bins, hist_range))   # last: uses `m` up
-    found = dict(zip(wanted, _over_parts(a, *wanted.values())))
-    if 'moments' in found: found['mean'], found['std'] = found.pop('moments').unbind()
-    dead = found.pop('dead', None)
-    if dead is not None: found['death_rate'] = dead.mean(dtype=torch.float32)
-    return {nm: found[nm] for nm in stats}, dead
+    return _named(dict(zip(wanted, _over_parts(a, *wanted.values()))), stats)

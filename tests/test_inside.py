@@ -293,6 +293,53 @@ def test_time_series_units_are_features():
     dead = astats.dead_units()
     assert dead[['layer', 'unit', 'axis']].values.tolist() == [['lin', 2, 2]]
 
+class Skips(nn.Module):
+    "Three layers of one width, the second of which rests in every other step; a unit of each dies for a while."
+    def __init__(self):
+        super().__init__()
+        self.lin, self.acts, self.n = nn.Linear(784, 4), nn.ModuleList(nn.ReLU() for _ in range(3)), 0
+    def forward(self, x):
+        x = self.lin(x.flatten(1)).abs() + 1
+        for i,act in enumerate(self.acts):
+            mask = torch.ones(4)
+            if self.n % 5 >= 2: mask[i] = 0
+            if i != 1 or self.n % 2 == 0: act(x*mask)
+        self.n += 1
+        return x.repeat(1, 3)[:, :10]
+
+@pytest.mark.parametrize('small', [0, 2**14])
+def test_units_are_followed_when_layers_rest(small):
+    learn, astats = watched_learner(Skips(), DataLoaders(batches(20), batches(1)), mod_filter=nn.ReLU)
+    astats.small = small                                  # looked at one by one, or together
+    learn.fit(1, valid=False)
+    table = astats.dead_units().set_index('layer')
+    steps = {f'acts.{i}': [n for n in range(20) if i != 1 or n%2 == 0] for i in range(3)}
+    for i,(layer,called) in enumerate(steps.items()):
+        dead = [n%5 >= 2 for n in called]
+        row = table.loc[layer]
+        assert (row.unit, row.batches, row.batches_dead) == (i, len(called), sum(dead))
+        assert row.returned == sum(a and not b for a,b in zip(dead, dead[1:]))
+        assert len(astats.rows(layer, 'mean')) == len(called) and astats.rows(layer, 'hist').steps.tolist() == called
+        if dead[-1]: assert row.since == next(called[k] for k in range(len(dead)) if all(dead[k:]))
+
+def test_together_or_one_by_one_gives_the_same_numbers():
+    found = []
+    for small in (0, 2**14):
+        torch.manual_seed(0)
+        learn, astats = watched_learner(nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(),
+                                                      nn.Linear(8, 10)), DataLoaders(batches(5), batches(1)))
+        astats.small = small
+        learn.fit(1)
+        found.append(astats)
+    one, together = found
+    assert one.panels() == together.panels()
+    for source in one.panels():
+        for stat in ('mean', 'std', 'hist', 'death_rate', 'dead_epoch'):
+            a, b = one.rows(source, stat), together.rows(source, stat)
+            assert (a.steps == b.steps).all() and (a.samples == b.samples).all()
+            np.testing.assert_allclose(a.values, b.values, rtol=1e-6)
+    assert one.dead_units().equals(together.dead_units())
+
 
 # --- compiled models ---
 
