@@ -65,8 +65,9 @@ class GeneralRelu(nn.Module):
         if self.sub is not None: x = x-self.sub
         return x if self.maxv is None else x.clamp(max=self.maxv)
 
-    def extra_repr(self): return ', '.join(f'{k}={v}' for k,v in self._set().items())
-    def _set(self): return {k: getattr(self, k) for k in ('leak','sub','maxv') if getattr(self, k) is not None}
+    def extra_repr(self):
+        values = {k: getattr(self, k) for k in ('leak', 'sub', 'maxv')}
+        return ', '.join(f'{k}={v}' for k,v in values.items() if v is not None)
 
 # %% ../nbs/11_init.ipynb #da4b1a05
 def plot_func(
@@ -89,7 +90,7 @@ def plot_func(
 
 # %% ../nbs/11_init.ipynb #90130b30
 class LayerNorm(nn.Module):
-    "Brings every sample to mean 0 and deviation 1, then scales and shifts it by two numbers that are learned."
+    "Brings every sample to mean 0 and deviation 1, then scales and shifts it by two learned numbers."
     def __init__(self,
         dummy=None, # the number of channels; not used
         eps=1e-5    # added to the variance
@@ -103,7 +104,7 @@ class LayerNorm(nn.Module):
 
 # %% ../nbs/11_init.ipynb #0d0ee39e
 class BatchNorm(nn.Module):
-    "Brings every channel of a batch to mean 0 and deviation 1, then scales and shifts it; as `nn.BatchNorm2d`."
+    "Brings every channel of a batch to mean 0 and deviation 1, then scales and shifts it."
     def __init__(self,
         nf:int,  # channels, the second axis of the input
         mom=0.1, # share of the newest batch in the running values
@@ -202,7 +203,7 @@ def init_weights(
 def undisturbed(
     model:nn.Module # any module
 ):
-    "Inside `with`: no gradients; afterwards modes, buffers, attributes of modules and random states are as before."
+    "No gradients inside; afterwards modes, buffers, attributes and random states are as before."
     kept = [(m, dict(vars(m)), {k: (o, None if o is None else o.clone()) for k,o in m._buffers.items()})
             for m in model.modules()]
     rng = _rng_state(None)
@@ -228,9 +229,10 @@ def _run(model, xb):
     with undisturbed(model): model.train()(*(xb if isinstance(xb, (tuple, list)) else [xb]))
 
 # %% ../nbs/11_init.ipynb #4adc7cfd
-_activations = set('''relu relu_ relu6 leaky_relu leaky_relu_ prelu rrelu rrelu_ elu elu_ selu selu_ celu celu_ gelu
-    silu mish hardswish hardtanh hardtanh_ tanh tanh_ sigmoid sigmoid_ hardsigmoid softplus softsign logsigmoid threshold
-    clamp clamp_ clamp_min clamp_min_ tanhshrink hardshrink softshrink'''.split())
+_activations = set('''relu relu_ relu6 leaky_relu leaky_relu_ prelu rrelu rrelu_ elu elu_ selu selu_ celu
+    celu_ gelu silu mish hardswish hardtanh hardtanh_ tanh tanh_ sigmoid sigmoid_ hardsigmoid softplus
+    softsign logsigmoid threshold clamp clamp_ clamp_min clamp_min_ tanhshrink hardshrink softshrink
+    '''.split())
 
 def _normal_grid(shape, device):
     "Values of a standard normal, evenly over its quantiles, for every channel of something of `shape`."
@@ -287,7 +289,7 @@ def _mark(self:_Followers, out, owners):
 
 # %% ../nbs/11_init.ipynb #79cb1c34
 def _own_weights(model):
-    "The layers whose weight is a parameter of theirs, and the names of those where it is computed, or not there yet."
+    "Layers with a weight of their own, and the names of those whose weight is computed or not there yet."
     found = [o for o in select_modules(model, lambda m: True) if isinstance(o[1], _weighted)]
     lazy = nn.parameter.is_lazy
     own = lambda m: m._parameters.get('weight') is not None and not lazy(m.weight)
@@ -302,7 +304,8 @@ def kaiming_init(
     "Kaiming initialisation by the nonlinearity that really follows each layer; biases become 0."
     import pandas as pd
     layers,others = _own_weights(unwrap(model))
-    followers,rows = _Followers(layers),{nm: ('computed weight, left as it is', None, None, None) for nm in others}
+    rows = {nm: ('computed weight, left as it is', None, None, None) for nm in others}
+    followers = _Followers(layers)
     with followers: _run(unwrap(model), xb)
     called = set().union(*followers.owners.values(), followers.found)
     for nm,m in layers: rows[nm] = _init_layer(m, followers.found.get(nm, ('nothing', 1.)), nm in called)
@@ -320,7 +323,7 @@ def _init_layer(m, follower, called):
 
 # %% ../nbs/11_init.ipynb #8b9a4679
 Tuned = namedtuple('Tuned', 'mean std passes note')
-Tuned.__doc__ = "What `lsuv_init` came to: mean and deviation at the end, forward passes, and what is to be said."
+Tuned.__doc__ = "What `lsuv_init` came to: mean and deviation at the end, passes, what is to be said."
 
 def _lsuv_stats(hook, mod, inp, outp):
     "Keep mean and deviation of the first call in a pass."
@@ -339,7 +342,7 @@ def _measure(model, xb, hook):
 
 # %% ../nbs/11_init.ipynb #78d20f05
 def _is_centred(m):
-    "Has `m` a mean near 0 for standard normal inputs? True for what cannot be asked, as a layer with weights."
+    "Is the mean of `m` near 0 for normal inputs? True for what can't be asked, as a layer with weights."
     if any(True for _ in m.parameters()): return True
     z = _normal_grid((1,), def_device)
     try: mean,std = mean_std(m(z)).tolist()
@@ -473,8 +476,8 @@ def lsuv(
     model = unwrap(model)
     pairs = _pairs(model, xb)
     before = _look_everywhere(model, pairs, xb)
-    todo = lambda layer, m, note: Tuned(0, 0, 0, note) if note else lsuv_init(model, m, layer, xb, tol, max_iter)
-    tuned = [todo(*pair[1:]) for pair in pairs]
+    tuned = [Tuned(0, 0, 0, note) if note else lsuv_init(model, m, layer, xb, tol, max_iter)
+             for _,layer,m,note in pairs]
     after = _look_everywhere(model, pairs, xb)
     rows = [(type(m).__name__, *b, *a, t.passes, t.note)
             for (_,_,m,_),b,a,t in zip(pairs, before, after, tuned)]
