@@ -23,7 +23,7 @@ from .callback import Callback
 from .conv import conv as _plain_conv
 from .device import clean_mem, def_device, to_device
 from .hooks import Hook, Hooks, select_modules, unwrap
-from .learner import DeviceCB, _rng_state, _set_rng_state
+from .learner import DeviceCB, _clone, _like, _rng_state, _set_rng_state
 from .stats import mean_std
 
 # %% ../nbs/11_init.ipynb #e5136692
@@ -204,8 +204,7 @@ def undisturbed(
     model:nn.Module # any module
 ):
     "No gradients inside; afterwards modes, buffers, attributes and random states are as before."
-    kept = [(m, dict(vars(m)), {k: (o, None if o is None else o.clone()) for k,o in m._buffers.items()})
-            for m in model.modules()]
+    kept = [(m, dict(vars(m)), {k: _clone(o) for k,o in m._buffers.items()}) for m in model.modules()]
     rng = _rng_state(None)
     try:
         with torch.no_grad(): yield
@@ -219,8 +218,7 @@ def _put_back(m, attrs, buffers):
     "The attributes and buffers of one module, as they were."
     vars(m).clear()
     vars(m).update(attrs)
-    for nm,(o,old) in buffers.items():
-        m._buffers[nm] = o if o is None else o.copy_(old)
+    for nm,old in buffers.items(): m._buffers[nm] = _like(old, m._buffers.get(nm))
 
 # %% ../nbs/11_init.ipynb #2c942588
 def _run(model, xb):
