@@ -142,6 +142,16 @@ _rnn_kernels = {torch.ops.aten.mkldnn_rnn_layer: _one_layer, torch.ops.aten._cud
 for _f in (_one_layer, _all_layers): _f._get_raw = True   # tensors, not shapes
 
 # %% ../nbs/14_augment.ipynb #803bdce2
+@contextmanager
+def _plain_attention():
+    "Inside `with`, attention is computed by matrix products, which are counted."
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH): yield
+    finally: torch.backends.mha.set_fastpath_enabled(before)
+
+# %% ../nbs/14_augment.ipynb #cef5a5f5
 def _watch(learn, chosen):
     "Run the model on the current batch: multiply-adds by name, and calls of the chosen modules by name."
     calls = {nm: [] for nm,_ in chosen}
@@ -149,8 +159,7 @@ def _watch(learn, chosen):
     learn.model = unwrap(learn.model)
     learn.model.eval()
     counter = FlopCounterMode(display=False, custom_mapping=_rnn_kernels)
-    # attention as matrix products, which are counted
-    with sdpa_kernel(SDPBackend.MATH), counter, Hooks(chosen, note): learn.predict()
+    with _plain_attention(), counter, Hooks(chosen, note): learn.predict()
     root,counts = type(learn.model).__name__,counter.get_flop_counts()
     flops = {nm: sum(o.values()) for nm,o in counts.items()}
     macs = {nm: flops.get(root if m is learn.model else f'{root}.{nm}', 0)/2 for nm,m in chosen}

@@ -186,6 +186,11 @@ def _fan_in(m):
     if not getattr(m, 'transposed', False): return m.weight[0].numel()
     return m.in_channels//m.groups*math.prod(m.kernel_size)/math.prod(m.stride)   # a mean over positions
 
+def _has_weights(m):
+    "Is `m` a layer whose weight is a parameter of its own, not computed and not still without a size?"
+    weight = m._parameters.get('weight') if isinstance(m, _weighted) else None
+    return weight is not None and not nn.parameter.is_lazy(weight)
+
 @torch.no_grad()
 def _draw_weights(m, gain): m.weight.normal_(0, gain/math.sqrt(max(_fan_in(m), 1)))
 
@@ -195,8 +200,7 @@ def init_weights(
     leaky=0.     # negative slope of the activations that follow; 0 for ReLU
 ):
     "Kaiming initialisation of the weights of a convolution or linear layer, for `model.apply`."
-    own = isinstance(m, _weighted) and m._parameters.get('weight') is not None
-    if own: _draw_weights(m, nn.init.calculate_gain('leaky_relu', leaky))
+    if _has_weights(m): _draw_weights(m, nn.init.calculate_gain('leaky_relu', leaky))
 
 # %% ../nbs/11_init.ipynb #f7c298cf
 @contextmanager
@@ -289,9 +293,7 @@ def _mark(self:_Followers, out, owners):
 def _own_weights(model):
     "Layers with a weight of their own, and the names of those whose weight is computed or not there yet."
     found = [o for o in select_modules(model, lambda m: True) if isinstance(o[1], _weighted)]
-    lazy = nn.parameter.is_lazy
-    own = lambda m: m._parameters.get('weight') is not None and not lazy(m.weight)
-    return [o for o in found if own(o[1])],[nm for nm,m in found if not own(m)]
+    return [o for o in found if _has_weights(o[1])],[nm for nm,m in found if not _has_weights(m)]
 
 # %% ../nbs/11_init.ipynb #0fd1ddaf
 @torch.no_grad()
