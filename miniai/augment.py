@@ -230,7 +230,7 @@ class CapturePreds(Callback):
 
     def cleanup_epoch(self, learn):
         if learn.training: return
-        for nm in ('all_inps', 'all_preds', 'all_targs'): setattr(self, nm, _joined(getattr(self, nm)))
+        for nm in ('all_inps', 'all_preds', 'all_targs'): setattr(self, nm, _joined(getattr(self, nm, None)))
 
 # %% ../nbs/14_augment.ipynb #3bb51314
 def _parts(learn):
@@ -285,21 +285,26 @@ def tta(self:Learner,
     return torch.stack(preds).mean(0),found[0][1]
 
 # %% ../nbs/14_augment.ipynb #10d9c247
+def _check_pictures(x, pct, who):
+    if not 0 < pct <= 1: raise ValueError(f'{who}: pct is {pct!r}; it must be above 0 and at most 1')
+    if x.ndim==4: return
+    raise ValueError(f'{who}: got shape {tuple(x.shape)}; it takes a batch of pictures [B, C, H, W]')
+
+# %% ../nbs/14_augment.ipynb #6e450344
 def _corner(x, pct):
     "A random rectangle of `pct` of height and width, as slices."
-    if not 0 < pct <= 1: raise ValueError(f'pct is {pct!r}; it must be above 0 and at most 1')
-    if x.ndim!=4: raise ValueError(f'got shape {tuple(x.shape)}; it takes a batch of pictures [B, C, H, W]')
     sizes = [(o, max(int(pct*o), 1)) for o in x.shape[-2:]]
     starts = [random.randint(0, whole-part) for whole,part in sizes]
     return (..., *(slice(a, a+part) for a,(_,part) in zip(starts, sizes)))
 
-# %% ../nbs/14_augment.ipynb #6e450344
+# %% ../nbs/14_augment.ipynb #6dd37354
 def rand_erase(
     x,         # pictures [B, C, H, W]
     pct=0.2,   # height and width of a rectangle, as a share of the picture's
     max_num=4  # rectangles at most; from none to so many
 ): # new pictures
     "Fill rectangles with noise; their number and places come from Python's `random`."
+    _check_pictures(x, pct, 'rand_erase')
     res,(xm,xs,low,high) = x.clone(),_range(x)
     for _ in range(random.randint(0, max_num)):
         place = _corner(x, pct)
@@ -312,13 +317,14 @@ def _range(x):
     a = x if x.is_floating_point() else x.float()
     return (*mean_std(a), a.min(), a.max())
 
-# %% ../nbs/14_augment.ipynb #6dd37354
+# %% ../nbs/14_augment.ipynb #70124de8
 def rand_copy(
     x,         # pictures [B, C, H, W]
     pct=0.2,   # as for `rand_erase`
     max_num=4  # as for `rand_erase`
 ): # new pictures
     "Fill rectangles with other parts of the same picture."
+    _check_pictures(x, pct, 'rand_copy')
     res = x.clone()
     for _ in range(random.randint(0, max_num)):
         source,place = _corner(x, pct),_corner(x, pct)

@@ -10,7 +10,6 @@ __all__ = ['Tuned', 'BatchTransformCB', 'GeneralRelu', 'plot_func', 'LayerNorm',
 import math
 from collections import namedtuple
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -304,7 +303,7 @@ def kaiming_init(
     "Kaiming initialisation by the nonlinearity that really follows each layer; biases become 0."
     import pandas as pd
     layers,others = _own_weights(unwrap(model))
-    rows = {nm: ('computed weight, left as it is', None, None, None) for nm in others}
+    rows = {nm: ('weight computed or lazy, left as it is', None, None, None) for nm in others}
     followers = _Followers(layers)
     with followers: _run(unwrap(model), xb)
     called = set().union(*followers.owners.values(), followers.found)
@@ -327,9 +326,9 @@ Tuned.__doc__ = "What `lsuv_init` came to: mean and deviation at the end, passes
 
 def _lsuv_stats(hook, mod, inp, outp):
     "Keep mean and deviation of the first call in a pass."
-    # waits for the device, once a pass; this is no training step
-    if hook.stats is None: hook.stats = mean_std(next(o for o in tree_leaves(outp)
-                                                      if isinstance(o, torch.Tensor))).tolist()
+    if hook.stats is not None: return
+    out = next(o for o in tree_leaves(outp) if isinstance(o, torch.Tensor))
+    hook.stats = mean_std(out).tolist()   # waits for the device, once a pass; this is no training step
 
 # %% ../nbs/11_init.ipynb #aa083c26
 def _measure(model, xb, hook):
@@ -344,8 +343,8 @@ def _measure(model, xb, hook):
 def _is_centred(m):
     "Is the mean of `m` near 0 for normal inputs? True for what can't be asked, as a layer with weights."
     if any(True for _ in m.parameters()): return True
-    z = _normal_grid((1,), def_device)
-    try: mean,std = mean_std(m(z)).tolist()
+    try:
+        with undisturbed(m): mean,std = mean_std(m(_normal_grid((1,), def_device))).tolist()
     except Exception: return True   # not a function of single numbers
     return abs(mean) < std/4
 
@@ -387,14 +386,14 @@ class _Search:
     def __init__(self, m_in, shift, tol):
         self.m_in,self.shift,self.tol = m_in,shift,tol
         self.first,self.best,self.best_error = _state(m_in),None,math.inf
-        self.passes,self.stale,self.dead = 0,0,False
+        self.passes = self.stale = 0
 
     def look(self, mean, std, max_iter):
         "Take in one pass; whether to change something and run another."
         self.passes += 1
         self.mean,self.std = mean,std
-        self.dead = not (math.isfinite(mean) and math.isfinite(std)) or std <= 1e-12*abs(mean) or std==0
-        if self.dead: return False
+        # below a millionth of the mean, float32 has only noise
+        if not (math.isfinite(mean) and math.isfinite(std)) or std <= 1e-6*abs(mean): return False
         error = max(abs(std-1), abs(mean) if self.shift else 0)
         self.stale = 0 if error < 0.9*self.best_error else self.stale+1
         if error < self.best_error: self.best,self.best_error,self.stats = _state(self.m_in),error,(mean, std)
