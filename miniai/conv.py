@@ -21,9 +21,10 @@ def conv(
     ks:int=3, # side of the kernel
     stride:int=2, # 2 halves height and width, rounding up
     act:bool=True, # put a ReLU behind it?
+    bias:bool=True, # add a number for each filter?
 ): # `nn.Sequential(Conv2d, ReLU)`, or the bare `nn.Conv2d`
     "A convolution with 'same' padding, and a ReLU unless `act` is off."
-    res = nn.Conv2d(ni, nf, kernel_size=ks, stride=stride, padding=ks//2)
+    res = nn.Conv2d(ni, nf, kernel_size=ks, stride=stride, padding=ks//2, bias=bias)
     return nn.Sequential(res, nn.ReLU()) if act else res
 
 # %% ../nbs/07_conv.ipynb #6634c834

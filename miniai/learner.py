@@ -218,8 +218,9 @@ def _no_batches(self:Learner):
 @patch
 def _drop_grads(self:Learner):
     "Zero the gradients of everything that is trained."
-    if hasattr(self.opt, 'zero_grad'): self.opt.zero_grad()
-    else: self.model.zero_grad()
+    self.model.zero_grad()   # not `opt.zero_grad`: one written by hand may need gradients to be there
+    for group in getattr(self.opt, 'param_groups', ()):
+        for p in group['params']: p.grad = None
 
 @patch
 def record(self:Learner,
