@@ -418,8 +418,7 @@ def _placed(column):
 @patch
 def merge(self:History,
     tables:list,    # of all processes, this one among them: what `state_dict(unmerged=True)` gave
-    rules:dict=None,# stat -> function of `Parts` that gives the value; default the mean over samples
-    drop=()         # stats that only the rules need
+    rules:dict=None # stat -> function of `Parts` that gives the value; default the mean over samples
 ):
     "Rows since the last merge become those of all processes together; in training, steps that all have."
     mine = [o['key'] for o in self.state_dict()['columns']]
@@ -427,8 +426,15 @@ def merge(self:History,
     for key in mine:
         rule = (rules or {}).get(key[2], Parts.mean)
         self._columns[key]._take_merged(*_merged(key, placed, rule))
-    for key in [o for o in mine if o[2] in drop]:
-        del self._columns[key], self._series[key]
+
+@patch
+def drop(self:History,
+    *stats # names of statistics
+):
+    "Forget these statistics of all sources."
+    self.flush()
+    for key in [o for o in self._columns if o[2] in stats]: del self._columns[key]
+    for key in [o for o in self._series if o[2] in stats]: del self._series[key]
 
 def _merged(key, placed, rule):
     "Facts and values of one series over all processes."
