@@ -18,8 +18,8 @@ from fastcore.basics import noop, patch
 
 from .callback import Callback
 from .cost import Cost, Pace
-from .device import set_seed
-from .history import History, UnitTracker
+from .device import set_seed, to_device
+from .history import History, Parts, UnitTracker
 from .hooks import Hook, Hooks, named_tensors, select_modules, unwrap, warn_if_compiled
 from .stats import abs_hist, layer_stat_names, layer_stats, near_zero, outside, stacked_stats, unit_axis
 
@@ -168,7 +168,7 @@ class ActivationStats(HooksCallback):
         _check_stats(stats)
         abs_hist(torch.zeros(1), bins, hist_range)   # complains here rather than in the first forward
         self.bins, self.hist_range, self.axis = bins, hist_range, axis or unit_axis
-        self.stats = tuple(stats)
+        self.stats, self._shared, self._before_fit = tuple(stats), False, []
         self.history, self.first_run, self._model = History(max_bytes=max_bytes), 0, noop
         self._start_model()
 
@@ -181,16 +181,23 @@ class ActivationStats(HooksCallback):
     def before_fit(self, learn):
         super().before_fit(learn)
         self._where = None
+        self._shared = getattr(learn, 'n_processes', 1) > 1   # each process sees a part of the batch
         run = self.history.run if getattr(learn, 'trial', False) else self.history.start_run()
         model = unwrap(learn.model)
         if self._model() is not model:
             self._start_model()
             self._model, self.first_run = weakref.ref(model), max(run, 0)
+        self._before_fit = self._tracker_states()
         for hook in self.hooks:
             self.sources.setdefault(hook.name, [])
+            self.kinds[hook.name] = type(hook.m).__name__
+        self._give_stats()
+
+    def _give_stats(self):
+        "Every hook gets its view of the history."
+        for hook in self.hooks:
             source = (self.sources[hook.name] or [hook.name])[0]
             hook.stats = LayerStats(self.history, source, first_run=self.first_run)
-            self.kinds[hook.name] = type(hook.m).__name__
 
     def before_batch(self, learn):
         super().before_batch(learn)
@@ -207,6 +214,16 @@ class ActivationStats(HooksCallback):
     def cleanup_batch(self, learn):
         super().cleanup_batch(learn)
         self._look_at_small()   # of a batch that was cut short
+
+    def _tracker_states(self):
+        copied = lambda o: o.clone() if isinstance(o, torch.Tensor) else o
+        return [(*key, {k: copied(v) for k,v in o.state_dict().items()}) for key,o in self.trackers.items()]
+
+    def _load_trackers(self, states):
+        self.trackers = {}
+        for phase,sources,state in states:
+            tracker = self.trackers[phase, tuple(sources)] = UnitTracker()
+            tracker.load_state_dict(state)
 
     def __getstate__(self): return {**vars(self), '_model': noop}   # a weak reference can't be pickled
 
@@ -232,16 +249,27 @@ def _record(self:ActivationStats, hook, mod, inp, outp):
 def _record_tensor(self:ActivationStats, layer, source, mod, a, call):
     if call: source = f'{source} (call {call+1})'
     axis = self.axes[source] = self.axis(mod, a.ndim)
-    if a.numel() > self.small or a.layout != torch.strided: self._look_at(source, a, axis, call)
+    if a.numel() > self.small or a.layout != torch.strided or self._shared:
+        self._look_at(source, a, axis, call)
     elif a.numel(): self._put_aside(source, a, axis, call)
     if source not in self.sources[layer]: self.sources[layer].append(source)
 
 @patch
 def _look_at(self:ActivationStats, source, a, axis, call):
     "Record one output."
-    dead = record_output(self.history, source, a, self.bins, self.hist_range, axis, self.stats,
+    stats = ('mean', *self.stats) if self._shared else self.stats
+    dead = record_output(self.history, source, a, self.bins, self.hist_range, axis, stats,
                          call=call, **self._where)
+    if self._shared: self._record_for_merge(source, a, dead, call)
     if dead is not None: self._track((source,), dead[None])
+
+@patch
+def _record_for_merge(self:ActivationStats, source, a, dead, call):
+    "What `merge` needs of each process: how many entries, and which units are dead."
+    if not a.numel(): return
+    where = dict(samples=len(a) if a.ndim else 1, call=call, **self._where)
+    self.history.record(source, 'count', torch.tensor(a.numel()), **where)
+    if dead is not None: self.history.record(source, 'dead', dead, **where)
 
 @patch
 def _put_aside(self:ActivationStats, source, a, axis, call):
@@ -319,6 +347,61 @@ def cost(self:ActivationStats) -> Cost: # seconds, bytes, layers, steps seen and
     "What watching this model has cost so far, and the memory that all rows take."
     trackers = [o.nbytes() for o in self.trackers.values()]
     return self.pace.cost(self.history.nbytes + sum(trackers), len(self))
+
+# %% ../nbs/10_activations.ipynb #9b8eb75a
+_saved = 'sources', 'kinds', 'axes', 'first_run', '_looked', '_before_fit'
+
+@patch
+def state_dict(self:ActivationStats) -> dict: # history, trackers of dead units, and where the fit is
+    "What is needed to go on."
+    pace = dict(seen=dict(self.pace.seen), sampled=dict(self.pace.sampled))
+    return dict(history=self.history.state_dict(), trackers=self._tracker_states(), pace=pace,
+                fired=sorted(self._fired), **{nm: getattr(self, nm) for nm in _saved})
+
+@patch
+def load_state_dict(self:ActivationStats,
+    state:dict, # as `state_dict` gave it
+    device='cpu' # of the model
+):
+    "Go on from there; in a fit, or before one with the same model."
+    state = to_device(state, device)
+    self.history.load_state_dict(state['history'])
+    self._load_trackers(state['trackers'])
+    for nm in _saved: setattr(self, nm, state[nm])
+    self._fired,self.pace.seen = set(state['fired']),Counter(state['pace']['seen'])
+    self.pace.sampled = Counter(state['pace']['sampled'])
+    self._give_stats()
+
+# %% ../nbs/10_activations.ipynb #b6b6112f
+def _std_of_all(parts):
+    "The unbiased deviation over the entries of all parts, by their counts, means and deviations."
+    all_parts = parts.others('count'), parts.others('mean'), parts.values
+    n, mean, std = (np.array(o, dtype=np.float64) for o in all_parts)
+    middle = np.average(mean, weights=n)
+    return np.sqrt(((n-1)*std**2 + n*(mean-middle)**2).sum()/(n.sum()-1)).astype(np.float32)
+
+def _mean_of_all(parts): return np.float32(np.average(parts.values, weights=parts.others('count')))
+def _dead_in_all(parts): return np.float32(np.all(parts.others('dead'), axis=0).mean())
+
+_merge_rules = dict(mean=_mean_of_all, std=_std_of_all, death_rate=_dead_in_all, hist=Parts.sum,
+                    count=Parts.sum, dead=Parts.all, dead_epoch=Parts.all)
+
+@patch
+def merge(self:ActivationStats,
+    gather # function: an object -> the list of those of all processes
+):
+    "Make what this process has recorded in this fit that of all processes together."
+    if not self._shared: return
+    self.history.merge(gather(self.history.state_dict(unmerged=True)), _merge_rules)
+    self._load_trackers(self._before_fit)
+    for phase,source,stat in self.history.keys():
+        if stat != 'dead': continue
+        rows = self.history.series(source, 'dead', phase, self.history.run)
+        for dead,step in zip(torch.from_numpy(rows.values), rows.steps.tolist()):
+            self._where = dict(phase=phase, step=step)
+            self._track((source,), dead[None])
+    for tracker in self.trackers.values(): tracker.end_epoch()
+    self.history.drop('count', 'dead')
 
 # %% ../nbs/10_activations.ipynb #ef2c2d55
 def _check_phase(phase):

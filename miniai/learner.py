@@ -25,7 +25,7 @@ from .callback import (Callback, CancelBatchException, CancelEpochException, Can
                              bind_event, call_event, events, explained, give_learner, run_cbs, warn_misspelt,
                              with_cbs, work_events)
 from .device import def_device, to_cpu, to_device
-from .history import History, RunningMean
+from .history import History, RunningMean, is_main
 
 # %% ../nbs/09_learner.ipynb #327ecf9f
 _all_ = ['Callback', 'CancelFitException', 'CancelBatchException', 'CancelEpochException',
@@ -59,6 +59,8 @@ class Learner:
         self.cbs,self.history,self.opt = L(as_cbs(cbs)),History(),None
         self.epoch,self.epochs_done,self.n_steps = 0,0,0   # n_steps: training steps before the current batch
         self._in_phase,self.trial = None,False  # what the epoch is for, in a fit; whether `lr_find` is trying
+        self.hold = False   # set by a callback before a batch: add up its gradients with those of the next
+        self._resume = self._rng = None   # how to go on from a file; random state before the training epoch
         self._bound,self._bound_cbs = {},None   # event -> functions, and the callbacks that was made for
 
     @with_cbs('batch')
@@ -73,6 +75,7 @@ class Learner:
     def _update(self):
         try:
             self.backward()
+            if self.hold: return
             self.callback('after_backward')
             self.step()
             self._stepped = True
@@ -84,7 +87,7 @@ class Learner:
 
     @with_cbs('epoch')
     def _one_epoch(self):
-        for self.iter,self.batch in enumerate(self.dl):
+        for self.iter,self.batch in self._numbered():
             self._stepped = False
             try: self._one_batch()
             finally: self.n_steps += self._stepped
@@ -99,6 +102,7 @@ class Learner:
 
     @with_cbs('fit')
     def _fit(self, train, valid):
+        if self._resume and not self.epochs: self._resume.load(self)   # it had come to its end
         for self.epoch in self.epochs:
             if train: self.one_epoch(True)
             if valid:
@@ -111,14 +115,15 @@ class Learner:
         valid=True,    # with a validation pass
         cbs=None,      # callbacks for this fit only
         lr=None,       # instead of the learner's
-        reset_opt=True # False: keep optimizer and gradients of the last fit, and go on counting epochs
+        reset_opt=True,# False: keep optimizer and gradients of the last fit, and go on counting epochs
+        resume=None    # a file of `miniai.checkpoint`, or a folder of them: go on where that fit was
     ):
         "Train and validate; the mode (train or eval) of every module is afterwards what it was before."
         added = [o for o in as_cbs(cbs) if not any(o is cb for cb in self.cbs)]
         modes = [(self.model, self.model.training), *((m, m.training) for m in self.model.modules())]
         try:
             for o in added: self.cbs.append(o)
-            self._start(n_epochs, train, valid, lr, reset_opt)
+            self._start(n_epochs, train, valid, lr, reset_opt, resume)
             self._fit(train, valid)
         finally:
             self._end(added, modes)
@@ -170,7 +175,7 @@ def _names(cbs): return ', '.join(type(o).__name__ for o in cbs) or 'none'
 
 # %% ../nbs/09_learner.ipynb #d8344205
 @patch
-def _start(self:Learner, n_epochs, train, valid, lr, reset_opt):
+def _start(self:Learner, n_epochs, train, valid, lr, reset_opt, resume):
     "Check what can be checked, make the optimizer, open a run in the history."
     self._bind()
     warn_misspelt(self.cbs)
@@ -180,7 +185,25 @@ def _start(self:Learner, n_epochs, train, valid, lr, reset_opt):
     if train: self._ready_opt(lr, reset_opt)
     first = self.epochs_done if train and not reset_opt else 0
     self.n_epochs,self.epochs = n_epochs,range(first, first+n_epochs)
+    self._resume = None if resume is None else self._checkpoint(resume, train)
+    if self._resume: self.epochs = self._resume.epochs(n_epochs)
     self.history.start_run()
+
+@patch
+def _checkpoint(self:Learner, path, train):
+    "What is needed to go on from `path`; None if there is nothing yet."
+    if not train: raise ValueError('fit: resume goes on with a training; it cannot be given with train=False')
+    try: opened = self.open_checkpoint
+    except AttributeError as e: raise ImportError('fit: resume needs `import miniai.checkpoint`') from e
+    return opened(path)
+
+@patch
+def _numbered(self:Learner):
+    "The batches of this pass with their numbers; after a resume, those that were done are left out."
+    resume,self._resume = self._resume,None
+    if resume and self.training: return resume.batches(self)
+    if self.training: self._rng = _rng_state(self.dls)
+    return enumerate(self.dl)
 
 # %% ../nbs/09_learner.ipynb #6e5276ea
 @patch
@@ -253,10 +276,31 @@ def _end(self:Learner, added, modes):
         if any(self.cbs[i] is o for o in added): del self.cbs[i]
     if self.model is not modes[0][0]: self.model.train(modes[0][1])   # a callback has wrapped the model
     for m,training in modes: m.training = training
-    self._in_phase = None
+    self._in_phase,self._resume,self.hold = None,None,False
     for nm in {'preds', 'loss'} & set(vars(self)):   # the last graph may go
         setattr(self, nm, _detach(getattr(self, nm)))
     self.history.flush()
+
+# %% ../nbs/09_learner.ipynb #3247e01c
+def _generators(dl):
+    "The random generators that a loader was given."
+    parts = dl, getattr(dl, 'sampler', None), getattr(getattr(dl, 'batch_sampler', None), 'sampler', None)
+    found = [getattr(o, 'generator', None) for o in parts]
+    return [o for o in found if isinstance(o, torch.Generator)]
+
+def _rng_state(dls):
+    "All random states that a fit draws from."
+    return (random.getstate(), np.random.get_state(), torch.get_rng_state(),
+            torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None,
+            [(g, g.get_state()) for g in _generators(getattr(dls, 'train', None))])
+
+def _set_rng_state(state):
+    python,numpy,cpu,cuda,gens = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda is not None: torch.cuda.set_rng_state_all(cuda)
+    for g,s in gens: g.set_state(s)
 
 # %% ../nbs/09_learner.ipynb #5bccbe23
 def _split_batch(
@@ -334,6 +378,10 @@ class _FuncMetric:
         if not isinstance(res, torch.Tensor): res = torch.tensor(float(res))
         self.mean.update(res, _batch_size(targets))
     def compute(self): return self.mean.compute()
+    def state_dict(self): return self.mean.state_dict()
+    def load_state_dict(self, state): self.mean.load_state_dict(state)
+    def merge_state(self, others):
+        for o in others: self.mean.merge(o.mean)
 
 # %% ../nbs/09_learner.ipynb #c9364659
 def _as_metric(nm, o):
@@ -377,7 +425,8 @@ class MetricsCB(Callback):
         self.metrics,self.loss,self._device = _named_metrics(ms, metrics),RunningMean(),None
         self.all_metrics = {**self.metrics, 'loss': self.loss}
 
-    def _log(self, d): print(d)
+    def _log(self, d):
+        if is_main(): print(d)
 
     def before_fit(self, learn): learn.metrics,self._device = self,None
 
@@ -427,6 +476,34 @@ def _record(self:MetricsCB, learn, nm, v):
     "A number or tensor goes into the history; other results do not fit into a table."
     if isinstance(v, (torch.Tensor, int, float, np.number)):
         learn.record('epoch', nm, v, samples=self.loss.weight)
+
+# %% ../nbs/09_learner.ipynb #ec9f5120
+def _metric_state(o):
+    "What metric `o` has counted; None if it cannot be told."
+    if hasattr(o, 'metric_state'):   # of torchmetrics
+        return {**o.metric_state, '_update_count': o._update_count}
+    return o.state_dict() if hasattr(o, 'state_dict') else None
+
+def _load_metric(o, state):
+    if not hasattr(o, 'metric_state'): return o.load_state_dict(state)
+    for nm,v in state.items(): setattr(o, nm, v)
+
+@patch
+def state_dict(self:MetricsCB) -> dict: # batches counted, and the state of every metric by name
+    "What is needed to go on in the middle of an epoch."
+    states = {nm: _metric_state(o) for nm,o in self.all_metrics.items()}
+    silent = [nm for nm,state in states.items() if state is None]
+    if silent and getattr(self, 'n', 0):
+        warnings.warn(f'MetricsCB: {", ".join(silent)} has no state_dict, so an epoch that is resumed in its '
+                      'middle counts the rest of it only', stacklevel=2)
+    return dict(n=getattr(self, 'n', 0), states=states)
+
+@patch
+def load_state_dict(self:MetricsCB, state):
+    "Go on from there."
+    self.n = state['n']
+    for nm,o in self.all_metrics.items():
+        if state['states'].get(nm) is not None: _load_metric(o, state['states'][nm])
 
 # %% ../nbs/09_learner.ipynb #371b68b6
 class _LateValue:
@@ -486,7 +563,7 @@ class ProgressCB(Callback):
     ): self.plot = plot
 
     def before_fit(self, learn):
-        self.notebook,self.terminal = _in_notebook(),_in_terminal()
+        self.notebook,self.terminal = _in_notebook() and is_main(),_in_terminal() and is_main()
         self.rows,self._keys,self._table,self._picture = [],None,_Display(),_Display()
         self._smooth,self._late,self._mean = None,_LateValue(),RunningMean()
         self._next,self._next_draw = 0.,time.monotonic()+1
@@ -516,6 +593,12 @@ class ProgressCB(Callback):
         if self.plot and self.notebook: self._redraw(learn)
 
     def cleanup_epoch(self, learn): self._close_bar()
+
+    def state_dict(self): return dict(mean=self._mean.state_dict(), smooth=self._smooth)
+
+    def load_state_dict(self, state):
+        self._mean.load_state_dict(state['mean'])
+        self._smooth = state['smooth']
 
     def cleanup_fit(self, learn):
         self._close_bar()
@@ -569,6 +652,7 @@ def _give_log_back(self:ProgressCB):
 def _log(self:ProgressCB, d):
     "One more row of the table."
     self.rows.append(d)
+    if not is_main(): return
     if self.notebook: return self._table.show(_html(self.rows))
     if list(d) != self._keys: tqdm.write(_row(d), file=sys.stdout)
     self._keys = list(d)
@@ -720,27 +804,6 @@ def plot(self:LRFinderCB,
         ax.legend()
     ax.set(xscale='log', xlabel='learning rate', ylabel='loss', title='Learning rate finder')
     return ax.figure
-
-# %% ../nbs/09_learner.ipynb #3247e01c
-def _generators(dl):
-    "The random generators that a loader was given."
-    parts = dl, getattr(dl, 'sampler', None), getattr(getattr(dl, 'batch_sampler', None), 'sampler', None)
-    found = [getattr(o, 'generator', None) for o in parts]
-    return [o for o in found if isinstance(o, torch.Generator)]
-
-def _rng_state(dls):
-    "All random states that a fit draws from."
-    return (random.getstate(), np.random.get_state(), torch.get_rng_state(),
-            torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None,
-            [(g, g.get_state()) for g in _generators(getattr(dls, 'train', None))])
-
-def _set_rng_state(state):
-    python,numpy,cpu,cuda,gens = state
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if cuda is not None: torch.cuda.set_rng_state_all(cuda)
-    for g,s in gens: g.set_state(s)
 
 # %% ../nbs/09_learner.ipynb #fee90253
 class _Snapshot:
