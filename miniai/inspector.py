@@ -10,6 +10,7 @@ import builtins
 import warnings
 import weakref
 from collections import Counter
+from operator import itemgetter
 
 import torch
 from fastcore.basics import patch
@@ -20,7 +21,7 @@ from .callback import Callback
 from .cost import Cost, Pace
 from .history import History
 from .hooks import Hook, named_tensors, select_modules, unwrap, warn_if_compiled
-from .lens import Look, Panel, Window, aggregates, parameter_axis, parameter_matches, row_stat
+from .lens import Look, Panel, Pool, PooledLook, Window, aggregates, parameter_axis, parameter_matches, row_stat
 from .stats import unit_axis
 from .visualizer import Recording, visualizer_named
 
@@ -103,7 +104,7 @@ class Inspector:
         "A model is watched from here on; what is known of an earlier one stays in the table only."
         self.epoch, self.step, self.kinds, self.params, self.optimizer = 0, 0, {}, [], None
         self.pace, self._told, self._rank, self._steps = Pace(self.every, self.budget, 'Inspector'), set(), {}, {}
-        self._fired, self._gaps, self._optimizers, self._before, self._plans = Counter(), {}, {}, {}, {}
+        self._me, self._forward, self._axes, self._gaps, self._optimizers, self._before, self._pools, self._known = weakref.ref(self), 0, {}, {}, {}, {}, {}, {}
         self._given, self._found, self.phase, self.by_grad = None, {}, 'train', 'train'
         self._clear()
 
@@ -111,8 +112,8 @@ class Inspector:
         "An epoch begins."
         self.windows, self._batches, self._outputs, self._grads, self._starts = {}, {}, [], [], []
         self._inside = self.looking = False
-        self._samples, self._calls, self._since_step = None, Counter(), 0
-        self.active, self._plans = self.is_active_fn(self.epoch), {}
+        self._samples, self._since_step = None, 0
+        self.active = self.is_active_fn(self.epoch)
         self._n_forwards = Counter()
 
     @property
@@ -182,8 +183,8 @@ def _hook_layer(self:Inspector, i, name, m):
     self.kinds[name] = type(m).__name__
     if not any(wanted.values()): return
     hook = Hook(m, self._on_output, name)
-    hook.lenses, hook.grad_lenses, hook.index = tuple(wanted['output']), tuple(wanted['output_grad']), i
-    self._fired[name] = 0
+    hook.lenses, hook.grad_lenses = tuple(wanted['output']), tuple(wanted['output_grad'])
+    hook.index, hook.by_phase, hook.forward = i, {}, None
     self.hooks.append(hook)
 
 @patch
@@ -247,7 +248,7 @@ def _enter(self:Inspector, mod):
     self.by_grad = 'train' if torch.is_grad_enabled() else 'valid'
     self.phase = self.by_grad if mod.training else 'valid'
     if self._given: self.phase = self.by_grad = self._given
-    self._calls.clear()
+    self._forward += 1
 
 @patch
 def _count(self:Inspector, n):
@@ -268,37 +269,61 @@ def _end(self:Inspector, hook, mod, inp, outp):
 def _watch(self:Inspector, who, f, *args):
     "Guarded, and on the watcher's time."
     self.pace.begin_watch()
-    try: self._guard(who, f, *args)
+    try:
+        with torch.no_grad(): self._guard(who, f, *args)
     finally: self.pace.end_watch()
 
 # %% ../nbs/19_inspector.ipynb #7bf328d8
 @patch
 def _on_output(self:Inspector, hook, mod, inp, outp):
     if self._inside and not self.looking or not self.active: return
-    self._watch(hook.name, self._take, hook, mod, outp)
+    self.pace.begin_watch()
+    try: self._take(hook, mod, outp, _in_backward())
+    except Exception as e: self._tell(hook.name, f'could not be measured and is left out ({type(e).__name__}: {e})')
+    self.pace.end_watch()
 
 @patch
-def _take(self:Inspector, hook, mod, outp):
-    again = _in_backward()
+def _take(self:Inspector, hook, mod, outp, again):
     if not self._inside and not again: self._enter(mod)
-    call = self._calls[hook.name, again]
-    self._calls[hook.name, again] += 1
-    self._fired[hook.name] += 1
-    if call >= self.max_calls: return self._tell(hook.name, f'is called more than {self.max_calls} times in a step; '
-                                                 'the rest is not recorded')
-    found = [(hook.name, outp)] if isinstance(outp, torch.Tensor) else named_tensors(outp, hook.name)
-    if not found: self._tell(hook.name, f'returns no tensor to look at, but {type(outp).__name__}')
-    for source,a in found: self._take_tensor(hook, mod, f'{source} (call {call+1})' if call else source, a, again)
+    call, name = self._call_number(hook, again), hook.name
+    if call == 1 and isinstance(outp, torch.Tensor): return self._take_tensor(hook, mod, name, outp, again)
+    if call > self.max_calls: return self._tell(name, f'is called more than {self.max_calls} times in a step; '
+                                                'the rest is not recorded')
+    found = named_tensors(outp, name)
+    if not found: self._tell(name, f'returns no tensor to look at, but {type(outp).__name__}')
+    for source,a in found: self._take_tensor(hook, mod, source if call == 1 else f'{source} (call {call})', a, again)
+
+@patch
+def _call_number(self:Inspector, hook, again):
+    "Which call of the module this is in the forward, from 1; those of a repeated forward are counted apart."
+    if hook.forward != self._forward: hook.forward, hook.calls = self._forward, [0, 0]
+    hook.calls[again] += 1
+    return hook.calls[again]
 
 @patch
 def _take_tensor(self:Inspector, hook, mod, source, a, again):
-    if a.numel() == 0: return
-    if not (a.is_floating_point() or a.is_complex()):
+    if not a.is_floating_point() and not a.is_complex():
         return self._tell(source, f'gives whole numbers ({a.dtype}), of which nothing is measured')
-    if source not in self._rank: self._rank[source] = hook.index, len(self._rank)
-    lenses = () if again else tuple(o for o in hook.lenses if self._phase_of(o))
-    if lenses: self._take_output(lenses, source, mod, a)
-    if hook.grad_lenses and a.requires_grad: self._follow(hook.grad_lenses, source, mod, a, again)
+    axis = self._axis_of(hook, mod, source, a)
+    if a.numel() == 0: return
+    if hook.lenses and not again: self._take_output(hook, source, axis, a)
+    if hook.grad_lenses and a.requires_grad: a.register_hook(_Follow(self._me, hook, axis, source))
+
+@patch
+def _axis_of(self:Inspector, hook, mod, source, a):
+    "The axis of the units, looked up once; and the place of a new source in model order."
+    key = source, a.ndim
+    if key not in self._axes:
+        self._axes[key] = unit_axis(mod, a.ndim) if a.ndim > 1 else 1
+        self._rank.setdefault(source, (hook.index, len(self._rank)))
+    return self._axes[key]
+
+@patch
+def _lenses_now(self:Inspector, hook):
+    "Those of the hook's lenses that look at outputs in this phase."
+    now = self.by_grad, self.phase
+    if now not in hook.by_phase: hook.by_phase[now] = tuple(o for o in hook.lenses if self._phase_of(o))
+    return hook.by_phase[now]
 
 @patch
 def _phase_of(self:Inspector, lens):
@@ -307,38 +332,45 @@ def _phase_of(self:Inspector, lens):
     return phase if phase == 'train' or lens.record_eval else None
 
 @patch
-def _take_output(self:Inspector, lenses, source, mod, a):
-    a = a.detach()
+def _take_output(self:Inspector, hook, source, axis, a):
+    lenses, a = self._lenses_now(hook), a.detach()
+    if not lenses: return
     if a.ndim < 2: a = a.reshape(-1, 1)
-    axis = unit_axis(mod, a.ndim)
-    if a.numel() <= self.small: self._outputs.append((lenses, axis, source, a.clone()))
-    else: self._measure(lenses, [(source, a)], axis)
+    if a.numel() <= self.small: self._outputs.append(((lenses, axis, a.shape, a.dtype, a.device), source, a.clone()))
+    else: self._measure(lenses, [source], [a], axis)
 
 @patch
 def _flush_outputs(self:Inspector):
     "Measure the outputs that were copied."
+    if not self._outputs and not self._found: return
     outputs, self._outputs = self._outputs, []
-    for group in _groups(outputs, lambda o: (o[0], o[1], o[3].shape, o[3].dtype, o[3].device)):
-        self._measure(group[0][0], [o[2:] for o in group], group[0][1])
+    for group in _groups(outputs, itemgetter(0)):
+        (lenses, axis, *_), _, _ = group[0]
+        self._measure(lenses, [o[1] for o in group], [o[2] for o in group], axis)
     self._write()
 
-# %% ../nbs/19_inspector.ipynb #34d4ee0b
 @patch
-def _measure(self:Inspector, lenses, named, axis):
-    "Ask `lenses` about tensors `named`, [(source, tensor)] of one shape."
-    look = Look(_stack([a for _,a in named]), axis+1)
-    self._ask(lenses, tuple(source for source,_ in named), look)
+def _measure(self:Inspector, lenses, names, tensors, axis):
+    "Ask `lenses` about outputs of one shape."
+    self._ask(lenses, tuple(names), Look(_stack(tensors), axis+1))
 
+# %% ../nbs/19_inspector.ipynb #34d4ee0b
 @patch
 def _ask(self:Inspector, lenses, names, look):
     for lens in lenses:
         seen = look if not getattr(lens, 'channel_last', False) else Look(look.a, look.a.ndim-1)
-        values = self._guard(names[0] if len(names) == 1 else names, _in_full_precision, lens.measure, seen)
-        if values is not None: self._found.setdefault(lens, []).append((names, values))
+        try: values = _in_full_precision(lens.measure, seen)
+        except Exception as e: self._failed(lens, names, look, e)
+        else: self._found.setdefault(lens, []).append((names, look.masked(values)))
+
+@patch
+def _failed(self:Inspector, lens, names, look, e):
+    who = ', '.join(names[:3]) + f' and {len(names)-3} more'*(len(names) > 3)
+    self._tell(who, f'could not be measured by {lens} and is left out ({type(e).__name__}: {e})')
 
 def _in_full_precision(measure, look):
     "Not in the half precision of an autocast around the user's forward."
-    kind = look.a.device.type
+    kind = look.device.type
     if not torch.is_autocast_enabled(kind): return measure(look)
     with torch.autocast(kind, enabled=False): return measure(look)
 
@@ -364,61 +396,101 @@ def _row(self:Inspector, lens, phase, names, values, weight):
 # %% ../nbs/19_inspector.ipynb #4350cb91
 class _Follow:
     "What hangs on an output tensor."
-    def __init__(self, inspector, *args): self.inspector, self.args = weakref.ref(inspector), args
+    def __init__(self, inspector, *args): self.inspector, self.args = inspector, args
     def __call__(self, grad):
         inspector = self.inspector()
-        if inspector is not None and inspector.attached: inspector._grads.append((*self.args, grad.detach()))
-
-@patch
-def _follow(self:Inspector, lenses, source, mod, a, again):
-    a.register_hook(_Follow(self, lenses, unit_axis(mod, a.ndim), source))
+        if inspector is not None and inspector.attached: inspector._grads.append((*self.args, grad))
 
 @patch
 def _flush_grads(self:Inspector):
     "Measure the gradients that have come in; a source's second one (gradient penalty) is a row of its own."
+    if not self._grads: return
     rounds, grads, self._grads = [], self._grads, []
     for o in grads:
         room = next((seen for seen in rounds if o[2] not in seen), None)
         if room is None: rounds.append(room := {})
         room[o[2]] = o
     for seen in rounds:
-        for group in _groups(seen.values(), lambda o: (o[0], o[1], o[3].shape if o[3].numel() <= self.small else o[2],
-                                                       o[3].dtype, o[3].device)):
-            self._guard(group[0][2], self._measure_grads, group)
+        for group in _groups(seen.values(), self._together): self._guard(group[0][2], self._measure_grads, group)
         self._write(self._samples)
 
 @patch
-def _measure_grads(self:Inspector, group):
-    names = tuple(o[2] for o in group)
-    look = self._look('output_grad', names, [o[3] for o in group], group[0][1]+1, any(o.before for o in group[0][0]))
-    self._ask(group[0][0], names, look)
+def _together(self:Inspector, o):
+    "Gradients are measured together that have the same key: small ones of the same lenses."
+    hook, _, source, grad = o
+    return hook.grad_lenses, grad.device, None if grad.numel() <= self.small else source
 
 @patch
-def _look(self:Inspector, tap, names, tensors, axis, keep):
-    "A look at `tensors`, with the one before it at the same sources; kept, if asked, to be the one before the next."
-    look, before = Look(_stack(tensors), axis), self._before.get((tap, names))
-    if before is not None and before.a.shape == look.a.shape: look.before = before
-    if keep: self._before[tap, names] = look
-    return look
+def _measure_grads(self:Inspector, group):
+    (hook, axis, *_), names, grads = group[0], tuple(o[2] for o in group), [o[3].detach() for o in group]
+    if grads[0].numel() > self.small:
+        look, before = Look(_wide(grads[0])[None], axis+1), self._before.get(('output_grad', names))
+        if isinstance(before, Look) and before.a.shape == look.a.shape: look.before = before
+    else:
+        pool = self._pool_like(names, grads, [o[1] for o in group])
+        look = PooledLook(pool, grads, self._last_look('output_grad', names, pool))
+    self._keep('output_grad', hook.grad_lenses, names, look)
+    self._ask(hook.grad_lenses, names, look)
+
+@patch
+def _pool_like(self:Inspector, names, tensors, axes):
+    "The pool for outputs of these shapes; a new one where they have changed."
+    shapes, pool = [o.shape for o in tensors], self._pools.get(('output_grad', names))
+    if pool is None or pool.shapes != shapes: pool = self._pools['output_grad', names] = Pool(tensors, axes)
+    return pool
+
+@patch
+def _pool(self:Inspector, tap, group, n_rooms=2):
+    "The pool for a group of parameters."
+    key = tap, group.names
+    if key not in self._pools: self._pools[key] = Pool([o.p for o in group.params], group.axes, n_rooms)
+    return self._pools[key]
+
+@patch
+def _last_look(self:Inspector, tap, names, pool):
+    "The look before this one, if it was at the same shapes."
+    before = self._before.get((tap, names))
+    return before if before is not None and getattr(before, 'pool', None) is pool else None
+
+@patch
+def _keep(self:Inspector, tap, lenses, names, look):
+    "The look becomes the one before the next, if a lens wants to know it; it forgets the one before itself."
+    before = self._before.get((tap, names))
+    if before is not None: before.before = before.start = None
+    if any(o.before for o in lenses): self._before[tap, names] = look
 
 # %% ../nbs/19_inspector.ipynb #c0c48742
 class _Parameter:
     "A parameter, and what is known of it."
     def __init__(self, index, name, p, owner):
-        self.index, self.name, self.p, self.owner = index, name, p, owner
+        self.index, self.name, self.p, self.owner, self.shape = index, name, p, owner, _shape(p)
     def axis(self): return parameter_axis(self.owner, self.name.rsplit('.', 1)[-1], self.p.ndim)
-    def group(self): return self.axis(), self.p.shape, self.p.dtype, self.p.device
+    def alike(self): return self.axis(), self.p.shape, self.p.dtype, self.p.device
+
+class _Group:
+    "Parameters of one optimizer on one device."
+    def __init__(self, params):
+        self.params, self.names = params, tuple(o.name for o in params)
+        self.axes = [o.axis() for o in params]
+
+    def grads(self): return [_dense(o.p.grad) for o in self.params]
+    def changing(self): return [None if o.p.grad is None else o.p for o in self.params]
+
+def _dense(grad): return grad if grad is None or grad.layout is torch.strided else grad.to_dense()
 
 @patch
 def _find_parameters(self:Inspector):
     "All parameters of the model as it is now; new ones are found at the next epoch."
+    named = list(self.model.named_parameters())
+    if [(o.name, id(o.p), o.shape) for o in self.params] == [(nm, id(p), _shape(p)) for nm,p in named]: return
     modules = dict(self.model.named_modules())
-    named = [(nm, p) for nm,p in self.model.named_parameters()]
     self.params = [_Parameter(i, nm, p, modules[nm.rpartition('.')[0]]) for i,(nm,p) in enumerate(named)]
     for o in self.params: self._rank.setdefault(o.name, (o.index, 0))
-    self._by_id = {id(o.p): o for o in self.params}
+    self._by_id = {id(o.p) for o in self.params}
     self._selections = {tap: self._select(tap) for tap in ('grad', 'update', 'parameter')}
-    self._plans, self._optimizers = {}, {}
+    self._optimizers, self._known, self._pools = {}, {}, {}
+
+def _shape(p): return None if isinstance(p, nn.parameter.UninitializedParameter) else p.shape
 
 @patch
 def _select(self:Inspector, tap):
@@ -435,7 +507,7 @@ def _held(self:Inspector, optimizer):
     size = sum(len(group['params']) for group in optimizer.param_groups)
     known = self._optimizers.get(id(optimizer))
     if known is None or known[0]() is not optimizer or known[1] != size:
-        held = {id(p) for group in optimizer.param_groups for p in group['params']} & set(self._by_id)
+        held = {id(p) for group in optimizer.param_groups for p in group['params']} & self._by_id
         if self.optimizer is not None and optimizer is not self.optimizer: held = set()
         known = self._optimizers[id(optimizer)] = weakref.ref(optimizer), size, held
     return known[2]
@@ -450,32 +522,41 @@ def _before_step(self:Inspector, optimizer):
 def _read_grads(self:Inspector, optimizer):
     self._flush_outputs()
     self._flush_grads()
+    self._starts = []
     for lenses,params in self._selections['grad']:
-        for group in self._present('grad', params, optimizer): self._guard('the gradients', self._look_at_grads, lenses, group, optimizer)
+        for group in self._groups_of(params, optimizer):
+            self._guard(group.names, self._look_at_grads, lenses, group, optimizer)
     self._write(self._since_step)
-    self._starts = [(lenses, group, Look(_copy([o.p for o in group]), group[0].axis()+1))
-                    for lenses,params in self._selections['update'] if lenses[0].optimizer in (None, optimizer)
-                    for group in self._present('update', params, optimizer)]
-
-def _copy(tensors): return _wide(torch.stack(tensors))
+    for lenses,params in self._selections['update']:
+        if lenses[0].optimizer not in (None, optimizer): continue
+        for group in self._groups_of(params, optimizer): self._guard(group.names, self._note_start, lenses, group)
 
 @patch
-def _present(self:Inspector, tap, params, optimizer):
-    "Groups of one shape of those `params` that have a gradient and are the optimizer's."
-    held = self._held(optimizer)
-    there = tuple(o for o in params if o.p.grad is not None and id(o.p) in held)
-    if there not in self._plans: self._plans[there] = _groups(there, _Parameter.group)
-    return self._plans[there]
+def _groups_of(self:Inspector, params, optimizer):
+    "Those `params` of the optimizer that have ever had a gradient; the others need no room."
+    there = [o for o in params if o.p.grad is not None]
+    key = params, id(optimizer)
+    before, groups = self._known.get(key, ([], []))
+    if there == before: return groups
+    held, old = self._held(optimizer), {o for group in groups for o in group.params}
+    known = [o for o in params if (o in old or o.p.grad is not None) and id(o.p) in held]
+    if len(known) != len(old): groups = [_Group(o) for o in _groups(known, lambda o: o.p.device)]
+    self._known[key] = there, groups
+    return groups
 
 @patch
 def _look_at_grads(self:Inspector, lenses, group, optimizer):
-    grads, names = [_dense(o.p.grad) for o in group], tuple(o.name for o in group)
-    scale, keep = getattr(optimizer, 'grad_scale', None), any(o.before for o in lenses)
-    if keep and len(grads) == 1: grads = [grads[0].clone()]
-    if scale is not None: grads = [o/scale for o in grads]   # a fused optimizer unscales within its step
-    self._ask(lenses, names, self._look('grad', names, grads, group[0].axis()+1, keep))
+    grads, scale = group.grads(), getattr(optimizer, 'grad_scale', None)
+    if scale is not None: grads = [o if o is None else o/scale for o in grads]   # a fused optimizer unscales in its step
+    pool = self._pool('grad', group)
+    look = PooledLook(pool, grads, self._last_look('grad', group.names, pool))
+    self._keep('grad', lenses, group.names, look)
+    self._ask(lenses, group.names, look)
 
-def _dense(grad): return grad.to_dense() if grad.layout is not torch.strided else grad
+@patch
+def _note_start(self:Inspector, lenses, group):
+    pool = self._pool('start', group, n_rooms=1)
+    self._starts.append((lenses, group, PooledLook(pool, group.changing())))
 
 # %% ../nbs/19_inspector.ipynb #22a2a943
 @patch
@@ -486,17 +567,15 @@ def _after_step(self:Inspector, optimizer):
 
 @patch
 def _read_updates(self:Inspector):
-    for lenses,group,start in self._starts: self._guard('the updates', self._look_at_updates, lenses, group, start)
+    for lenses,group,start in self._starts: self._guard(group.names, self._look_at_updates, lenses, group, start)
     self._write(self._since_step)
 
 @patch
 def _look_at_updates(self:Inspector, lenses, group, start):
-    names, key = tuple(o.name for o in group), None
-    update = _copy([o.p for o in group]).sub_(start.a)
-    look = Look(update, start.axis, self._before.get(('update', names)), start)
-    if any(o.before for o in lenses): self._before['update', names] = look
-    self._ask(lenses, names, look)
-    look.start = None
+    pool = self._pool('update', group)
+    look = PooledLook(pool, group.changing(), self._last_look('update', group.names, pool), start)
+    self._keep('update', lenses, group.names, look)
+    self._ask(lenses, group.names, look)
 
 # %% ../nbs/19_inspector.ipynb #5a974803
 @patch
@@ -599,7 +678,7 @@ def _read_parameters(self:Inspector):
     self._find_parameters()
     for lenses,params in self._selections['parameter']:
         there = [o for o in params if not isinstance(o.p, nn.parameter.UninitializedParameter)]
-        for group in _groups(there, _Parameter.group):
+        for group in _groups(there, _Parameter.alike):
             look = Look(_stack([o.p for o in group]), group[0].axis()+1)
             self._ask(lenses, tuple(o.name for o in group), look)
     found, self._found = self._found, {}
@@ -609,8 +688,8 @@ def _read_parameters(self:Inspector):
 @patch
 def _tell_silent(self:Inspector):
     if not self._n_forwards: return
-    for name,n in self._fired.items():
-        if not n: self._tell(name, _why_silent)
+    for hook in self.hooks:
+        if hasattr(hook, 'lenses') and hook.forward is None: self._tell(hook.name, _why_silent)
     if self._n_forwards['train'] and not self._steps and any(o.tap in ('grad', 'update') for o in self.lenses):
         self._tell('the optimizer', 'has made no step that PyTorch knows of, so gradients and updates are not recorded')
 
