@@ -185,6 +185,17 @@ class History:
                 index = (j,)*isinstance(what, tuple) + (i,)*(who is not source)
                 self._series.setdefault((phase, source, stat), []).append((key, index))
 
+    def load_column(self,
+        key:tuple,         # phase, source or tuple of sources, statistic or tuple of statistics
+        facts:list,        # of each row run, step, epoch, samples, call
+        values:np.ndarray  # [rows, ...]
+    ):
+        "Put back rows that were taken from another table, into one that has none of `key`."
+        self._new_column(key, key[1] if isinstance(key[1], tuple) else [key[1]])
+        column = self._columns[key]
+        column.facts, column.chunks = [tuple(o) for o in facts], [values]
+        column.offered = column.own_facts = len(facts)
+
     def flush(self):
         "Move all pending rows to the host: one transfer per device, the only place that waits for it."
         columns = [c for c in self._columns.values() if c.blocks]

@@ -309,6 +309,21 @@ def merge(self:Window, other:Window):
     for rows in other.sample: self._keep(rows[..., at.to(rows.device)])
     return self
 
+@patch
+def packed(self:Window) -> tuple: # on the CPU
+    "What it knows, to be sent to another process."
+    self.fold()
+    return self.names, tuple(o.cpu() for o in self.state), torch.cat(self.sample).cpu(), self.stride
+
+def _unpacked(o):
+    "The window that was packed."
+    res = Window()
+    res.names, res.state, sample, res.stride = o
+    res.sample = [sample]
+    return res
+
+Window.unpacked = staticmethod(_unpacked)
+
 # %% ../nbs/17_lens.ipynb #ce324a5d
 ranges = {'std': ('mean', 'std'), 'min-max': ('min', 'max'), 'Q1-Q3': ('Q1', 'Q3')}
 points = (*aggregates, 'IQR')
