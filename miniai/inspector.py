@@ -106,7 +106,7 @@ class Inspector:
 
     def _start(self, model):
         "A model is watched from here on; what is known of an earlier one stays in the table only."
-        self.epoch, self.step, self._first_step, self.kinds, self.params, self.optimizer = 0, 0, 0, {}, [], None
+        self.epoch, self.step, self._step_before, self.kinds, self.params, self.optimizer = 0, 0, 0, {}, [], None
         self.pace, self._told, self._rank, self._steps = Pace(self.every, self.budget, 'Inspector'), set(), {}, {}
         self._me, self._forward, self._axes, self._gaps, self._optimizers, self._before, self._pools, self._known = weakref.ref(self), 0, {}, {}, {}, {}, {}, {}
         self._given, self._found, self.phase, self.by_grad = None, {}, 'train', 'train'
@@ -251,6 +251,7 @@ def _begin(self:Inspector, hook, mod, inp, outp):
 @patch
 def _begin_forward(self:Inspector, mod, inp):
     self._flush_outputs()
+    self._step_before = self.step
     self._enter(mod)
     if self.phase == 'train': self._flush_grads()
     self.looking, self._inside = self.pace.wants(self.phase), True
@@ -529,7 +530,7 @@ def _held(self:Inspector, optimizer):
 @patch
 def _before_step(self:Inspector, optimizer):
     if not self.active or not self._held(optimizer): return
-    self._steps[id(optimizer)] = self._steps.get(id(optimizer), 0) + 1
+    self._steps[id(optimizer)] = self._steps.get(id(optimizer), self._step_before) + 1
     if self.looking or not self._n_forwards: self._watch('the gradients', self._read_grads, optimizer)
 
 @patch
@@ -578,7 +579,7 @@ def _after_step(self:Inspector, optimizer):
     if not self.active or not self._held(optimizer): return
     if self._starts: self._watch('the updates', self._read_updates)
     self._since_step, self._starts = 0, []
-    if not self._given: self.step = self._first_step + max(self._steps.values())
+    if not self._given: self.step = max(self._steps.values())
 
 @patch
 def _read_updates(self:Inspector):
@@ -747,9 +748,12 @@ def iter(self:Inspector,
 ): # their elements
     "Tick after each element, and when the loop is left early."
     for o in iterable:
-        try: yield o
+        done = False
+        try:
+            yield o
+            done = True
         finally:
-            if self._pending(): self.tick_epoch()
+            if done or self._pending(): self.tick_epoch()
 
 @patch
 def range(self:Inspector, *args): # numbers of epochs
@@ -834,7 +838,7 @@ def load_state_dict(self:Inspector, state:dict):
     for (phase, who, stat), facts, values in state['columns']:
         self.history.load_column((phase, who, stat), facts.tolist(), values.numpy())
     self.history.run, self.epoch, self._rank = state['run'], state['epoch'], dict(state['rank'])
-    self.step = self._first_step = state['step']
+    self.step = self._step_before = state['step']
     self._clear()
 
 # %% ../nbs/19_inspector.ipynb #b74b61ac
