@@ -273,7 +273,7 @@ def measured(model, loop, lenses=None, **kw):
     loop(inspector)
     inspector.tick_epoch()
     inspector.detach()
-    assert count_hooks(getattr(model, '_orig_mod', model)) == own
+    assert count_hooks(getattr(model, '_orig_mod', model)) <= own   # lazy layers take their own off
     return inspector
 
 def sgd(model): return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], .01)
