@@ -90,16 +90,16 @@ def _titled(panels):
 
 def _short(name, n=26): return name if len(name) <= n else f'{name[:n//2-1]}…{name[-(n//2):]}'
 
-def _lines_of(recording, panel, source):
-    "(label, values, style) of each line of one source, and (band, lower, upper) of each band."
+def _lines_of(recording, panel, source, named):
+    "(label, values, style) of each line of one source, and (band, lower, upper) of each band; `named`: say of which stat."
     phases = [o for o in ('train', 'valid') if recording.has(o, panel)]
     lines, bands = [], []
     for phase in phases:
         own = panel.labels.get(phase, phase if len(phases) > 1 else '')
         for stat in panel.stats:
             for how in panel.lines or (None,):
-                label = ' '.join(o for o in (own, '' if stat == 'loss' else stat.replace('_', ' '), how or '') if o)
-                lines.append((label, recording.values(source, stat, how, phase), '-' if phase == 'train' else '--'))
+                label = ' '.join(o for o in (own, stat.replace('_', ' ') if named and stat != 'loss' else '', how or '') if o)
+                lines.append((label or 'value', recording.values(source, stat, how, phase), '-' if phase == 'train' else '--'))
             bands += [(band, *recording.band(source, stat, band, phase)) for band in panel.bands]
     return lines, bands
 
@@ -108,7 +108,8 @@ def _draw_lines(ax, recording, panels, source_of, color=0):
     "Bands below, lines above; every panel of one plot."
     from miniai.plots import plot_lines
     x = recording.epochs
-    drawn = [_lines_of(recording, panel, source) for panel in panels for source in source_of(panel)]
+    named = len(panels) > 1 or panels[0].wide
+    drawn = [_lines_of(recording, panel, source, named) for panel in panels for source in source_of(panel)]
     for _,bands in drawn:
         for band,low,high in sorted(bands, key=lambda o: -list(_colors).index(o[0])):
             ax.fill_between(x, low, high, color=_colors[band], alpha=.6, lw=0, label=_band_labels[band])
@@ -161,7 +162,6 @@ def _draw_column(fig, recording, title, panels):
         ax.tick_params(labelsize=7)
     axs[-1].set_xlabel('epoch', fontsize=7)
     fig.suptitle(title, fontsize=9, weight='bold')
-    _legend(fig, axs, loc='outside lower center', ncols=2)
 
 def _draw_heat(fig, recording, title, panels):
     "One heat map for all sources, the first of them on top."
@@ -241,6 +241,9 @@ def _band_part(fig, recording, band, style):
     for sub,(title,panels),h in zip(np.atleast_1d(fig.subfigures(1, len(band), width_ratios=widths)), band, heights):
         if h < n: sub = sub.subfigures(2, 1, height_ratios=[h + .5, n - h])[0]
         (_draw_heat if _is_heat(panels, style) else _draw_column)(sub, recording, title, panels)
+    _legend(fig, [ax for sub in _inside(fig) for ax in sub.axes], loc='outside lower left', ncols=6)
+
+def _inside(fig): return [fig, *(o for sub in fig.subfigs for o in _inside(sub))]
 
 # %% ../nbs/18_visualizer.ipynb #2d9ff0f0
 class TensorBoardVisualizer:
