@@ -114,10 +114,10 @@ class _Column:
         values[:] = rows
         return values
 
-    def series(self, i=None):
-        "All rows; where a row has a value for each of many sources, those of number `i`."
+    def series(self, index=()):
+        "All rows; where a row has many values, those at `index`."
         facts, values = np.array(self.facts, dtype=np.int64).reshape(-1, len(_facts)).T, self.values()
-        return Series(**dict(zip(_facts, facts)), values=values if i is None else values[:, i])
+        return Series(**dict(zip(_facts, facts)), values=values[(slice(None), *index)])
 
 # %% ../nbs/06_history.ipynb #852b61c5
 def _storable(value, key):
@@ -128,6 +128,8 @@ def _storable(value, key):
     if value.dtype not in _np_type:
         value = value.to(torch.float32 if value.is_floating_point() else torch.int64)
     return value.detach()
+
+def _each(stat): return stat if isinstance(stat, tuple) else (stat,)
 
 class History:
     "Rows (run, step, epoch, phase, source, stat, value), written without a host read; numpy or pandas out."
@@ -161,8 +163,8 @@ class History:
 
     def record_many(self,
         sources:tuple,       # who: n of them
-        stat:str,            # what
-        values:torch.Tensor, # [n, ...], one value for each source
+        stat:str,            # what; or a tuple of k names
+        values:torch.Tensor, # [n, ...], one value for each source; with k statistics [k, n, ...]
         *, step:int, epoch:int=0, phase:str='train', samples:int=0, call:int=0 # as for `record`
     ):
         "Append one row to the series of each source, at the price of one."
@@ -181,9 +183,22 @@ class History:
 
     def _new_column(self, key, sources):
         "A column, and the series that are in it: those of all `sources`, or of the one."
-        self._columns[key], (phase, who, stat) = _Column(), key
-        for i,source in enumerate(sources):
-            self._series.setdefault((phase, source, stat), []).append((key, None if who is source else i))
+        self._columns[key], (phase, who, what) = _Column(), key
+        for j,stat in enumerate(_each(what)):
+            for i,source in enumerate(sources):
+                index = (j,)*isinstance(what, tuple) + (i,)*(who is not source)
+                self._series.setdefault((phase, source, stat), []).append((key, index))
+
+    def load_column(self,
+        key:tuple,         # phase, source or tuple of sources, statistic or tuple of statistics
+        facts:list,        # of each row run, step, epoch, samples, call
+        values:np.ndarray  # [rows, ...]
+    ):
+        "Put back rows that were taken from another table, into one that has none of `key`."
+        self._new_column(key, key[1] if isinstance(key[1], tuple) else [key[1]])
+        column = self._columns[key]
+        column.facts, column.chunks = [tuple(o) for o in facts], [values]
+        column.offered = column.own_facts = len(facts)
 
     def flush(self):
         "Move all pending rows to the host: one transfer per device, the only place that waits for it."
@@ -211,7 +226,7 @@ def series(self:History,
 ) -> Series: # numpy arrays, one entry a row; empty if nothing was recorded under these names
     "All rows of one statistic of one source; flushes first."
     self.flush()
-    found = [self._columns[key].series(i) for key,i in self._series.get((phase, source, stat), ())]
+    found = [self._columns[key].series(index) for key,index in self._series.get((phase, source, stat), ())]
     return _join(found or [_Column().series()]).since(first_run)
 
 def _join(parts):
@@ -258,7 +273,7 @@ def thinned(self:History) -> dict: # stat -> n, where one row in n is kept; empt
     "What of the table has been thinned."
     strides = {}
     for (_,_,stat),c in self._columns.items():
-        if c.stride > 1: strides[stat] = max(c.stride, strides.get(stat, 1))
+        for nm in _each(stat) if c.stride > 1 else (): strides[nm] = max(c.stride, strides.get(nm, 1))
     return strides
 
 @patch

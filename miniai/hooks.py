@@ -22,7 +22,7 @@ def _call(f, *args): f(*args)
 class _Tap:
     "What hangs on the module: calls `f(hook, mod, inp, outp)` and returns None; inert in copies and pickles."
     def __init__(self, f=None, hook=None): self.f, self.hook = f, hook
-    def __call__(self, mod, inp, outp):
+    def __call__(self, mod, inp, outp=None):
         if self.f is not None: _call(self.f, self.hook, mod, inp, outp)
     def __deepcopy__(self, memo): return _Tap()
     def __reduce__(self): return _Tap, ()
@@ -33,14 +33,16 @@ class Hook:
     def __init__(self,
         m:nn.Module, # module to watch
         f,           # called as f(hook, mod, inp, outp) after each call of the module; its result is dropped
-        name:str=''  # name to show, such as the module's dotted path
+        name:str='', # name to show, such as the module's dotted path
+        before:bool=False # call it before each call of the module; `outp` is None then
     ):
         self.handle = None
         if not isinstance(m, nn.Module):
             raise TypeError(f'Hook: got {type(m).__name__}; give the nn.Module to watch')
         if not callable(f): raise TypeError(f'Hook: f is {f!r}; give a function f(hook, mod, inp, outp)')
         self.m, self.f, self.name = m, f, name
-        self.handle = m.register_forward_hook(_Tap(f, self))
+        register = m.register_forward_pre_hook if before else m.register_forward_hook
+        self.handle = register(_Tap(f, self))
 
     def remove(self):
         "Take the hook off the module; calling it again does nothing."

@@ -1,0 +1,771 @@
+"The inspector in loops as people write them: oracles for every lens, odd loops, views, cost of a step in host reads."
+import copy, gc, io, math, pickle, warnings, weakref
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from miniai.activations import ActivationStats
+from miniai.datasets import DataLoaders
+from miniai.hooks import count_hooks
+from miniai.inspector import Inspector, InspectorCB, PyTorchInspector
+from miniai.learner import Learner, TrainCB
+from miniai.lens import (Lens, LossMetrics, OutputActivation, OutputGradientGeometry, OutputNorm, ParameterCond,
+                         ParameterGradientActivation, ParameterGradientGeometry, ParameterNorm, ParameterUpdateGeometry,
+                         aggregates)
+from miniai.visualizer import MatplotlibVisualizer, open_recording
+
+
+def all_lenses(loss_fn=None, **kw):
+    return [LossMetrics(loss_fn=loss_fn), OutputActivation(inplace=False), OutputNorm(inplace=False),
+            OutputGradientGeometry(inplace=False), ParameterGradientActivation(inplace=False),
+            ParameterGradientGeometry(inplace=False), ParameterNorm(), ParameterUpdateGeometry(inplace=False), ParameterCond()]
+
+def small_net(): return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+def batches(n=4, bs=16, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [(torch.randn(bs, 4, generator=g), torch.randint(0, 3, (bs,), generator=g)) for _ in range(n)]
+
+def seeded(make, seed=0):
+    torch.manual_seed(seed)
+    return make()
+
+def values(inspector, source, stat, phase='train'): return inspector.history.series(source, stat, phase).values
+
+@pytest.fixture(autouse=True)
+def no_surprises():
+    "A warning that a test does not expect fails it."
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='Inspector:')
+        yield
+
+
+# --- every lens against the formulas, in a plain loop ---
+
+@pytest.fixture(scope='module')
+def run():
+    "Three epochs of a plain loop, and everything that happened in it, kept by hand."
+    model, loss_fn = seeded(small_net), nn.CrossEntropyLoss()
+    opt = torch.optim.Adam(model.parameters(), 1e-2)
+    inspector = Inspector(all_lenses(loss_fn), module=model)
+    seen = dict(out=[], out_grad=[], grad=[], before=[], after=[], loss=[], end=[])
+    for epoch in range(3):
+        for xb,yb in batches(seed=epoch):
+            hidden = model[0](xb)
+            act = hidden.relu()
+            out = model[2](act)
+            seen['out'].append(act.detach())
+            opt.zero_grad()
+            out = model(xb)
+            out.retain_grad()
+            loss = loss_fn(out, yb)
+            loss.backward()
+            seen['out_grad'].append(out.grad)
+            seen['loss'].append(loss.item())
+            for nm in 'grad', 'before': seen[nm].append([p.grad.clone() if nm == 'grad' else p.detach().clone() for p in model.parameters()])
+            opt.step()
+            seen['after'].append([p.detach().clone() for p in model.parameters()])
+        seen['end'].append([p.detach().clone() for p in model.parameters()])
+        inspector.tick_epoch()
+    inspector.detach()
+    return inspector, seen
+
+def in_step(inspector, source, stat):
+    "Values of the steps; every forward of the model is one, the layers called beside it as well."
+    return torch.from_numpy(values(inspector, source, stat))
+
+def cosines(tensors): return [math.nan] + [F.cosine_similarity(a.flatten(), b.flatten(), 0).item() for a,b in zip(tensors, tensors[1:])]
+
+names = '0.weight', '0.bias', '2.weight', '2.bias'
+
+def test_outputs(run):
+    inspector, seen = run
+    rate = [(o != 0).float().mean().item() for o in seen['out']]
+    dead = [(o == 0).all(0).float().mean().item() for o in seen['out']]
+    norm = [o.norm(dim=1).mean().item() for o in seen['out']]
+    for stat,want in (('activation_rate', rate), ('death_rate', dead), ('norm', norm)):
+        torch.testing.assert_close(in_step(inspector, '1', stat), torch.tensor(want), equal_nan=True)
+
+def test_output_gradients(run):
+    inspector, seen = run
+    torch.testing.assert_close(in_step(inspector, '2', 'output_grad_norm'), torch.tensor([o.norm() for o in seen['out_grad']]))
+    torch.testing.assert_close(in_step(inspector, '2', 'output_grad_correlation'), torch.tensor(cosines(seen['out_grad'])),
+                               equal_nan=True, rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize('i', range(4))
+def test_parameter_gradients(run, i):
+    inspector, seen = run
+    grads = [o[i] for o in seen['grad']]
+    rows = [o if o.ndim == 2 else o[:, None] for o in grads]
+    wants = dict(grad_norm=[o.norm().item() for o in grads], grad_correlation=cosines(grads),
+                 grad_activation_rate=[(o != 0).float().mean().item() for o in grads],
+                 grad_death_rate=[(o == 0).all(1).float().mean().item() for o in rows])
+    for stat,want in wants.items():
+        torch.testing.assert_close(in_step(inspector, names[i], stat), torch.tensor(want), equal_nan=True, rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize('i', range(4))
+def test_updates(run, i):
+    inspector, seen = run
+    updates = [after[i]-before[i] for before,after in zip(seen['before'], seen['after'])]
+    ratio = [(u.norm()/o[i].norm()).item() for u,o in zip(updates, seen['before'])]
+    for stat,want in dict(update_norm=[o.norm().item() for o in updates], update_ratio=ratio, update_correlation=cosines(updates)).items():
+        torch.testing.assert_close(in_step(inspector, names[i], stat), torch.tensor(want), equal_nan=True, rtol=1e-3, atol=1e-4)
+
+@pytest.mark.parametrize('i', range(4))
+def test_parameters(run, i):
+    inspector, seen = run
+    ends = [o[i] for o in seen['end']]
+    torch.testing.assert_close(in_step(inspector, names[i], 'param_norm'), torch.tensor([o.norm() for o in ends]))
+    if i % 2: return
+    torch.testing.assert_close(in_step(inspector, names[i], 'condition'), torch.tensor([torch.linalg.cond(o) for o in ends]), rtol=1e-4, atol=1e-4)
+
+def test_no_false_zero_at_the_start_of_an_epoch(run):
+    "Successive steps, over the end of an epoch as well; only the very first has none."
+    missing = in_step(run[0], '0.weight', 'grad_correlation').isnan()
+    assert missing.tolist() == [True] + [False]*11
+
+def test_epoch_aggregates(run):
+    inspector, seen = run
+    step = in_step(inspector, '2.weight', 'grad_norm').view(3, 4).double()
+    wants = dict(mean=step.mean(1), std=step.std(1, correction=0), min=step.amin(1), max=step.amax(1),
+                 median=step.quantile(.5, 1), Q1=step.quantile(.25, 1), Q3=step.quantile(.75, 1))
+    assert set(wants) == set(aggregates)
+    for how,want in wants.items():
+        torch.testing.assert_close(in_step(inspector, '2.weight', f'grad_norm {how}').double(), want, rtol=1e-5, atol=1e-6)
+
+def test_loss(run):
+    inspector, seen = run
+    assert inspector.lenses[0].loss(train=True) == pytest.approx(np.mean(seen['loss'][-4:]), rel=1e-5)
+    assert inspector.lenses[0].loss(train=True, method='max') == pytest.approx(max(seen['loss'][-4:]), rel=1e-5)
+    assert math.isnan(inspector.lenses[0].loss(train=False))
+
+def test_batches_weigh_by_their_samples():
+    model, loss_fn = seeded(small_net), nn.CrossEntropyLoss()
+    data = batches(1, 30)[0]
+    losses = {}
+    for weighted in True, False:
+        lens = LossMetrics(loss_fn=loss_fn)
+        inspector = Inspector([lens], module=model, visualizer=None, weighted=weighted)
+        for sl in slice(0, 20), slice(20, 30): loss_fn(model(data[0][sl]), data[1][sl])
+        inspector.tick_epoch()
+        losses[weighted] = lens.loss(train=True)
+        inspector.detach()
+    parts = [loss_fn(model(data[0][sl]), data[1][sl]).item() for sl in (slice(0, 20), slice(20, 30))]
+    assert losses[True] == pytest.approx((2*parts[0] + parts[1])/3, rel=1e-5)
+    assert losses[False] == pytest.approx(sum(parts)/2, rel=1e-5)
+
+def test_scale_does_not_make_a_layer_dead():
+    "A loss scaled by 1e-8 has the same activation, death and correlation."
+    found = []
+    for scale in 1., 1e-8:
+        model = seeded(small_net)
+        opt = torch.optim.SGD(model.parameters(), 0.)
+        inspector = Inspector([ParameterGradientActivation(), ParameterGradientGeometry()], module=model, visualizer=None)
+        for xb,yb in batches():
+            opt.zero_grad()
+            (scale*F.cross_entropy(model(xb), yb)).backward()
+            opt.step()
+        inspector.tick_epoch()
+        found.append([values(inspector, '0.weight', f'{o} mean') for o in ('grad_activation_rate', 'grad_death_rate', 'grad_correlation')])
+        inspector.detach()
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-6)
+
+
+# --- the same numbers from whoever drives ---
+
+def test_plain_loop_learner_and_activation_stats_agree():
+    plain, learned = seeded(small_net), seeded(small_net)
+    loss_fn, opt = nn.CrossEntropyLoss(), torch.optim.SGD(plain.parameters(), .1)
+    inspector = Inspector(all_lenses(loss_fn), module=plain, visualizer=None)
+    for epoch in range(2):
+        for xb,yb in batches():
+            loss_fn(plain(xb), yb).backward()
+            opt.step()
+            opt.zero_grad()
+        with torch.no_grad():
+            for xb,yb in batches(2, seed=9): loss_fn(plain(xb), yb)
+        inspector.tick_epoch()
+    inspector.detach()
+    cb, astats = InspectorCB(all_lenses(), visualizer=None), ActivationStats()
+    Learner(learned, DataLoaders(batches(), batches(2, seed=9)), loss_fn, lr=.1, cbs=[TrainCB(), cb, astats]).fit(2)
+    assert count_hooks(learned) == 0
+    keys = [o for o in inspector.history.keys() if o[1] != 'loss' or ' ' in o[2]]
+    assert set(keys) == set(o for o in cb.history.keys() if o[1] != 'loss' or ' ' in o[2]) and len(keys) > 50
+    for phase,source,stat in keys:
+        one, two = (o.history.series(source, stat, phase) for o in (inspector, cb))
+        np.testing.assert_allclose(one.values, two.values, rtol=1e-4, atol=1e-6, err_msg=f'{phase} {source} {stat}')
+        assert one.steps.tolist() == two.steps.tolist() and one.epochs.tolist() == two.epochs.tolist()
+    np.testing.assert_array_equal(values(cb, '1', 'death_rate'), astats.rows('1', 'death_rate').values)
+    assert cb.history.series('1', 'death_rate').steps.tolist() == astats.rows('1', 'death_rate').steps.tolist()
+
+def test_lr_find_leaves_no_rows():
+    cb = InspectorCB([OutputNorm()], visualizer=None)
+    learn = Learner(small_net(), DataLoaders(batches(20), batches(1)), F.cross_entropy, lr=.1, cbs=[TrainCB(), cb])
+    learn.lr_find(max_epochs=1)
+    assert len(cb.history) == 0 and count_hooks(learn.model) == 0
+    learn.fit(1)
+    assert len(values(cb, '1', 'norm mean')) == 1
+
+def test_early_stopping_in_a_learner_reads_this_epoch():
+    from miniai.callback import Callback
+    class Stop(Callback):
+        seen = []
+        def after_epoch(self, learn):
+            if not learn.training: self.seen.append(cb.lenses[0].loss(train=False))
+    cb = InspectorCB([LossMetrics()], visualizer=None)
+    learn = Learner(small_net(), DataLoaders(batches(), batches(1)), F.cross_entropy, lr=.1, cbs=[TrainCB(), cb, Stop()])
+    learn.fit(3)
+    assert Stop.seen == values(cb, 'loss', 'loss mean', 'valid').tolist() and len(set(Stop.seen)) == 3
+
+
+# --- validation is kept out of training ---
+
+def test_no_grad_validation_without_eval():
+    model, loss_fn = seeded(small_net), nn.CrossEntropyLoss()
+    opt = torch.optim.SGD(model.parameters(), .1)
+    lenses = [LossMetrics(loss_fn=loss_fn), OutputActivation(record_eval=True), OutputNorm(inplace=False)]
+    inspector = Inspector(lenses, module=model)
+
+    @torch.no_grad()
+    def validate():
+        for xb,yb in batches(3, seed=5): loss_fn(model(100*xb), yb)
+
+    for epoch in inspector.range(2):
+        for xb,yb in batches():
+            loss_fn(model(xb), yb).backward()
+            opt.step()
+            opt.zero_grad()
+        validate()
+    inspector.detach()
+    assert len(values(inspector, '1', 'norm')) == 8 and values(inspector, '1', 'norm').max() < 50
+    assert values(inspector, 'batches', 'count').tolist() == [4, 4] and values(inspector, 'batches', 'count', 'valid').tolist() == [3, 3]
+    assert len(values(inspector, '1', 'activation_rate mean', 'valid')) == 2
+    assert ('valid', '1', 'norm mean') not in inspector.history.keys()
+    assert (values(inspector, 'loss', 'loss mean', 'valid') > 5*values(inspector, 'loss', 'loss mean')).all()
+
+def test_eval_mode_alone_is_validation_too():
+    model = small_net()
+    inspector = Inspector([OutputNorm(record_eval=True), OutputActivation(record_eval=True, evaluation_from_grad=True)],
+                          module=model, visualizer=None)
+    model.eval()(batches()[0][0])
+    inspector.tick_epoch()
+    assert ('valid', '1', 'norm mean') in inspector.history.keys()
+    assert ('train', '1', 'activation_rate mean') in inspector.history.keys()   # grad mode alone decides there
+
+def test_an_epoch_with_validation_only_has_no_training_loss():
+    model, loss_fn = small_net(), nn.CrossEntropyLoss()
+    inspector = Inspector([LossMetrics(loss_fn=loss_fn)], module=model, visualizer=None)
+    with torch.no_grad(): loss_fn(model(batches()[0][0]), batches()[0][1])
+    inspector.tick_epoch()
+    assert math.isnan(inspector.lenses[0].loss(train=True)) and inspector.lenses[0].loss(train=False) > 0
+
+
+# --- loops that are not simple ---
+
+def measured(model, loop, lenses=None, **kw):
+    "Run `loop(step)` with every lens on; what came out must be finite where there is something."
+    own = count_hooks(getattr(model, '_orig_mod', model))
+    inspector = Inspector(lenses or all_lenses(), module=model, visualizer=None, **kw)
+    loop(inspector)
+    inspector.tick_epoch()
+    inspector.detach()
+    assert count_hooks(getattr(model, '_orig_mod', model)) <= own   # lazy layers take their own off
+    return inspector
+
+def sgd(model): return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], .01)
+
+def train(model, x, n=3, opt=None, loss=lambda out: out.square().mean()):
+    opt = opt or sgd(model)
+    for _ in range(n):
+        opt.zero_grad()
+        loss(model(x)).backward()
+        opt.step()
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch():
+    whole, parts = seeded(small_net), seeded(small_net)
+    x, y = batches(1, 32)[0]
+    def whole_loop(_): train(whole, x, 2, loss=lambda out: F.cross_entropy(out, y))
+    def parts_loop(_):
+        opt = sgd(parts)
+        for _ in range(2):
+            opt.zero_grad()
+            for i in range(4): (F.cross_entropy(parts(x[8*i:8*i+8]), y[8*i:8*i+8])/4).backward()
+            opt.step()
+    one, two = measured(whole, whole_loop), measured(parts, parts_loop)
+    for stat in 'grad_norm', 'grad_correlation', 'update_ratio':
+        np.testing.assert_allclose(values(one, '0.weight', stat), values(two, '0.weight', stat), rtol=1e-4)
+    assert len(values(two, '0.weight', 'grad_norm')) == 2 and len(values(two, '1', 'norm')) == 8
+
+def test_clipped_gradients_are_seen_clipped():
+    model = small_net()
+    def loop(_):
+        opt = sgd(model)
+        (1e3*model(torch.randn(8, 4))).square().sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        opt.step()
+    inspector = measured(model, loop)
+    assert math.sqrt(sum(values(inspector, nm, 'grad_norm')[0]**2 for nm in names)) == pytest.approx(1., rel=1e-3)
+
+class Scaler:
+    "What torch.amp.GradScaler does, on the CPU."
+    scale = 2.**16
+    def step(self, opt):
+        grads = [p.grad for group in opt.param_groups for p in group['params']]
+        for g in grads: g /= self.scale
+        if all(g.isfinite().all() for g in grads): opt.step()
+
+def test_scaled_gradients_are_seen_unscaled():
+    found = []
+    for scaled in False, True:
+        model, scaler = seeded(small_net), Scaler()
+        def loop(_):
+            opt = sgd(model)
+            for i,(xb,yb) in enumerate(batches()):
+                opt.zero_grad()
+                loss = F.cross_entropy(model(xb), yb)
+                (loss*scaler.scale if scaled else loss).backward()
+                if scaled and i == 1: model[0].weight.grad[0, 0] = math.inf   # this step is skipped
+                scaler.step(opt) if scaled else i == 1 or opt.step()
+        found.append(values(measured(model, loop), '0.weight', 'grad_norm'))
+    np.testing.assert_allclose(*found, rtol=1e-4)
+    assert len(found[0]) == 3
+
+def test_torch_grad_scaler():
+    model = small_net()
+    scaler = torch.amp.GradScaler('cpu', init_scale=1024.)
+    def loop(_):
+        opt = sgd(model)
+        for xb,yb in batches():
+            opt.zero_grad()
+            with torch.autocast('cpu', torch.bfloat16): loss = F.cross_entropy(model(xb), yb)
+            scaler.scale(loss).backward()
+            scaler.step(opt)
+            scaler.update()
+    inspector = measured(model, loop)
+    assert values(inspector, '0.weight', 'grad_norm').max() < 5 and values(inspector, '1', 'norm').min() > .1
+
+def test_gradient_penalty():
+    model = small_net()
+    x = torch.randn(8, 4, requires_grad=True)
+    def loop(_):
+        opt = sgd(model)
+        for _ in range(2):
+            opt.zero_grad()
+            out = model(x)
+            grad, = torch.autograd.grad(out.sum(), x, create_graph=True)
+            (out.square().mean() + (grad.norm(dim=1) - 1).square().mean()).backward()
+            opt.step()
+    inspector = measured(model, loop)
+    assert len(values(inspector, '0', 'output_grad_norm')) == 4 and len(values(inspector, '0.weight', 'grad_norm')) == 2
+
+class ResBlock(nn.Module):
+    "As in torchvision: one in-place ReLU, used twice, and an addition in place."
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.bn1, self.bn2, self.relu = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += x
+        return self.relu(out)
+
+def test_in_place_resnet_block():
+    watched, alone, x = seeded(ResBlock), seeded(ResBlock), torch.randn(6, 4, 8, 8)
+    inspector = measured(watched, lambda _: train(watched, x))
+    train(alone, x)
+    for a,b in zip(watched.parameters(), alone.parameters()): torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert len(values(inspector, 'relu', 'norm')) == len(values(inspector, 'relu (call 2)', 'norm')) == 3
+    assert len(values(inspector, 'conv1', 'output_grad_norm')) == 3
+    with torch.no_grad(): bn = alone.bn1(alone.conv1(x))
+    # the norm of bn1's output is not that of what the ReLU made of it in place
+    lens = Lens('output', nn.BatchNorm2d, low=lambda a: a.min())
+    assert values(measured(watched, lambda _: train(watched, x), [lens]), 'bn1', 'low mean')[0] < -1
+
+def test_in_place_smaller_last_batch():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 3))
+    def loop(_):
+        for n in 16, 16, 5, 16, 16: train(model, torch.randn(n, 4), 1)
+    correlation = values(measured(model, loop), '0', 'output_grad_correlation')
+    assert np.isnan(correlation).tolist() == [True, False, True, True, False]
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.lstm, self.head = nn.Embedding(20, 6), nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 3)
+    def forward(self, x): return self.head(self.lstm(self.embed(x))[0])
+
+def test_lstm():
+    model, x = Tagger(), torch.randint(0, 20, (4, 7))
+    lenses = all_lenses() + [Lens('output', nn.LSTM, peak=lambda a: a.abs().max())]
+    inspector = measured(model, lambda _: train(model, x), lenses)
+    assert len(values(inspector, 'lstm[0]', 'output_grad_norm')) == 3
+    assert values(inspector, 'lstm[1][1]', 'peak mean').shape == (1,)
+    for nm in 'lstm.weight_ih_l0', 'lstm.bias_hh_l0', 'embed.weight', 'head.bias': assert len(values(inspector, nm, 'grad_norm')) == 3, nm
+    assert values(inspector, 'embed.weight', 'grad_death_rate')[0] == 0    # its units are its features, not its words
+
+def test_transformer_encoder():
+    "[B, T, F]: units are features, so a dead unit is not a time step."
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(4, 5, 8)
+    with torch.no_grad(): model.layers[0].linear1.bias[3] = -100
+    lens = OutputActivation(include=nn.Linear, dropout=True, inplace=False)
+    inspector = measured(model, lambda _: train(model, x), [lens, ParameterGradientGeometry(inplace=False), OutputGradientGeometry()])
+    assert len(values(inspector, 'layers.0.linear1', 'activation_rate')) == 3
+    np.testing.assert_allclose(values(inspector, 'layers.0.dropout', 'death_rate'), [1/16]*3)   # after F.relu
+    assert len(values(inspector, 'layers.1.self_attn.in_proj_weight', 'grad_norm')) == 3
+
+def test_tied_weights():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encode, self.decode = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.decode.weight = self.encode.weight
+        def forward(self, x): return self.decode(self.encode(x).relu())
+    model = Tied()
+    inspector = measured(model, lambda _: train(model, torch.randn(8, 4)))
+    assert len(values(inspector, 'encode.weight', 'grad_norm')) == 3 and len(values(inspector, 'decode.weight', 'grad_norm')) == 0
+
+@pytest.mark.parametrize('norm', [torch.nn.utils.weight_norm, torch.nn.utils.parametrizations.weight_norm])
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+def test_weight_norm(norm):
+    model = nn.Sequential(norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 3))
+    inspector = measured(model, lambda _: train(model, torch.randn(8, 4)))
+    own = [nm for nm,_ in model.named_parameters() if nm.startswith('0.') and 'bias' not in nm]
+    assert len(own) == 2 and all(len(values(inspector, nm, 'grad_norm')) == 3 for nm in own)
+
+def test_sparse_embedding():
+    model = nn.Sequential(nn.Embedding(20, 6, sparse=True), nn.Linear(6, 3))
+    x = torch.randint(0, 5, (4, 7))
+    inspector = measured(model, lambda _: train(model, x, opt=torch.optim.SGD(model.parameters(), .01)))
+    dense = copy.deepcopy(model)
+    dense[0].sparse = False
+    assert len(values(inspector, '0.weight', 'grad_norm')) == 3 and values(inspector, '0.weight', 'grad_activation_rate')[0] <= .25
+
+def test_lazy_layers():
+    model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(3))
+    def loop(_):
+        opt = None
+        x = torch.randn(8, 4)
+        model(x)
+        train(model, x)
+    inspector = measured(model, loop)
+    assert len(values(inspector, '0.weight', 'grad_norm')) == 3 and len(values(inspector, '0.weight', 'param_norm')) == 1
+
+def test_frozen_then_unfrozen():
+    model = small_net()
+    model[0].requires_grad_(False)
+    def loop(inspector):
+        opt = torch.optim.SGD(model.parameters(), .01)
+        for epoch in range(4):
+            if epoch == 2: model[0].requires_grad_(True)
+            train(model, torch.randn(8, 4), 2, opt)
+            if epoch < 3: inspector.tick_epoch()
+    inspector = measured(model, loop)
+    assert inspector.history.series('0.weight', 'grad_norm mean').epochs.tolist() == [2, 3]
+    assert inspector.history.series('2.weight', 'grad_norm mean').epochs.tolist() == [0, 1, 2, 3]
+    assert np.isfinite(values(inspector, '2.weight', 'grad_norm mean')).all()
+
+def test_module_used_twice():
+    class Twice(nn.Module):
+        def __init__(self): super().__init__(); self.lin, self.act = nn.Linear(4, 4), nn.ReLU()
+        def forward(self, x): return self.act(self.lin(self.act(self.lin(x))))
+    model = Twice()
+    inspector = measured(model, lambda _: train(model, torch.randn(8, 4)))
+    assert {o[1] for o in inspector.history.keys() if o[2] == 'norm'} == {'act', 'act (call 2)'}
+    assert {o[1] for o in inspector.history.keys() if o[2] == 'output_grad_norm'} == {'lin', 'lin (call 2)'}
+
+@pytest.mark.parametrize('reentrant', [False, True])
+def test_activation_checkpointing(reentrant):
+    from torch.utils.checkpoint import checkpoint
+    class Net(nn.Module):
+        def __init__(self, again): super().__init__(); self.again, self.body, self.head = again, nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 3)
+        def forward(self, x): return self.head(checkpoint(self.body, x, use_reentrant=reentrant) if self.again else self.body(x))
+    x, found = torch.randn(8, 4, requires_grad=True), []
+    for again in False, True:
+        model = seeded(lambda: Net(again))
+        inspector = measured(model, lambda _: train(model, x))
+        found.append({o: values(inspector, *o[1:], o[0]) for o in inspector.history.keys()})
+    assert set(found[0]) == set(found[1])
+    for key in found[0]: np.testing.assert_allclose(found[0][key], found[1][key], rtol=1e-4, err_msg=str(key))
+
+def test_compiled_after_attaching():
+    x, found = torch.randn(8, 4), []
+    for compiled in False, True:
+        torch._dynamo.reset()
+        model = seeded(small_net)
+        def loop(_): train(torch.compile(model, backend='eager') if compiled else model, x)
+        found.append(measured(model, loop))
+    for key in found[0].history.keys():
+        np.testing.assert_allclose(*(values(o, *key[1:], key[0]) for o in found), rtol=1e-4, err_msg=str(key))
+    torch._dynamo.reset()
+
+def test_compiled_before_attaching_is_said():
+    torch._dynamo.reset()
+    model, x = small_net(), torch.randn(8, 4)
+    compiled = torch.compile(model, backend='eager')
+    train(compiled, x, 1)
+    with pytest.warns(UserWarning, match='already compiled'): inspector = Inspector([OutputNorm(), ParameterGradientGeometry(inplace=False)], module=compiled, visualizer=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        train(compiled, x, 2)
+        inspector.tick_epoch()
+    inspector.detach()
+    assert len(values(inspector, '0.weight', 'grad_norm')) == 2
+    torch._dynamo.reset()
+
+def test_two_optimizers():
+    model = small_net()
+    def loop(_):
+        opts = [torch.optim.SGD(model[i].parameters(), .1) for i in (0, 2)]
+        for _ in range(3):
+            model(torch.randn(8, 4)).square().mean().backward()
+            for opt in opts: opt.step(); opt.zero_grad()
+    inspector = measured(model, loop)
+    assert inspector.step == 3 and all(len(values(inspector, nm, 'update_norm')) == 3 for nm in names)
+    opt = torch.optim.SGD(model[0].parameters(), .1)
+    other = Inspector([ParameterGradientGeometry(inplace=False)], visualizer=None).attach(model, optimizer=opt)
+    loop(None)
+    other.detach()
+    assert len(other.history) == 0
+
+class Odd(nn.Module):
+    def __init__(self, f): super().__init__(); self.f, self.lin = f, nn.Linear(4, 4)
+    def forward(self, x): return self.lin(x), self.f(x)
+
+class Returns(nn.Module):
+    def __init__(self, f): super().__init__(); self.f = f
+    def forward(self, x): return self.f(x)
+
+@pytest.mark.parametrize('f', [lambda x: x.argmax(1), lambda x: x[:0], lambda x: x.sum(), lambda x: x[0], lambda x: {'a': x, 'b': [x, None]},
+                               lambda x: 'text', lambda x: x.to(torch.complex64), lambda x: x.double(), lambda x: x.bfloat16()],
+                         ids='int empty 0d 1d dict text complex double bf16'.split())
+def test_any_output(f):
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.odd = Returns(f)
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.lin, self.odd = nn.Linear(4, 4), Returns(f)
+        def forward(self, x): out = self.lin(x); self.odd(out); return out
+    net = Net()
+    lenses = [OutputActivation(include=Returns, inplace=False), OutputNorm(include=Returns), OutputGradientGeometry(),
+              Lens('output', Returns, broken=lambda a: a.no_such_thing)]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        measured(net, lambda _: train(net, torch.randn(8, 4)), lenses)
+
+def test_a_broken_lens_is_told_once_by_name():
+    model = small_net()
+    inspector = Inspector([Lens('output', nn.ReLU, broken=lambda a: a.no_such_thing), OutputNorm()], module=model, visualizer=None)
+    with pytest.warns(UserWarning, match=r"'1' could not be measured by Lens\(output: broken\)") as told: train(model, torch.randn(8, 4), 5)
+    assert len(told) == 1
+    inspector.tick_epoch()
+    assert len(values(inspector, '1', 'norm mean')) == 1
+
+def test_layers_that_are_never_called_are_told():
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.lin, self.act = nn.Linear(4, 4), nn.ReLU()
+        def forward(self, x): return F.relu(self.lin(x))
+    model = Net()
+    inspector = Inspector([OutputNorm()], module=model, visualizer=None)
+    train(model, torch.randn(8, 4))
+    with pytest.warns(UserWarning, match="'act' was never called"): inspector.tick_epoch()
+
+def test_a_loop_without_a_torch_optimizer_is_told():
+    model = small_net()
+    inspector = Inspector([ParameterGradientGeometry()], module=model, visualizer=None)
+    model(torch.randn(8, 4)).sum().backward()
+    with pytest.warns(UserWarning, match='has made no step that PyTorch knows of'): inspector.tick_epoch()
+
+
+# --- attaching and letting go ---
+
+@pytest.mark.parametrize('exc', [ValueError, KeyboardInterrupt])
+def test_nothing_is_left_after_an_exception(exc):
+    from torch.optim.optimizer import _global_optimizer_pre_hooks, _global_optimizer_post_hooks
+    model, loss_fn = small_net(), nn.MSELoss()
+    gc.collect()
+    before = len(_global_optimizer_pre_hooks) + len(_global_optimizer_post_hooks)
+    with pytest.raises(exc):
+        with Inspector(all_lenses(loss_fn), visualizer=None).attach(model) as inspector:
+            train(model, torch.randn(8, 4))
+            raise exc
+    assert count_hooks(model) + count_hooks(loss_fn) == 0
+    assert len(_global_optimizer_pre_hooks) + len(_global_optimizer_post_hooks) == before
+    assert len(values(inspector, '1', 'norm mean')) == 1      # what the epoch had so far
+    copy.deepcopy(model), pickle.dumps(model), torch.save(model, io.BytesIO())
+
+def test_a_dropped_inspector_leaves_no_global_hook():
+    from torch.optim.optimizer import _global_optimizer_pre_hooks
+    gc.collect()
+    before = len(_global_optimizer_pre_hooks)
+    model = small_net()
+    inspector = Inspector(all_lenses(), module=model, visualizer=None)
+    ref = weakref.ref(inspector)
+    del inspector, model
+    gc.collect()
+    assert ref() is None and len(_global_optimizer_pre_hooks) == before
+
+def test_two_models_in_turn():
+    first, second = small_net(), nn.Sequential(nn.Linear(4, 5), nn.Tanh())
+    inspector = Inspector([OutputNorm()], module=first)
+    train(first, torch.randn(8, 4))
+    inspector.tick_epoch()
+    inspector.attach(second)
+    assert count_hooks(first) == 0 and inspector.epoch == 0
+    train(second, torch.randn(8, 4))
+    train(first, torch.randn(8, 4))
+    inspector.tick_epoch()
+    assert inspector.recording().panels[0].sources == ('1',) and inspector.history.run == 1
+    assert inspector.history.series('1', 'norm mean').runs.tolist() == [0, 1]
+
+def test_copies_fire_nothing():
+    model = small_net()
+    inspector = Inspector([OutputNorm(inplace=False)], module=model, visualizer=None)
+    twin, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    twin(torch.randn(8, 4)), loaded(torch.randn(8, 4))
+    assert not inspector._pending()
+    model(torch.randn(8, 4))
+    assert inspector._pending()
+
+def test_range_ticks_when_left_early():
+    model = small_net()
+    inspector = Inspector([OutputNorm()], module=model, visualizer=None)
+    for epoch in inspector.range(10):
+        train(model, torch.randn(8, 4))
+        if epoch == 2: break
+    assert inspector.history.series('1', 'norm mean').epochs.tolist() == [0, 1, 2]
+
+def test_tick_labels_this_epoch():
+    model = small_net()
+    inspector = Inspector([OutputNorm()], module=model, visualizer=None)
+    for epoch in 5, 6, None:
+        train(model, torch.randn(8, 4))
+        inspector.tick_epoch(epoch)
+    assert inspector.history.series('1', 'norm mean').epochs.tolist() == [5, 6, 7]
+
+def test_inactive_epochs_are_gaps():
+    model = small_net()
+    inspector = Inspector([OutputNorm()], module=model, visualizer=None, is_active_fn=2)
+    for _ in inspector.range(5): train(model, torch.randn(8, 4))
+    assert inspector.history.series('1', 'norm mean').epochs.tolist() == [0, 2, 4]
+
+def test_every_and_budget():
+    model = small_net()
+    inspector = Inspector(all_lenses(), module=model, visualizer=None, every=3)
+    train(model, torch.randn(8, 4), 9)
+    inspector.tick_epoch()
+    assert inspector.history.series('1', 'norm').steps.tolist() == [0, 3, 6] == inspector.history.series('0.weight', 'grad_norm').steps.tolist()
+    assert inspector.cost().steps_sampled == 3 and inspector.cost().steps_seen == 9
+
+def test_depth():
+    model = nn.Sequential(small_net(), small_net())
+    model[1][0] = nn.Linear(3, 8)
+    inspector = Inspector([Lens('output', peak=lambda a: a.max())], module=model, visualizer=None, depth=1)
+    train(model, torch.randn(8, 4))
+    inspector.tick_epoch()
+    assert inspector.recording().panels[0].sources == ('0', '1')
+
+def test_state_dict_goes_through_weights_only():
+    model = small_net()
+    inspector = Inspector(all_lenses(), module=model)
+    for _ in inspector.range(2): train(model, torch.randn(8, 4))
+    file = io.BytesIO()
+    torch.save(inspector.state_dict(), file)
+    file.seek(0)
+    inspector.detach()
+    other = Inspector(all_lenses(), module=model)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for _ in other.range(1): train(model, torch.randn(8, 4))
+    series = other.history.series('1', 'norm')
+    assert series.steps.tolist() == list(range(9)) and series.epochs.tolist() == [0]*3 + [1]*3 + [2]*3
+    assert other.recording().panels[1].sources == ('1',)
+
+
+# --- nothing is read from the device in a step ---
+
+class CountReads(TorchDispatchMode):
+    def __init__(self): super().__init__(); self.reads = []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() in ('aten::_local_scalar_dense', 'aten::item', 'aten::nonzero', 'aten::equal', 'aten::is_nonzero'): self.reads.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+def test_no_host_read_in_300_steps():
+    model, loss_fn = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.LazyLinear(3)), nn.CrossEntropyLoss()
+    model(torch.randn(1, 1, 8, 8))
+    lenses = [LossMetrics(loss_fn=loss_fn), OutputActivation(), OutputNorm(), OutputGradientGeometry(), ParameterGradientActivation(),
+              ParameterGradientGeometry(), ParameterNorm(), ParameterUpdateGeometry()]
+    inspector = Inspector(lenses, module=model, visualizer=None)
+    opt, x, y = torch.optim.SGD(model.parameters(), .1, foreach=False), torch.randn(8, 1, 8, 8), torch.randint(0, 3, (8,))
+    with CountReads() as counter:
+        for _ in range(300):
+            opt.zero_grad()
+            loss_fn(model(x), y).backward()
+            opt.step()
+            inspector.push_metric('accuracy', (y == 1).float().mean())
+    assert counter.reads == []
+    inspector.tick_epoch()
+    assert values(inspector, 'accuracy', 'accuracy mean')[0] == pytest.approx((y == 1).float().mean().item())
+
+
+# --- views ---
+
+def test_a_figure_of_everything(tmp_path):
+    model, loss_fn = small_net(), nn.CrossEntropyLoss()
+    inspector = PyTorchInspector(all_lenses(loss_fn), module=model)
+    opt = torch.optim.SGD(model.parameters(), .1)
+    for epoch in inspector.range(3):
+        for xb,yb in batches():
+            opt.zero_grad()
+            loss_fn(model(xb), yb).backward()
+            opt.step()
+        inspector.push_metric('accuracy', .5 + epoch/10, train=False)
+    fig = inspector.visualizer.show_fig()
+    fig.savefig(tmp_path/'figure.png')
+    titles = {o.get_text() for o in fig.findobj(lambda o: hasattr(o, 'get_text'))}
+    assert {'Loss', 'Metrics', 'Output activation', 'Weight grad norm', 'Bias update ratio', 'Condition', 'Warning: gradient activation'} <= titles
+    inside = fig.bbox.padded(2)
+    for text in fig.findobj(lambda o: hasattr(o, 'get_text') and o.get_text() and o.get_visible()):
+        box = text.get_window_extent()
+        if box.width and text.axes is not None and text in (text.axes.title,): assert inside.x0 <= box.x0 and box.x1 <= inside.x1, text.get_text()
+    inspector.to_parquet(tmp_path/'run.parquet')
+    again = open_recording(tmp_path/'run.parquet')
+    assert again.panels == inspector.panels()
+    assert len(MatplotlibVisualizer().show_fig(again).axes) == len(fig.axes)
+    inspector.to_csv(tmp_path/'run.csv')
+    assert (tmp_path/'run.csv').read_text().startswith('run,step,epoch')
+    why = inspector.measured()
+    assert {'0.weight', '1', 'loss'} <= set(why.source)
+
+def test_tensorboard_reads_back(tmp_path):
+    pytest.importorskip('tensorboard', reason='the package tensorboard is not installed')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from miniai.visualizer import TensorBoardVisualizer
+    model = small_net()
+    inspector = Inspector([OutputNorm(), ParameterGradientGeometry()], module=model, visualizer=TensorBoardVisualizer(str(tmp_path)))
+    for _ in inspector.range(3): train(model, torch.randn(8, 4))
+    inspector.visualizer.close()
+    events = EventAccumulator(str(tmp_path), size_guidance={'histograms': 0}).Reload()
+    scalars = events.Scalars('Output norm/1 norm mean train')
+    assert [o.step for o in scalars] == [0, 1, 2]
+    np.testing.assert_allclose([o.value for o in scalars], values(inspector, '1', 'norm mean'), rtol=1e-5)
+    assert len(events.Histograms('Weight grad norm/grad_norm mean train')) == 3
+
+def test_print(capsys):
+    model = small_net()
+    inspector = Inspector([OutputNorm()], module=model, visualizer='print')
+    for _ in inspector.range(1): train(model, torch.randn(8, 4))
+    out = capsys.readouterr().out
+    assert out.startswith('epoch 0') and 'norm mean' in out
+
+def test_an_object_of_your_own():
+    class Mine:
+        def tick(self, recording, epoch): self.last = epoch, recording.values('1', 'norm', 'mean')[-1]
+    model, mine = small_net(), Mine()
+    inspector = Inspector([OutputNorm()], module=model, visualizer=mine)
+    for _ in inspector.range(2): train(model, torch.randn(8, 4))
+    assert mine.last[0] == 1 and mine.last[1] == pytest.approx(values(inspector, '1', 'norm mean')[-1])

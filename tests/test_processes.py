@@ -1,0 +1,68 @@
+"Two processes, each with its half of every batch, see what one process sees that has both halves."
+import json, os, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+worker = '''
+import json, sys, os, torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from miniai.inspector import Inspector
+from miniai.lens import *
+
+torch.set_num_threads(1)
+world = int(os.environ.get('WORLD_SIZE', 1))
+if world > 1: dist.init_process_group('gloo')
+rank = dist.get_rank() if world > 1 else 0
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+x, y = torch.randn(48, 4), torch.randint(0, 3, (48,))
+loss_fn = nn.CrossEntropyLoss()
+lenses = [LossMetrics(loss_fn=loss_fn), OutputActivation(record_eval=True), OutputNorm(), OutputGradientGeometry(compute_correlation=False),
+          ParameterGradientGeometry(), ParameterGradientActivation(), ParameterNorm(), ParameterUpdateGeometry()]
+inspector = Inspector(lenses)
+net = DDP(model) if world > 1 else model
+opt = torch.optim.SGD(model.parameters(), .1)
+inspector.attach(net)
+halves = [rank] if world > 1 else [0, 1]
+losses = []
+for epoch in inspector.range(3):
+    for i in range(4):
+        opt.zero_grad()
+        for half in halves:
+            part = slice(12*i + (0, 5)[half], 12*i + (5, 12)[half])        # of different sizes
+            # a part's loss counts by its share of the batch; two processes average, so each takes it twice
+            (loss_fn(net(x[part]), y[part])*(part.stop-part.start)/12*world).backward()
+        opt.step()
+    with torch.no_grad():
+        for half in halves: loss_fn(net(x[half::2]), y[half::2])
+    inspector.push_metric('rank', float(rank) if world > 1 else .5)
+rows = {' '.join(key): inspector.history.series(key[1], key[2], key[0]).values.tolist() for key in inspector.history.keys()}
+rows['early stopping'] = [lenses[0].loss(train=False)]
+if world > 1: dist.barrier(); dist.destroy_process_group()
+open(f'{sys.argv[1]}/{world}_{rank}.json', 'w').write(json.dumps(rows))
+'''
+
+def run(folder, *command):
+    root = Path(__file__).resolve().parent.parent
+    (folder/'worker.py').write_text(worker)
+    env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'}
+    res = subprocess.run([sys.executable, *command, str(folder/'worker.py'), str(folder)], env=env, capture_output=True, text=True, timeout=180)
+    assert res.returncode == 0, res.stderr[-3000:]
+
+def test_two_processes_give_the_statistics_of_one(tmp_path):
+    torch = pytest.importorskip('torch')
+    if not torch.distributed.is_available(): pytest.skip('torch was built without distributed')
+    run(tmp_path)
+    run(tmp_path, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2')
+    one, *two = (json.loads((tmp_path/f'{nm}.json').read_text()) for nm in ('1_0', '2_0', '2_1'))
+    assert two[0] == two[1]                # every process knows, so all stop early together
+    assert set(one) == set(two[0]) and len(one) > 80
+    for key,values in one.items():
+        # DDP scales the local gradient: the gradient of a half's own loss is twice as large there
+        factor = 2 if 'output_grad_norm' in key else 1
+        if key.split()[-1] in ('min', 'std', 'max', 'Q1', 'Q3', 'median') and 'rank' in key: continue
+        np.testing.assert_allclose(np.array(two[0][key])/factor, values, rtol=1e-3, atol=1e-5, err_msg=key)
