@@ -22,7 +22,8 @@ from .callback import Callback
 from .cost import Cost, Pace
 from .history import History
 from .hooks import Hook, named_tensors, select_modules, unwrap, warn_if_compiled
-from .lens import Look, Pool, PooledLook, Window, aggregates, parameter_axis, parameter_matches, row_stat
+from .lens import (Look, Pool, PooledLook, Window, aggregates, parameter_axis, parameter_matches,
+                         row_stat)
 from .stats import unit_axis
 from .visualizer import Recording, save_parquet, visualizer_named
 
@@ -33,7 +34,8 @@ def modules_at(
     prefix:str='.'   # between the names of parent and child
 ) -> list: # [(name, module)] in model order
     "The modules at a depth; a branch that ends above it gives its leaf."
-    if depth < -1: raise ValueError(f'Inspector: depth is {depth}; it must be -1 (the leaves), 0 (the model) or more')
+    if depth < -1:
+        raise ValueError(f'Inspector: depth is {depth}; it must be -1 (the leaves), 0 (the model) or more')
     leaves = select_modules(model)
     if depth == 0: found = [(type(model).__name__, model)]
     elif depth == -1: found = leaves
@@ -75,8 +77,8 @@ class Inspector:
     """Watches a model through lenses, in any loop: `attach`, train, `tick_epoch` after each epoch, and
     `visualizer.show_fig()`.
 
-    It hooks the model and the optimizer's step while it is attached, never fails in a step of yours (what can't be
-    measured is a gap, told once), and reads nothing from the device before an epoch ends."""
+    It hooks the model and the optimizer's step while it is attached, never fails in a step of yours (what
+    can't be measured is a gap, told once), and reads nothing from the device before an epoch ends."""
     small = 2**15     # entries of an output up to which it is copied, to be measured with others of its shape
     max_calls = 8     # of one module in one forward that are told apart
 
@@ -84,11 +86,11 @@ class Inspector:
         lenses,                         # list of lenses
         *, visualizer='matplotlib',     # 'matplotlib', 'tensorboard', 'print', None, or an object of your own
         module:nn.Module=None,          # attach to it at once
-        depth:int=-1,                   # which modules are layers: -1 the leaves, 0 the model itself, 1 its children, ...
+        depth:int=-1,                   # what is a layer: -1 the leaves, 0 the model, 1 its children, ...
         module_name_prefix:str='.',     # between the names of parent and child
         train_loss_str:str='train_loss',# name of the training loss in plots
         non_train_loss_str:str='val_loss', # and of the validation loss
-        is_active_fn=1,                 # watch every n-th epoch, or those for whose number (from 0) it is true
+        is_active_fn=1,                 # watch every n-th epoch, or a function of its number (from 0)
         master_rank:int=0,              # of several processes the one that draws
         every:int=1,                    # look at every n-th step of a phase
         budget:float=None,              # or as often as fits into this share of the loop's time, such as 0.02
@@ -101,14 +103,18 @@ class Inspector:
         self.every, self.budget, self.history = every, budget, History(max_bytes=max_bytes)
         self.model, self.hooks, self._handles = None, [], []
         self._start(None)
-        self.visualizer = visualizer if _rank() == master_rank else 'matplotlib'   # which draws only when asked
+        # which draws only when asked
+        self.visualizer = visualizer if _rank() == master_rank else 'matplotlib'
         if module is not None: self.attach(module)
 
     def _start(self, model):
         "A model is watched from here on; what is known of an earlier one stays in the table only."
-        self.epoch, self.step, self._step_before, self.kinds, self.params, self.optimizer = 0, 0, 0, {}, [], None
-        self.pace, self._told, self._rank, self._steps = Pace(self.every, self.budget, 'Inspector'), set(), {}, {}
-        self._me, self._forward, self._axes, self._gaps, self._optimizers, self._before, self._pools, self._known = weakref.ref(self), 0, {}, {}, {}, {}, {}, {}
+        self.epoch = self.step = self._step_before = 0
+        self.kinds, self.params, self.optimizer = {}, [], None
+        self.pace = Pace(self.every, self.budget, 'Inspector')
+        self._told, self._rank, self._steps = set(), {}, {}
+        self._me, self._forward, self._axes, self._rooms, self._gaps = weakref.ref(self), 0, {}, {}, {}
+        self._optimizers, self._before, self._pools, self._known = {}, {}, {}, {}
         self._given, self._found, self.phase, self.by_grad = None, {}, 'train', 'train'
         self._clear()
 
@@ -153,7 +159,7 @@ def _checked(lenses):
 def _active_fn(o):
     if callable(o): return o
     if isinstance(o, int) and o >= 1: return lambda epoch: epoch % o == 0
-    raise ValueError(f'Inspector: is_active_fn is {o!r}; give a whole number from 1, or a function of the epoch')
+    raise ValueError(f'Inspector: is_active_fn is {o!r}; give a number from 1, or a function of the epoch')
 
 # %% ../nbs/19_inspector.ipynb #1ec72521
 @patch
@@ -294,7 +300,8 @@ def _on_output(self:Inspector, hook, mod, inp, outp):
     if self._inside and not self.looking or not self.active: return
     self.pace.begin_watch()
     try: self._take(hook, mod, outp, _in_backward())
-    except Exception as e: self._tell(hook.name, f'could not be measured and is left out ({type(e).__name__}: {e})')
+    except Exception as e:
+        self._tell(hook.name, f'could not be measured and is left out ({type(e).__name__}: {e})')
     self.pace.end_watch()
 
 @patch
@@ -302,11 +309,13 @@ def _take(self:Inspector, hook, mod, outp, again):
     if not self._inside and not again: self._enter(mod)
     call, name = self._call_number(hook, again), hook.name
     if call == 1 and isinstance(outp, torch.Tensor): return self._take_tensor(hook, mod, name, outp, again)
-    if call > self.max_calls: return self._tell(name, f'is called more than {self.max_calls} times in a step; '
+    if call > self.max_calls:
+        return self._tell(name, f'is called more than {self.max_calls} times in a step; '
                                                 'the rest is not recorded')
     found = named_tensors(outp, name)
     if not found: self._tell(name, f'returns no tensor to look at, but {type(outp).__name__}')
-    for source,a in found: self._take_tensor(hook, mod, source if call == 1 else f'{source} (call {call})', a, again)
+    for source,a in found:
+        self._take_tensor(hook, mod, source if call == 1 else f'{source} (call {call})', a, again)
 
 @patch
 def _call_number(self:Inspector, hook, again):
@@ -351,7 +360,8 @@ def _take_output(self:Inspector, hook, source, axis, a):
     lenses, a = self._lenses_now(hook), a.detach()
     if not lenses: return
     if a.ndim < 2: a = a.reshape(-1, 1)
-    if a.numel() <= self.small: self._outputs.append(((lenses, axis, a.shape, a.dtype, a.device), source, a.clone()))
+    if a.numel() <= self.small:
+        self._outputs.append(((lenses, axis, a.shape, a.dtype, a.device), source, a.clone()))
     else: self._measure(lenses, [source], [a], axis)
 
 @patch
@@ -367,7 +377,16 @@ def _flush_outputs(self:Inspector):
 @patch
 def _measure(self:Inspector, lenses, names, tensors, axis):
     "Ask `lenses` about outputs of one shape."
-    self._ask(lenses, tuple(names), Look(_stack(tensors), axis+1))
+    self._ask(lenses, tuple(names), Look(self._stacked(names, tensors), axis+1))
+
+@patch
+def _stacked(self:Inspector, names, tensors):
+    "One tensor of many, in memory that is used again: fresh memory is dearer than the copying."
+    if len(tensors) == 1 or tensors[0].dtype != torch.float32: return _stack(tensors)
+    shape, room = (len(tensors), *tensors[0].shape), self._rooms.get(names[0])
+    if room is None or room.shape != shape or room.device != tensors[0].device:
+        with torch.inference_mode(False): room = self._rooms[names[0]] = tensors[0].new_empty(shape)
+    return torch.stack(tensors, out=room)
 
 # %% ../nbs/19_inspector.ipynb #34d4ee0b
 @patch
@@ -426,7 +445,8 @@ def _flush_grads(self:Inspector):
         if room is None: rounds.append(room := {})
         room[o[2]] = o
     for seen in rounds:
-        for group in _groups(seen.values(), self._together): self._guard(group[0][2], self._measure_grads, group)
+        for group in _groups(seen.values(), self._together):
+            self._guard(group[0][2], self._measure_grads, group)
         self._write(self._samples)
 
 @patch
@@ -513,7 +533,8 @@ def _select(self:Inspector, tap):
     lenses = [o for o in self.lenses if o.tap == tap]
     chosen = [(o, tuple(p for p in self.params if any(parameter_matches(p.name, a) for a in o.parameters)))
               for o in lenses]
-    return [(tuple(lens for lens,_ in group), group[0][1]) for group in _groups(chosen, lambda o: (o[1], id(o[0].optimizer)))]
+    return [(tuple(lens for lens,_ in group), group[0][1])
+            for group in _groups(chosen, lambda o: (o[1], id(o[0].optimizer)))]
 
 # %% ../nbs/19_inspector.ipynb #66ce86fa
 @patch
@@ -544,7 +565,8 @@ def _read_grads(self:Inspector, optimizer):
     self._write(self._since_step)
     for lenses,params in self._selections['update']:
         if lenses[0].optimizer not in (None, optimizer): continue
-        for group in self._groups_of(params, optimizer): self._guard(group.names, self._note_start, lenses, group)
+        for group in self._groups_of(params, optimizer):
+            self._guard(group.names, self._note_start, lenses, group)
 
 @patch
 def _groups_of(self:Inspector, params, optimizer):
@@ -562,7 +584,8 @@ def _groups_of(self:Inspector, params, optimizer):
 @patch
 def _look_at_grads(self:Inspector, lenses, group, optimizer):
     grads, scale = group.grads(), getattr(optimizer, 'grad_scale', None)
-    if scale is not None: grads = [o if o is None else o/scale for o in grads]   # a fused optimizer unscales in its step
+    # a fused optimizer unscales in its step
+    if scale is not None: grads = [o if o is None else o/scale for o in grads]
     pool = self._pool('grad', group)
     look = PooledLook(pool, grads, self._last_look('grad', group.names, pool))
     self._keep('grad', lenses, group.names, look)
@@ -583,7 +606,8 @@ def _after_step(self:Inspector, optimizer):
 
 @patch
 def _read_updates(self:Inspector):
-    for lenses,group,start in self._starts: self._guard(group.names, self._look_at_updates, lenses, group, start)
+    for lenses,group,start in self._starts:
+        self._guard(group.names, self._look_at_updates, lenses, group, start)
     self._write(self._since_step)
 
 @patch
@@ -601,7 +625,8 @@ def _on_loss(self:Inspector, hook, mod, inp, outp):
 @patch
 def _take_loss(self:Inspector, lens, mod, inp, outp):
     if not isinstance(outp, torch.Tensor) or outp.numel() != 1:
-        return self._tell('the loss', 'is not a single number, so it is not recorded; push_loss can be given one')
+        return self._tell('the loss',
+                          'is not a single number, so it is not recorded; push_loss can be given one')
     grad = torch.is_grad_enabled()
     train = (grad if lens.evaluation_from_grad else mod.training and grad) and self.phase == 'train'
     self._push(lens, 'loss', outp, 'train' if train else 'valid', _batch_len(inp))
@@ -615,7 +640,8 @@ def _push(self:Inspector, lens, name, value, phase, weight, keep=False):
     weight = (weight or 1) if self.weighted else 1
     self.windows[key].add((name,), value, weight)
     if keep or not lens.inplace:
-        self.history.record(name, name, value.reshape(()), step=self.step, epoch=self.epoch, phase=key[1], samples=weight)
+        self.history.record(name, name, value.reshape(()), step=self.step, epoch=self.epoch, phase=key[1],
+                            samples=weight)
 
 @patch
 def push_loss(self:Inspector,
@@ -626,7 +652,9 @@ def push_loss(self:Inspector,
 ):
     "Record a loss, for every `LossMetrics` without a `loss_fn`."
     for lens in self._loss_lenses(): 
-        if lens.loss_fn is None: self._push(lens, 'loss', value, 'train' if train else 'valid', samples or self._samples, not running)
+        if lens.loss_fn is None:
+            self._push(lens, 'loss', value, 'train' if train else 'valid', samples or self._samples,
+                       not running)
 
 @patch
 def push_metric(self:Inspector,
@@ -637,7 +665,8 @@ def push_metric(self:Inspector,
     samples:int=1      # it was computed from: its weight in the epoch's mean
 ):
     "Record a metric."
-    if name == 'loss': raise ValueError("push_metric: 'loss' is the loss's own name; use push_loss, or another name")
+    if name == 'loss':
+        raise ValueError("push_metric: 'loss' is the loss's own name; use push_loss, or another name")
     phase = self.phase if train is None else 'train' if train else 'valid'
     for lens in self._loss_lenses():
         if lens.wants(name): self._push(lens, name, value, phase, samples, not running)
@@ -686,7 +715,8 @@ def _close(self:Inspector, who, phase, window):
     stats, summary = (stats,) if stats else lens.stats, window.summary()
     names = tuple(row_stat(stat, how) for how in aggregates for stat in stats)
     self.history.record_many(window.names, names, summary.flatten(0, 1), **self._where(phase))
-    for name,value in lens.over_all(summary[0]).items(): self.history.record('all', name, value, **self._where(phase))
+    for name,value in lens.over_all(summary[0]).items():
+        self.history.record('all', name, value, **self._where(phase))
 
 @patch
 def _read_parameters(self:Inspector):
@@ -706,8 +736,10 @@ def _tell_silent(self:Inspector):
     if not self._n_forwards: return
     for hook in self.hooks:
         if hasattr(hook, 'lenses') and hook.forward is None: self._tell(hook.name, _why_silent)
-    if self._n_forwards['train'] and not self._steps and any(o.tap in ('grad', 'update') for o in self.lenses):
-        self._tell('the optimizer', 'has made no step that PyTorch knows of, so gradients and updates are not recorded')
+    at_steps = any(o.tap in ('grad', 'update') for o in self.lenses)
+    if at_steps and self._n_forwards['train'] and not self._steps:
+        self._tell('the optimizer',
+                   'has made no step that PyTorch knows of, so gradients and updates are not recorded')
 
 _why_silent = ('was never called. It is not part of what forward runs, or is used without calling it '
                '(`layer.forward(x)`, `F.relu` beside an nn.ReLU), or the model was compiled before attaching')
@@ -720,7 +752,8 @@ def _share(self:Inspector):
     keys = {(self._number(who), phase): (who, phase) for who,phase in self.windows if _differs(who)}
     mine = {key: self.windows[full].packed() for key,full in keys.items()}
     everyone = [None]*torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, (mine, self._batches))   # waits for the device and for the others
+    # waits for the device and for the others
+    torch.distributed.all_gather_object(everyone, (mine, self._batches))
     for key in {key: None for windows,_ in everyone for key in windows}:
         windows = [Window.unpacked(o[key]) for o,_ in everyone if key in o]
         for o in windows[1:]: windows[0].merge(o)
@@ -814,7 +847,8 @@ def measured(self:Inspector): # pandas.DataFrame: source, stat, phase, epochs, w
     "What of this run was measured, in how many epochs; and why there is a gap, where that is known."
     import pandas as pd
     recording = self.recording()
-    rows = [(source, stat, phase, int(np.isfinite(values).sum()), '') for (phase,source,stat),(_,values) in recording.rows.items()
+    rows = [(source, stat, phase, int(np.isfinite(values).sum()), '')
+            for (phase,source,stat),(_,values) in recording.rows.items()
             if stat.endswith((' mean', 'param_norm', 'param_rms', 'condition'))]
     gaps = [(source, '', '', 0, why) for source,why in self._gaps.items()]
     stepped = {o.name for _,groups in self._known.values() for group in groups for o in group.params}
@@ -826,9 +860,11 @@ def measured(self:Inspector): # pandas.DataFrame: source, stat, phase, epochs, w
 @patch
 def state_dict(self:Inspector) -> dict: # tensors, numbers and text, for `torch.save`
     "Where it stands at the end of an epoch: table, epoch, step. What is new in an epoch is not in it."
-    columns = [(key, torch.tensor(c.facts, dtype=torch.int64), torch.from_numpy(np.ascontiguousarray(c.values())))
+    columns = [(key, torch.tensor(c.facts, dtype=torch.int64),
+                torch.from_numpy(np.ascontiguousarray(c.values())))
                for key,c in self.history.flush()._columns.items()]
-    return dict(epoch=self.epoch, step=self.step, run=self.history.run, columns=columns, rank=dict(self._rank))
+    return dict(epoch=self.epoch, step=self.step, run=self.history.run, columns=columns,
+                rank=dict(self._rank))
 
 @patch
 def load_state_dict(self:Inspector, state:dict):
@@ -843,7 +879,7 @@ def load_state_dict(self:Inspector, state:dict):
 
 # %% ../nbs/19_inspector.ipynb #b74b61ac
 class InspectorCB(Callback):
-    "An `Inspector` that a `Learner` drives: it supplies phase, step, loss and optimizer, and ticks after each epoch."
+    "An `Inspector` that a `Learner` drives, which supplies phase, step, loss and optimizer."
     order = -10   # the epoch is closed before others ask for its loss
     def __init__(self,
         lenses, # list of lenses

@@ -43,9 +43,14 @@ def unit_counts(
     axis:int=1      # the axis of the units, 1 or more
 ) -> torch.Tensor: # [n, units], whole numbers in the type of `a`
     "For each unit of each tensor the number of entries that are not exactly zero; NaN is not zero."
-    there = torch.ne(a, 0, out=torch.empty_like(a))   # numbers; to count true and false takes five times as long
     others = [i for i in range(1, a.ndim) if i != axis]
-    return there.sum(others) if others else there
+    if not others: return torch.ne(a, 0).to(a.dtype)
+    step = max(1, 2**16*a.shape[1]//max(a.numel(), 1)) if axis > 1 and a.device.type == 'cpu' else a.shape[1]
+    room = torch.empty_like(a[:, :step])   # small, and used again: fresh memory costs more than the counting
+    return sum(_nonzeros(o, room[:, :o.shape[1]]).sum(others) for o in a.split(step, 1))
+
+# numbers; to count true and false takes five times as long
+def _nonzeros(a, room): return torch.ne(a, 0, out=room)
 
 # %% ../nbs/17_lens.ipynb #5b15fd3a
 class _Seen:
@@ -114,9 +119,9 @@ class Pool:
         sizes = [shape.numel() for shape in self.shapes]
         self.rows = [-(-size//max(unit, 1)//self.width) for size,unit in zip(sizes, units)]   # of each unit
         self.units, self.size = units, self._tensor(sizes)
-        self.root_size = self.size.sqrt()
+        self.root_size, self.zero = self.size.sqrt(), self._tensor(0)
         self._index()
-        self.rooms = [None]*n_rooms
+        self.rooms, self.scratch = [None]*n_rooms, None
 
     def _tensor(self, o, dtype=None): return torch.tensor(o, dtype=dtype or self.dtype, device=self.device)
 
@@ -135,12 +140,18 @@ class Pool:
         with torch.inference_mode(False):
             flat = torch.zeros(len(self.unit_of_row)*self.width, dtype=self.dtype, device=self.device)
         lengths = [unit*rows*self.width for unit,rows in zip(self.units, self.rows)]
-        return flat, [self._view(part, *o) for part,o in zip(flat.split(lengths), zip(self.shapes, self.axes, self.units))]
+        return flat, [self._view(part, *o) for part,
+                      o in zip(flat.split(lengths), zip(self.shapes, self.axes, self.units))]
 
     def _view(self, part, shape, axis, units):
         if len(shape) < 2: return part[:shape.numel()].view(shape)
         rest = [n for i,n in enumerate(shape) if i != axis]
         return part.view(units, -1)[:, :shape.numel()//units].unflatten(1, rest).movedim(0, axis)
+
+    def work(self, f, *args):
+        "`f(*args)` of tensors like a room, row by row; the result is good until the next call."
+        if self.scratch is None: self.scratch = torch.empty_like(args[0])
+        return f(*args, out=self.scratch).view(-1, self.width)
 
     def next_room(self):
         "The room that was not used last."
@@ -162,7 +173,7 @@ class PooledLook(_Seen):
         pool:Pool,
         tensors,        # to copy, of the pool's shapes; None for one that is not there now
         before=None,    # the look before this one
-        start=None      # for updates: the look at the parameters before the step; `tensors` less that are taken
+        start=None      # for updates: the look before the step, which is subtracted
     ):
         self.pool, self.before, self.start = pool, before, start
         self.flat, self.views = pool.next_room()
@@ -185,18 +196,19 @@ class PooledLook(_Seen):
     @property
     def root_size(self): return self.pool.root_size
 
-    def _by_tensor(self, of_rows): return self.pool.sum_rows(of_rows, self.pool.tensor_of_row, len(self.views))
+    def _by_tensor(self, of_rows):
+        return self.pool.sum_rows(of_rows, self.pool.tensor_of_row, len(self.views))
 
     def _norms(self):
         of_rows = torch.linalg.vector_norm(self.flat.view(-1, Pool.width), dim=1)
         return self._by_tensor(of_rows.square_()).sqrt_()
 
-    def _dots(self, other): return self._by_tensor((self.flat*other.flat).view(-1, Pool.width).sum(1))
+    def _dots(self, other): return self._by_tensor(self.pool.work(torch.mul, self.flat, other.flat).sum(1))
 
     def activity(self):
         "[2, n] share of entries that are not exactly zero, share of units that have none of those."
         pool = self.pool
-        of_rows = torch.ne(self.flat, 0, out=torch.empty_like(self.flat)).view(-1, pool.width).sum(1)
+        of_rows = pool.work(torch.ne, self.flat, pool.zero).sum(1)
         counts = pool.sum_rows(of_rows, pool.unit_of_row, len(pool.tensor_of_unit))
         both = torch.stack([counts, torch.eq(counts, 0, out=torch.empty_like(counts))])
         sums = both.new_zeros(2, len(self.views)).index_add_(1, pool.tensor_of_unit, both)
@@ -235,7 +247,8 @@ class Window:
     "The values of k statistics of n sources over one epoch, summed up on their device."
     size, kept = 128, 512   # rows that wait to be folded; rows that quantiles are computed from
 
-    def __init__(self): self.names, self.rows, self.weights, self.state, self.sample, self.stride = (), None, [], None, [], 1
+    def __init__(self):
+        self.names, self.rows, self.weights, self.state, self.sample, self.stride = (), None, [], None, [], 1
 
     def add(self,
         names:tuple,         # of n sources
@@ -289,7 +302,8 @@ class Window:
 
 # %% ../nbs/17_lens.ipynb #7e8e8715
 @patch
-def summary(self:Window) -> torch.Tensor: # [7, k, n] in the order of `aggregates`; NaN where nothing was measured
+# [7, k, n] in the order of `aggregates`; NaN where nothing was measured
+def summary(self:Window) -> torch.Tensor:
     """The epoch so far: mean and deviation of the values, weighted; the ends; quartiles, each row counting
     once. A single value has the deviation 0."""
     total, mean, squares, lowest, highest = self.fold().state
@@ -366,29 +380,31 @@ class Lens:
     optimizer = None      # of an update lens: look at this one's steps only
 
     def __init__(self,
-        tap:str=None,              # 'output', 'output_grad', 'grad', 'update' (each step), 'parameter' (each epoch)
+        tap:str=None,              # 'output', 'output_grad', 'grad', 'update'; 'parameter', once an epoch
         modules=None,              # whose outputs: as for `select_modules`; default all leaves
-        *, parameters=('weight', 'bias'), # which parameters: names, globs, or 'weight' and 'bias' for the two kinds
+        *, parameters=('weight',
+                       'bias'), # which parameters: names, globs, or 'weight' and 'bias' for the two kinds
         title:str=None,            # of its column of plots
         log_scale:bool=False,      # logarithmic axis
         line_aggregation='mean',   # of an epoch's values, drawn as a line: one or some of `points`
         range_aggregation=('std', 'min-max'), # drawn as bands: some of `ranges`, or None
         record_eval:bool=False,    # look at outputs in validation, too
-        evaluation_from_grad:bool=False, # grad mode alone tells training from validation; else `module.training`, too
+        evaluation_from_grad:bool=False, # grad mode alone says what is training; else the model's mode, too
         inplace:bool=True,         # keep an epoch's aggregates only; False: each step's values as well
         kind:str='values',         # of plot, as for `Panel`
-        **stats                    # name=function: one tensor in, a number (0-d tensor) out, nothing read from it
+        **stats                    # name=function of one tensor, giving a 0-d tensor
     ):
         who = type(self).__name__
         self.tap = _names(tap or self.tap, taps, f'{who}: tap')[0]
-        self.modules, self.parameters = modules, (parameters,) if isinstance(parameters, str) else tuple(parameters)
+        self.modules, self.parameters = modules, (parameters,) if isinstance(parameters,
+                                                                             str) else tuple(parameters)
         self.title, self.log_scale, self.kind = title, log_scale, kind
         self.lines = _names(line_aggregation, points, f'{who}: line_aggregation')
         self.bands = _names(range_aggregation, ranges, f'{who}: range_aggregation')
         self.record_eval, self.evaluation_from_grad, self.inplace = record_eval, evaluation_from_grad, inplace
         self.functions, self.stats = stats, self.stats + tuple(stats)
         if not self.stats and self.tap != 'loss':
-            raise ValueError(f"{who}: no statistic; give one by name, as in Lens('output', peak=lambda a: a.max())")
+            raise ValueError(f"{who}: no statistic; give one by name: Lens('output', peak=lambda a: a.max())")
 
     def chooses(self,
         module:nn.Module # a leaf of the model, or what `depth` makes one
@@ -419,7 +435,8 @@ class Lens:
     def _panel(self, title, stat, sources, **kw):
         once = self.tap == 'parameter'
         kw = dict(log=self.log_scale, kind=self.kind) | kw
-        return Panel(title, (stat,), tuple(sources), () if once else self.lines, () if once else self.bands, **kw)
+        return Panel(title, (stat,), tuple(sources), () if once else self.lines, () if once else self.bands,
+                     **kw)
 
     def __repr__(self): return f"{type(self).__name__}({self.tap}: {', '.join(self.stats)})"
 
@@ -439,7 +456,7 @@ def parameter_axis(
     module:nn.Module, # that has the parameter
     name:str,         # of the parameter in it
     ndim:int          # its number of axes
-) -> int: # 0, but 1 for the weights of transposed convolutions ([in, out, ...]) and embeddings ([words, features])
+) -> int: # 0; 1 for the weights of transposed convolutions [in, out, ...] and embeddings [words, features]
     "The axis of a parameter that counts the units of its layer."
     turned = nn.modules.conv._ConvTransposeNd, nn.Embedding, nn.EmbeddingBag
     return int(isinstance(module, turned) and _kind(name) == 'weight' and ndim > 1)
@@ -450,11 +467,11 @@ class LossMetrics(Lens):
     tap = 'loss'
     def __init__(self,
         *, metrics=None,         # names of metrics that will be pushed; None for all that are
-        evaluation_from_grad:bool=True, # grad mode alone tells training from validation; else `loss_fn.training`, too
+        evaluation_from_grad:bool=True, # grad mode alone says what is training; else `loss_fn`'s mode, too
         separate_loss_and_metrics:bool=True, # two plots
         loss_fn:nn.Module=None,  # its results are the loss; it is hooked while the inspector is attached
         loss_fn_inplace:bool=True, # keep an epoch's aggregates only; False: each batch's loss as well
-        loss_line='mean', loss_range='std',     # aggregates of the loss: as `line_aggregation`, `range_aggregation`
+        loss_line='mean', loss_range='std',     # as `line_aggregation`, `range_aggregation`
         metrics_line='mean', metrics_range=None # likewise for metrics
     ):
         super().__init__(line_aggregation=loss_line, range_aggregation=loss_range, inplace=loss_fn_inplace,
@@ -473,7 +490,8 @@ class LossMetrics(Lens):
         method:str=None  # one of `points`; default the first of `loss_line`
     ) -> float: # NaN if the epoch had no such loss
         "The loss of the last epoch that was ticked."
-        if self.read is None: raise RuntimeError('LossMetrics.loss: no inspector has been attached with this lens')
+        if self.read is None:
+            raise RuntimeError('LossMetrics.loss: no inspector has been attached with this lens')
         how = _names(method or self.lines[0], points, 'LossMetrics.loss: method')[0]
         return self.read('loss', 'loss', how, 'train' if train else 'valid')
 
@@ -483,13 +501,15 @@ class LossMetrics(Lens):
         shown = [o for o in sources if o == 'loss'], [o for o in sources if o != 'loss' and self.wants(o)]
         draw = (self.lines, self.bands), (self.metrics_lines, self.metrics_bands)
         titles = ('Loss', 'Metrics') if self.separate else ('Loss & Metrics',)*2
-        return [Panel(title, (source,), (source,), *how, wide=True, labels=self.labels if source == 'loss' else {})
+        return [Panel(title, (source,), (source,), *how, wide=True, labels=self.labels
+                      if source == 'loss' else {})
                 for title,names,how in zip(titles, shown, draw) for source in names or ()]
 
 # %% ../nbs/17_lens.ipynb #8ff663e9
-_activation_names = '''CELU ELU GELU GLU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid LogSoftmax Mish PReLU
-    RReLU ReLU ReLU6 SELU SiLU Sigmoid Softmax Softmax2d Softmin Softplus Softshrink Softsign Tanh Tanhshrink
-    Threshold'''
+_activation_names = '''
+    CELU ELU GELU GLU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid LogSoftmax Mish
+    PReLU RReLU ReLU ReLU6 SELU SiLU Sigmoid Softmax Softmax2d Softmin Softplus Softshrink Softsign
+    Tanh Tanhshrink Threshold'''
 _activations = tuple(getattr(nn, o) for o in _activation_names.split())
 _dropouts = nn.modules.dropout._DropoutNd,
 
@@ -509,7 +529,8 @@ class _ByType(Lens):
         kinds = (_activations if activation else ()) + (_dropouts if dropout else ())
         self.include, self.exclude, self.channel_last = kinds + _types(include), _types(exclude), channel_last
 
-    def chooses(self, module): return isinstance(module, self.include) and not isinstance(module, self.exclude)
+    def chooses(self, module):
+        return isinstance(module, self.include) and not isinstance(module, self.exclude)
 
 def _types(o): return (o,) if isinstance(o, type) else tuple(o)
 
@@ -525,15 +546,16 @@ class OutputActivation(_ByType):
         dropout:bool=True,         # look at dropout layers
         include=(),                # types of further layers
         exclude=(),                # types of layers to leave out; wins
-        channel_last:bool=False,   # units are the last axis of every output; else by type of layer, `unit_axis`
-        warning_plot:bool=True,    # a wide plot of the lowest activation and the highest death rate of all layers
+        channel_last:bool=False,   # units are the last axis of every output; else see `unit_axis`
+        warning_plot:bool=True,    # a wide plot of the lowest activation and the highest death rate
         activation_aggregation:str='mean', # of an epoch's activation rates, one of `points`
         death_aggregation:str='mean'       # of its death rates
     ):
         super().__init__(activation, dropout, include, exclude, channel_last, inplace=inplace, kind='shares',
                          record_eval=record_eval, evaluation_from_grad=evaluation_from_grad)
         self.warning_plot = warning_plot
-        self.how = [_names(o, points, 'OutputActivation')[0] for o in (activation_aggregation, death_aggregation)]
+        self.how = [_names(o, points, 'OutputActivation')[0]
+                    for o in (activation_aggregation, death_aggregation)]
 
     def measure(self, look): return look.activity()
     def over_all(self, means): return _worst(means, 'outputs') if self.warning_plot else {}
@@ -558,7 +580,7 @@ class OutputNorm(_ByType):
         inplace:bool=True,         # as for `Lens`
         record_eval:bool=False,    # look at validation, too
         evaluation_from_grad:bool=False, # as for `Lens`
-        normalize_by_size:bool=False, # divide by the root of the number of entries of a sample: root mean square
+        normalize_by_size:bool=False, # root mean square of a sample instead of its norm
         log_scale:bool=False,      # logarithmic axis
         activation:bool=True,      # look at activation layers
         include=(),                # types of further layers
@@ -570,8 +592,9 @@ class OutputNorm(_ByType):
     ):
         self.stats, self.normalize = ('rms' if normalize_by_size else 'norm',), normalize_by_size
         super().__init__(activation, False, include, exclude, channel_last, inplace=inplace,
-                         record_eval=record_eval, evaluation_from_grad=evaluation_from_grad, log_scale=log_scale,
-                         line_aggregation=line_aggregation, range_aggregation=range_aggregation)
+                         record_eval=record_eval, evaluation_from_grad=evaluation_from_grad,
+                         log_scale=log_scale, line_aggregation=line_aggregation,
+                         range_aggregation=range_aggregation)
         how = _names(comparison_aggregation, points, 'OutputNorm: comparison_aggregation') or self.lines[:1]
         self.comparison = how if comparison_plot else None
 
@@ -587,7 +610,8 @@ def _norm_panels(lens, title, sources, comparison):
     res = [lens._panel(title, lens.stats[0], sources)]
     if comparison is None or not sources: return res
     lines = comparison if lens.tap != 'parameter' else ()
-    return res + [Panel(f'{title}: shares of the layers', lens.stats, tuple(sources), lines, wide=True, kind='stack')]
+    return res + [Panel(f'{title}: shares of the layers', lens.stats, tuple(sources), lines, wide=True,
+                        kind='stack')]
 
 # %% ../nbs/17_lens.ipynb #1c1641cb
 class _Geometry(Lens):
@@ -613,9 +637,9 @@ class _Geometry(Lens):
 
 # %% ../nbs/17_lens.ipynb #43b2e788
 class OutputGradientGeometry(_Geometry):
-    """Norm of the loss's gradient by a layer's output (a whole batch of it), and its correlation with the one before.
+    """Norm of the gradient by a layer's output (a whole batch of it), and its correlation with the last.
 
-    Under a loss scaler the norms are those of the scaled loss. A correlation holds on to one gradient per layer."""
+    Under a loss scaler the norms are those of the scaled loss. The correlation keeps a gradient per layer."""
     tap, prefix = 'output_grad', 'output_grad_'
     def __init__(self,
         inplace:bool=True,           # as for `Lens`
@@ -633,7 +657,7 @@ class OutputGradientGeometry(_Geometry):
 
 # %% ../nbs/17_lens.ipynb #154e69b1
 class ParameterGradientGeometry(_Geometry):
-    """Norm of a parameter's gradient just before the optimizer's step, and its correlation with the one before.
+    """Norm of a parameter's gradient just before the optimizer's step, and its correlation with the last.
 
     The correlation keeps a copy of all gradients."""
     tap, prefix = 'grad', 'grad_'
@@ -675,7 +699,8 @@ class ParameterUpdateGeometry(_Geometry):
         ratio = torch.where(weight > 0, look.norm/weight, torch.nan)   # of a parameter that is 0: a gap
         return torch.cat([super().measure(look), ratio[None]])
 
-    def _style(self, stat): return dict(log=True, guide=1e-3) if stat == 'update_ratio' else super()._style(stat)
+    def _style(self, stat):
+        return dict(log=True, guide=1e-3) if stat == 'update_ratio' else super()._style(stat)
 
 # %% ../nbs/17_lens.ipynb #af0c2f2e
 class ParameterGradientActivation(Lens):
@@ -683,7 +708,7 @@ class ParameterGradientActivation(Lens):
     tap, stats = 'grad', ('grad_activation_rate', 'grad_death_rate')
     def __init__(self,
         inplace:bool=True,             # as for `Lens`
-        warning_plot:bool=True,        # a wide plot of the lowest activation and the highest death rate of all
+        warning_plot:bool=True,        # a wide plot of the lowest activation and the highest death rate
         parameters=('weight', 'bias'), # as for `Lens`; one column for each
         activation_aggregation:str='mean', # of an epoch's activation rates, one of `points`
         death_aggregation:str='mean'       # of its death rates
@@ -721,15 +746,17 @@ class ParameterNorm(Lens):
 
     def measure(self, look): return (look.norm/look.root_size if self.normalize else look.norm)[None]
     def panels(self, sources):
-        return [panel for o in self.parameters for panel in
-                _norm_panels(self, f'{o} {self.stats[0][6:]}'.capitalize(),
-                             [nm for nm in sources if parameter_matches(nm, o)], self.comparison) if panel.sources]
+        kinds = [(o, [nm for nm in sources if parameter_matches(nm, o)]) for o in self.parameters]
+        return [panel for o,names in kinds if names
+                for panel in _norm_panels(self, f'{o} {self.stats[0][6:]}'.capitalize(), names,
+                                          self.comparison)]
 
 # %% ../nbs/17_lens.ipynb #0d85d7bf
 class ParameterCond(Lens):
     """Condition number at the end of an epoch: a matrix's largest singular value over its smallest.
 
-    A weight of more than two axes is seen as `[units, rest]`; one with fewer has none. Infinite if singular."""
+    A weight of more than two axes is seen as `[units,
+                                                rest]`; one with fewer has none. Infinite if singular."""
     tap, stats = 'parameter', ('condition',)
     def __init__(self,
         inplace:bool=True,       # an epoch has one value, kept either way

@@ -36,7 +36,8 @@ class Recording:
         "The rows of one run."
         wanted = {key for panel in panels for key in _keys(panel)}
         found = {key: history.series(*key[1:], key[0], run) for key in history.keys() if key in wanted}
-        return cls({key: (s.epochs[s.runs == run], s.values[s.runs == run]) for key,s in found.items()}, panels)
+        return cls({key: (s.epochs[s.runs == run], s.values[s.runs == run]) for key,s in found.items()},
+                   panels)
 
     @property
     def epochs(self):
@@ -49,7 +50,8 @@ class Recording:
         phase:str='train'     # 'train' or 'valid'
     ) -> np.ndarray: # one for each of `epochs`; NaN for a gap
         "One line of a plot."
-        if how == 'IQR': return self.values(source, stat, 'Q3', phase) - self.values(source, stat, 'Q1', phase)
+        if how == 'IQR':
+            return self.values(source, stat, 'Q3', phase) - self.values(source, stat, 'Q1', phase)
         x, y = self.rows.get((phase, source, row_stat(stat, how)), ((), ()))
         line = dict(zip(x, y))   # of an epoch that was ticked twice, the last
         return np.array([line.get(epoch, np.nan) for epoch in self.epochs], dtype=float)
@@ -91,15 +93,17 @@ def _titled(panels):
 def _short(name, n=26): return name if len(name) <= n else f'{name[:n//2-1]}…{name[-(n//2):]}'
 
 def _lines_of(recording, panel, source, named):
-    "(label, values, style) of each line of one source, and (band, lower, upper) of each band; `named`: say of which stat."
+    "(label, values, style) of each line of one source; (band, lower, upper) of each band."
     phases = [o for o in ('train', 'valid') if recording.has(o, panel)]
     lines, bands = [], []
     for phase in phases:
         own = panel.labels.get(phase, phase if len(phases) > 1 else '')
         for stat in panel.stats:
             for how in panel.lines or (None,):
-                label = ' '.join(o for o in (own, stat.replace('_', ' ') if named and stat != 'loss' else '', how or '') if o)
-                lines.append((label or 'value', recording.values(source, stat, how, phase), '-' if phase == 'train' else '--'))
+                label = ' '.join(o for o in (own, stat.replace('_', ' ') if named and stat != 'loss' else '',
+                                             how or '') if o)
+                lines.append((label or 'value', recording.values(source, stat, how, phase), '-'
+                              if phase == 'train' else '--'))
             bands += [(band, *recording.band(source, stat, band, phase)) for band in panel.bands]
     return lines, bands
 
@@ -114,7 +118,8 @@ def _draw_lines(ax, recording, panels, source_of, color=0):
         for band,low,high in sorted(bands, key=lambda o: -list(_colors).index(o[0])):
             ax.fill_between(x, low, high, color=_colors[band], alpha=.6, lw=0, label=_band_labels[band])
     for i,line in enumerate(o for lines,_ in drawn for o in lines):
-        plot_lines(ax, x, {line[0]: line[1]}, legend=False, color=f'C{(color+i) % 10}', linestyle=line[2], lw=1.5)
+        plot_lines(ax, x, {line[0]: line[1]}, legend=False, color=f'C{(color+i) % 10}', linestyle=line[2],
+                   lw=1.5)
 
 def _finish(ax, panel, x):
     "Axes as the panel asks for."
@@ -138,7 +143,8 @@ def _draw_wide(ax, recording, panels):
     else: _draw_lines(ax, recording, panels, lambda panel: panel.sources)
     _finish(ax, first, recording.epochs)
     ax.set_title(first.title, fontsize=10)
-    _legend(ax, [ax], loc='upper left', bbox_to_anchor=(1.005, 1.02), ncols=1 + len(first.sources)//9*(first.kind == 'stack'))
+    _legend(ax, [ax], loc='upper left', bbox_to_anchor=(1.005, 1.02), ncols=1
+            + len(first.sources)//9*(first.kind == 'stack'))
 
 def _draw_stack(ax, recording, panel):
     "Each source's part of the sum, stacked."
@@ -147,7 +153,8 @@ def _draw_stack(ax, recording, panel):
     parts = np.array([recording.values(o, panel.stats[0], how) for o in panel.sources])
     shares = np.nan_to_num(parts)/np.where(np.nansum(parts, 0) > 0, np.nansum(parts, 0), np.nan)
     colors = colormaps['viridis'](np.linspace(0, 1, len(parts)))
-    ax.stackplot(recording.epochs, np.nan_to_num(shares), labels=[_short(o) for o in panel.sources], colors=colors)
+    ax.stackplot(recording.epochs, np.nan_to_num(shares), labels=[_short(o) for o in panel.sources],
+                 colors=colors)
     ax.set_ylim(0, 1)
 
 # %% ../nbs/18_visualizer.ipynb #7043b6cb
@@ -156,7 +163,8 @@ def _draw_column(fig, recording, title, panels):
     sources, x = panels[0].sources, recording.epochs
     axs = np.atleast_1d(fig.subplots(len(sources), 1, sharex=True, sharey=True))
     for ax,source in zip(axs, sources):
-        _draw_lines(ax, recording, panels, lambda panel: (source,), color=2 if panels[0].kind == 'shares' else 0)
+        _draw_lines(ax, recording, panels, lambda panel: (source,), color=2
+                    if panels[0].kind == 'shares' else 0)
         _finish(ax, panels[0], x)
         ax.set_title(_short(source), fontsize=8, pad=2)
         ax.tick_params(labelsize=7)
@@ -175,8 +183,10 @@ def _draw_heat(fig, recording, title, panels):
         limits = dict(vmin=0, vmax=1) if panel.kind == 'shares' else {}
         heatmap(ax, values, x=recording.epochs, cmap='viridis', colorbar=True, **limits)
         every = math.ceil(len(names)/(60/len(panels)))
-        ax.set_yticks([len(names)-1-i for i in range(0, len(names), every)], [_short(o) for o in names[::every]], fontsize=6)
-        ax.set_title(('log10 of ' if panel.log else '') + row_stat(panel.stats[0], how).replace('_', ' '), fontsize=8)
+        ax.set_yticks([len(names)-1-i for i in range(0, len(names), every)],
+                      [_short(o) for o in names[::every]], fontsize=6)
+        ax.set_title(('log10 of ' if panel.log else '') + row_stat(panel.stats[0], how).replace('_', ' '),
+                     fontsize=8)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     axs[-1].set_xlabel('epoch', fontsize=7)
     fig.suptitle(title, fontsize=9, weight='bold')
@@ -210,7 +220,8 @@ def _figure(recording, style):
     small = _titled(o for o in recording.panels if not o.wide and _any(recording, o))
     bands = [small[i:i+style.columns] for i in range(0, len(small), style.columns)]
     heights = [1.7*len(wide)]*bool(wide) + [style.height*_n_rows(band, style) + .8 for band in bands]
-    width = max(7, style.width*max((sum(_is_heat(o, style) + 1 for _,o in band) for band in bands), default=0))
+    width = max(7, style.width*max((sum(_is_heat(o, style) + 1 for _,o in band) for band in bands),
+                                   default=0))
     fig = plt.figure(layout='constrained', figsize=(width, sum(heights) or 2), **style.kw)
     fig._ipython_display_ = partial(_show_once, fig)
     if not heights: _nothing(fig); return fig
@@ -226,7 +237,8 @@ def _n_rows(band, style): return max(12 if _is_heat(o, style) else len(o[0].sour
 def _nothing(fig):
     ax = fig.subplots()
     ax.set_axis_off()
-    ax.text(.5, .5, 'Nothing recorded yet: attach the inspector to a model,\ntrain, and call `tick_epoch` after an epoch',
+    ax.text(.5, .5,
+            'Nothing recorded yet: attach the inspector,\ntrain, and call `tick_epoch` after an epoch',
             ha='center', va='center', transform=ax.transAxes)
 
 def _wide_part(fig, recording, wide):
@@ -238,7 +250,8 @@ def _band_part(fig, recording, band, style):
     widths = [1 + _is_heat(o, style) for _,o in band]
     # columns of different lengths begin at the same height
     n, heights = _n_rows(band, style), [12 if _is_heat(o, style) else len(o[0].sources) for _,o in band]
-    for sub,(title,panels),h in zip(np.atleast_1d(fig.subfigures(1, len(band), width_ratios=widths)), band, heights):
+    for sub,(title,panels),h in zip(np.atleast_1d(fig.subfigures(1, len(band), width_ratios=widths)), band,
+                                    heights):
         if h < n: sub = sub.subfigures(2, 1, height_ratios=[h + .5, n - h])[0]
         (_draw_heat if _is_heat(panels, style) else _draw_column)(sub, recording, title, panels)
     _legend(fig, [ax for sub in _inside(fig) for ax in sub.axes], loc='outside lower left', ncols=6)
@@ -247,7 +260,7 @@ def _inside(fig): return [fig, *(o for sub in fig.subfigs for o in _inside(sub))
 
 # %% ../nbs/18_visualizer.ipynb #2d9ff0f0
 class TensorBoardVisualizer:
-    "Scalars for every line, and a histogram over the layers for every column, written at the end of each epoch."
+    "Each epoch, a scalar for every line and a histogram over the layers for every column."
     def __init__(self,
         log_dir:str=None, # folder of the run; default as `SummaryWriter`
         comment:str='',   # added to the default's name
@@ -255,7 +268,7 @@ class TensorBoardVisualizer:
     ):
         try: from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
-            raise ImportError("visualizer='tensorboard' needs the package tensorboard: pip install tensorboard") from e
+            raise ImportError("visualizer='tensorboard': install it, with pip install tensorboard") from e
         self.writer = SummaryWriter(log_dir, comment, **kw)
 
     def tick(self,
@@ -276,7 +289,8 @@ class TensorBoardVisualizer:
 
     def _scalars(self, panel, stat, phase, values, epoch):
         values = {o: v for o,v in values.items() if np.isfinite(v)}
-        for source,value in values.items(): self.writer.add_scalar(f'{panel.title}/{source} {stat} {phase}', value, epoch)
+        for source,value in values.items():
+            self.writer.add_scalar(f'{panel.title}/{source} {stat} {phase}', value, epoch)
         if len(values) > 1:
             self.writer.add_histogram(f'{panel.title}/{stat} {phase}', np.array(list(values.values())), epoch)
 
@@ -303,17 +317,21 @@ class PrintVisualizer:
         first = max(len(title), *(len(o) + 2 for o in table))
         print(f"  {title:<{first}}" + ''.join(f'  {o:>{max(9, len(o))}}' for o in columns))
         for source,row in table.items():
-            cells = (f"{row[o]:.4g}" if o in row else '-' for o in columns)
-            print(f'    {source:<{first-2}}' + ''.join(f'  {cell:>{max(9, len(o))}}' for cell,o in zip(cells, columns)))
+            cells = [f'{row[o]:.4g}' if o in row else '-' for o in columns]
+            line = ''.join(f'  {cell:>{max(9, len(o))}}' for cell,o in zip(cells, columns))
+            print(f'    {source:<{first-2}}{line}')
 
 def _table(recording, panels, at):
     "source -> {name of a column: value}, of one epoch."
     table = {}
     for panel in panels:
         for phase,source,stat in _keys(panel):
-            if (phase, source, stat) not in recording.rows or (panel.lines and not stat.endswith(panel.lines)): continue
+            if (phase, source, stat) not in recording.rows or (panel.lines
+                                                               and not stat.endswith(panel.lines)):
+                continue
             value = recording.values(source, stat, None, phase)[at]
-            if not np.isnan(value): table.setdefault(source, {})[stat.replace('_', ' ') + ' valid'*(phase == 'valid')] = value
+            if not np.isnan(value):
+                table.setdefault(source, {})[stat.replace('_', ' ') + ' valid'*(phase == 'valid')] = value
     return table
 
 # %% ../nbs/18_visualizer.ipynb #10181d1f
@@ -324,7 +342,8 @@ class _ByMethods:
 
     def tick(self, recording, epoch):
         at = recording.epochs.tolist().index(epoch) if epoch in recording.epochs else None
-        for title,panels in _titled(recording.panels) if at is not None else (): self._plot(recording, title, panels, at, epoch)
+        for title,panels in _titled(recording.panels) if at is not None else ():
+            self._plot(recording, title, panels, at, epoch)
 
     def _plot(self, recording, title, panels, at, epoch):
         first, table = panels[0], _table(recording, panels, at)
@@ -334,7 +353,8 @@ class _ByMethods:
         if first.kind == 'stack':
             parts = {source: value for source,row in table.items() for value in row.values()}
             return self.inner.plot_relations(epoch, title, {title: parts})
-        bands = {source: {ranges[o]: tuple(float(v[at]) for v in recording.band(source, stat, o)) for panel in panels
+        bands = {source: {ranges[o]: tuple(float(v[at]) for v in recording.band(source, stat, o))
+                          for panel in panels
                           for stat in panel.stats for o in panel.bands} for source in table}
         self.inner.plot_numerical_values(epoch, title, table, bands)
 
@@ -350,9 +370,11 @@ def visualizer_named(
     named = dict(matplotlib=MatplotlibVisualizer, tensorboard=TensorBoardVisualizer, print=PrintVisualizer)
     if isinstance(o, str) and o in named: return named[o]()
     if o is None or callable(getattr(o, 'tick', None)) and not isinstance(o, type): return o
-    if all(hasattr(o, f'plot_{nm}') for nm in ('numerical_values', 'probabilities', 'relations')): return _ByMethods(o)
-    raise ValueError(f'Inspector: visualizer is {o!r}; give one of {", ".join(map(repr, named))}, None, or an object with a '
-                     'method tick(recording, epoch)')
+    if all(hasattr(o, f'plot_{nm}') for nm in ('numerical_values', 'probabilities', 'relations')):
+        return _ByMethods(o)
+    raise ValueError(f'Inspector: visualizer is {o!r}; give one of {", ".join(map(repr, named))}, None, or '
+                     'an object '
+                     'with a method tick(recording, epoch)')
 
 # %% ../nbs/18_visualizer.ipynb #9af52d2f
 def save_parquet(
@@ -367,7 +389,8 @@ def save_parquet(
     frame = frame.assign(value=frame['value'].map(float))
     about = json.dumps(dict(run=run, panels=[asdict(o) for o in panels]))
     table = pa.Table.from_pandas(frame, preserve_index=False)
-    pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), b'miniai': about.encode()}), path)
+    pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}),
+                                                  b'miniai': about.encode()}), path)
 
 def open_recording(
     path # of a parquet file
@@ -379,7 +402,8 @@ def open_recording(
     if about is None: raise ValueError(f'open_recording: {path} was not written by `Inspector.to_parquet`')
     about, frame = json.loads(about), table.to_pandas()
     frame = frame[frame.run == about['run']]
-    rows = {key: (o.epoch.to_numpy(), o.value.to_numpy()) for key,o in frame.groupby(['phase', 'source', 'stat'], sort=False)}
+    rows = {key: (o.epoch.to_numpy(), o.value.to_numpy()) for key,
+            o in frame.groupby(['phase', 'source', 'stat'], sort=False)}
     return Recording(rows, [_panel(o) for o in about['panels']])
 
 def _panel(o): return Panel(**{k: tuple(v) if isinstance(v, list) else v for k,v in o.items()})
