@@ -265,7 +265,7 @@ def _look_at(self:ActivationStats, source, a, axis, call):
 
 @patch
 def _record_for_merge(self:ActivationStats, source, a, dead, call):
-    "What `merge` needs of each process: how many entries, and which units are dead."
+    "What `merge_processes` needs of each: how many entries, and which units are dead."
     if not a.numel(): return
     where = dict(samples=len(a) if a.ndim else 1, call=call, **self._where)
     self.history.record(source, 'count', torch.tensor(a.numel()), **where)
@@ -387,7 +387,7 @@ _merge_rules = dict(mean=_mean_of_all, std=_std_of_all, death_rate=_dead_in_all,
                     count=Parts.sum, dead=Parts.all, dead_epoch=Parts.all)
 
 @patch
-def merge(self:ActivationStats,
+def merge_processes(self:ActivationStats,
     gather # function: an object -> the list of those of all processes
 ):
     "Make what this process has recorded in this fit that of all processes together."

@@ -416,7 +416,8 @@ class Parts:
         self.samples, self.values, self.others = samples, values, others
 
     def mean(self):
-        "The mean over samples, in the type of the values."
+        "The mean over samples, in the type of the values; what all agree on stays as it is."
+        if all(np.array_equal(v, self.values[0]) for v in self.values): return self.values[0]
         weights = self.samples if sum(self.samples) else None
         return np.average(np.stack(self.values), axis=0, weights=weights).astype(self.values[0].dtype)
 
@@ -441,10 +442,11 @@ def _placed(column):
 @patch
 def merge(self:History,
     tables:list,    # of all processes, this one among them: what `state_dict(unmerged=True)` gave
-    rules:dict=None # stat -> function of `Parts` that gives the value; default the mean over samples
+    rules:dict=None,# stat -> function of `Parts` that gives the value; default the mean over samples
+    whole=()        # sources whose rows are of all processes already
 ):
     "Rows since the last merge become those of all processes together; in training, steps that all have."
-    mine = [o['key'] for o in self.state_dict()['columns']]
+    mine = [o for o in self.flush()._columns if o[1] not in whole]
     placed = [{tuple(o['key']): _placed(o) for o in t['columns']} for t in tables]
     for key in mine:
         rule = (rules or {}).get(key[2], Parts.mean)
