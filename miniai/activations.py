@@ -40,17 +40,18 @@ class HooksCallback(Callback):
     ):
         self.hookfunc, self.mod_filter, self.mods = hookfunc, mod_filter, mods
         self.on_train, self.on_valid = on_train, on_valid
-        self.hooks, self.active = [], False
+        self.hooks, self.active, self._trial = [], False, False
         self.pace = Pace(every, budget, type(self).__name__)
 
     def before_fit(self, learn):
         warn_if_compiled(learn.model, type(self).__name__)
         what = list(self.mods) if self.mods else None if self.mod_filter is noop else self.mod_filter
+        self._trial = getattr(learn, 'trial', False)   # `lr_find` takes its steps back
+        if not self._trial: self.pace.start()   # a loop of your own may know no epochs
         if self.hooks: self.hooks.remove()   # of a fit that is still running around this one
         self.hooks = Hooks(select_modules(learn.model, what), self._call)
 
     def before_epoch(self, learn):
-        self._trial = getattr(learn, 'trial', False)   # `lr_find` takes its steps back
         if not self._trial: self.pace.start()
 
     def before_batch(self, learn):
@@ -60,6 +61,7 @@ class HooksCallback(Callback):
     def cleanup_batch(self, learn): self.active = False
     def cleanup_epoch(self, learn): self.pace.stop()
     def cleanup_fit(self, learn):
+        self.pace.stop()
         if self.hooks: self.hooks.remove()
 
     def _call(self, hook, mod, inp, outp):
@@ -175,7 +177,7 @@ class ActivationStats(HooksCallback):
     def _start_model(self):
         "What is said of one model is not mixed with another's: sources, trackers, and what was told."
         self.sources, self.kinds, self.trackers, self.axes, self._told = {}, {}, {}, {}, set()
-        self._fired, self._looked = set(), False
+        self._fired, self._looked, self._met = set(), False, {}   # which layers came together, by shape
         self.pace = Pace(self.pace.every, self.pace.budget, type(self).__name__)
 
     def before_fit(self, learn):
@@ -186,7 +188,9 @@ class ActivationStats(HooksCallback):
         model = unwrap(learn.model)
         if self._model() is not model:
             self._start_model()
-            self._model, self.first_run = weakref.ref(model), max(run, 0)
+            first_run = self.history.run+1 if self._trial else max(run, 0)
+            self._model, self.first_run = weakref.ref(model), first_run
+            if not self._trial: self.pace.start()
         self._before_fit = self._tracker_states()
         for hook in self.hooks:
             self.sources.setdefault(hook.name, [])
@@ -237,9 +241,10 @@ def _record(self:ActivationStats, hook, mod, inp, outp):
     if call >= self.max_calls:
         return self._tell(
             hook.name, f'is called more than {self.max_calls} times in a step; the rest is not recorded')
-    tensors = named_tensors(outp, hook.name)
-    if not tensors: return self._tell(hook.name, f'returns no tensor to look at, but {type(outp).__name__}')
     try:
+        tensors = named_tensors(outp, hook.name)
+        if not tensors:
+            return self._tell(hook.name, f'returns no tensor to look at, but {type(outp).__name__}')
         for source,a in tensors: self._record_tensor(hook.name, source, mod, a, call)
         hook.stats.source = self.sources[hook.name][0]   # of a nested output, the first tensor
     except Exception as e:
@@ -249,8 +254,8 @@ def _record(self:ActivationStats, hook, mod, inp, outp):
 def _record_tensor(self:ActivationStats, layer, source, mod, a, call):
     if call: source = f'{source} (call {call+1})'
     axis = self.axes[source] = self.axis(mod, a.ndim)
-    if a.numel() > self.small or a.layout != torch.strided or self._shared:
-        self._look_at(source, a, axis, call)
+    apart = self._shared or a.layout != torch.strided or a.device.type == 'mps'
+    if apart or a.numel() > self.small: self._look_at(source, a, axis, call)
     elif a.numel(): self._put_aside(source, a, axis, call)
     if source not in self.sources[layer]: self.sources[layer].append(source)
 
@@ -283,12 +288,20 @@ def _look_at_small(self:ActivationStats):
     if not getattr(self, '_small', None): return
     groups, self._small = self._small, {}
     self.pace.begin_watch()
-    for (shape,_,_,axis,call),found in groups.items():
-        sources, outputs = zip(*found)
-        try: self._record_alike(sources, torch.stack(outputs), axis, shape[0] if shape else 1, call)
-        except Exception as e:
-            for source in sources: self._tell(source, f'could not be measured ({type(e).__name__}: {e})')
-    self.pace.end_watch()
+    try:
+        for alike,found in groups.items(): self._look_at_alike(alike, *zip(*found))
+    finally: self.pace.end_watch()
+
+@patch
+def _look_at_alike(self:ActivationStats, alike, sources, outputs):
+    "Together; but one by one where the layers that come together change too often for a table."
+    (shape,_,_,axis,call), met = alike, self._met.setdefault(alike[:1] + alike[3:], set())
+    met.add(sources)
+    try:
+        if len(met) > 8: return [self._look_at(*o, axis, call) for o in zip(sources, outputs)]
+        self._record_alike(sources, torch.stack(outputs), axis, shape[0] if shape else 1, call)
+    except Exception as e:
+        for source in sources: self._tell(source, f'could not be measured ({type(e).__name__}: {e})')
 
 @patch
 def _record_alike(self:ActivationStats, sources, outputs, axis, samples, call):
@@ -330,10 +343,11 @@ _why_silent = ('was never called. It is not part of what forward runs, or is use
 @patch
 def cleanup_epoch(self:ActivationStats, learn):
     "Close the epoch: its dead units, a word on layers never called, and one transfer to the host."
+    if self._trial: return
     self.pace.begin_watch()
     for (phase,sources),tracker in self.trackers.items():
         dead = tracker.end_epoch()
-        if dead is None: continue   # no batch of this phase was looked at
+        if dead is None or self._where is None: continue   # no batch of this phase was looked at
         self.history.record_many(sources, 'dead_epoch', dead, **{**self._where, 'phase': phase})
     for name in self.sources if self._looked else ():
         if name not in self._fired: self._tell(name, _why_silent)
@@ -354,7 +368,7 @@ _saved = 'sources', 'kinds', 'axes', 'first_run', '_looked', '_before_fit'
 @patch
 def state_dict(self:ActivationStats) -> dict: # history, trackers of dead units, and where the fit is
     "What is needed to go on."
-    pace = dict(seen=dict(self.pace.seen), sampled=dict(self.pace.sampled))
+    pace = self.pace.state_dict()
     return dict(history=self.history.state_dict(), trackers=self._tracker_states(), pace=pace,
                 fired=sorted(self._fired), **{nm: getattr(self, nm) for nm in _saved})
 
@@ -368,8 +382,8 @@ def load_state_dict(self:ActivationStats,
     self.history.load_state_dict(state['history'])
     self._load_trackers(state['trackers'])
     for nm in _saved: setattr(self, nm, state[nm])
-    self._fired,self.pace.seen = set(state['fired']),Counter(state['pace']['seen'])
-    self.pace.sampled = Counter(state['pace']['sampled'])
+    self._fired = set(state['fired'])
+    self.pace.load_state_dict(state['pace'])
     self._give_stats()
 
 # %% ../nbs/10_activations.ipynb #b6b6112f
@@ -506,7 +520,8 @@ def _title(self:ActivationStats, source):
 @patch
 def _scope(self:ActivationStats, phase):
     "What the rows are of, for a caption."
-    runs = {int(run) for name in self.panels() for run in self.rows(name, 'mean', phase).runs}
+    found = [self.rows(name, stat, phase) for name in self.panels() for stat in self.stats]
+    runs = {int(run) for s in found for run in s.runs}
     seen, sampled = self.pace.seen[phase], self.pace.sampled[phase]
     often = 'every batch' if seen == sampled else f'{sampled} of {seen} batches'
     for stat,n in self.history.thinned().items(): often += f', of which 1 in {n} kept ({stat})'
@@ -564,11 +579,11 @@ def dead_chart(self:ActivationStats,
 @patch
 def _draw_dead(self:ActivationStats, ax, source, phase):
     from miniai.plots import plot_lines
-    s = self.rows(source, 'hist', phase)
-    x, xlabel = _steps(s)
-    small = near_zero(torch.from_numpy(s.values)).numpy() if len(s) else s.values
-    lines = {'near-zero': small, 'dead units': self.rows(source, 'death_rate', phase).values}
-    plot_lines(ax, x, lines, xlabel=xlabel, legend=False)
+    hists, deaths = self.rows(source, 'hist', phase), self.rows(source, 'death_rate', phase)
+    small = near_zero(torch.from_numpy(hists.values)).numpy() if len(hists) else hists.values
+    for i,(nm,s,y) in enumerate([('near-zero', hists, small), ('dead units', deaths, deaths.values)]):
+        x, xlabel = _steps(s)   # each at its own steps: a full table thins its histograms first
+        plot_lines(ax, x, {nm: y}, xlabel=xlabel, legend=False, color=f'C{i}')
     ax.set_ylim(-.05, 1.05)
     ax.set_title(self._title(source), fontsize=9)
 

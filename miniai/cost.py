@@ -22,6 +22,7 @@ class _HostClock:
         if self.began is not None: self.seconds += self.now() - self.began
         self.began = None
     def so_far(self): return self.seconds + (0. if self.began is None else self.now() - self.began)
+    def __getstate__(self): return {**vars(self), 'began': None}   # another process has another clock
 
 class _GpuClock:
     "A stopwatch for what is launched on the current CUDA stream."
@@ -34,6 +35,7 @@ class _GpuClock:
     def stop(self):
         if self.began is not None: self.waiting.append((self.began, self._event()))
         self.began = None
+        if len(self.waiting) > 64: self.so_far()   # lets go of those that have passed
     def so_far(self):
         while self.waiting and self.waiting[0][1].query():   # asks whether it has passed; does not wait
             began, ended = self.waiting.popleft()
@@ -134,3 +136,16 @@ def cost(self:Pace,
     "The bill."
     seen, sampled = (sum(o.values()) for o in (self.seen, self.sampled))
     return Cost(self.seconds, self.run_seconds, nbytes, layers, seen, sampled)
+
+
+@patch
+def state_dict(self:Pace) -> dict: # numbers
+    "What is needed to go on with the bill."
+    return dict(seen=dict(self.seen), sampled=dict(self.sampled), seconds=self.seconds,
+                run_seconds=self.run_seconds)
+
+@patch
+def load_state_dict(self:Pace, state):
+    "Go on with that bill."
+    self.seen, self.sampled = Counter(state['seen']), Counter(state['sampled'])
+    self._watch.seconds, self._gpu.seconds, self._run.seconds = state['seconds'], 0., state['run_seconds']

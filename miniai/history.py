@@ -73,11 +73,20 @@ class Series:
 _facts = 'runs', 'steps', 'epochs', 'samples', 'calls'
 _facts_bytes = 120   # a tuple of five whole numbers, one of them new
 
+def _concatenated(chunks):
+    "Arrays [n, ...] as one; an array of objects where their rows differ in shape."
+    if len({c.shape[1:] for c in chunks}) <= 1 and not any(c.dtype == object for c in chunks):
+        return np.concatenate(chunks or [np.zeros(0)])
+    rows = [row for c in chunks for row in c]
+    values = np.empty(len(rows), dtype=object)
+    for i,row in enumerate(rows): values[i] = row
+    return values
+
 class _Column:
     "One series while it grows."
     def __init__(self):
         self.facts, self.chunks, self.blocks = [], [], []
-        self.offered, self.stride, self.own_facts, self.waiting = 0, 1, 0, 0
+        self.offered, self.stride, self.waiting = 0, 1, 0
         self.merged = 0   # rows that other processes have a part in already
 
     def wants_next(self):
@@ -85,11 +94,10 @@ class _Column:
         self.offered += 1
         return (self.offered-1) % self.stride == 0
 
-    def append(self, value, facts, own):
+    def append(self, value, facts):
         if not self.blocks or not self.blocks[-1].fits(value): self.blocks.append(_Block(value))
         self.blocks[-1].append(value)
         self.facts.append(facts)
-        self.own_facts += own
         self.waiting += 1
 
     def flushed(self, arrays):
@@ -98,26 +106,22 @@ class _Column:
 
     def nbytes(self):
         arrays = *self.chunks, *(b.rows for b in self.blocks)
-        return sum(o.nbytes for o in arrays) + 8*len(self.facts) + _facts_bytes*self.own_facts
+        return sum(o.nbytes for o in arrays) + 8*len(self.facts)
 
     def thin(self):
         "Forget every second row. All rows must have been flushed."
         starts = np.cumsum([0, *map(len, self.chunks)])
         self.chunks = [c[start % 2::2].copy() for start,c in zip(starts, self.chunks)]
-        self.facts, self.own_facts, self.stride = self.facts[::2], self.own_facts//2, self.stride*2
+        self.facts, self.stride = self.facts[::2], self.stride*2
         self.merged = (self.merged+1)//2
 
-    def values(self):
-        if len({c.shape[1:] for c in self.chunks}) <= 1: return np.concatenate(self.chunks or [np.zeros(0)])
-        rows = [row for c in self.chunks for row in c]
-        values = np.empty(len(rows), dtype=object)
-        values[:] = rows
-        return values
+    def values(self, index=()):
+        return _concatenated([c[(slice(None), *index)] for c in self.chunks])
 
     def series(self, index=()):
         "All rows; where a row has many values, those at `index`."
-        facts, values = np.array(self.facts, dtype=np.int64).reshape(-1, len(_facts)).T, self.values()
-        return Series(**dict(zip(_facts, facts)), values=values[(slice(None), *index)])
+        facts, values = np.array(self.facts, dtype=np.int64).reshape(-1, len(_facts)).T, self.values(index)
+        return Series(**dict(zip(_facts, facts)), values=values)
 
 # %% ../nbs/06_history.ipynb #852b61c5
 def _storable(value, key):
@@ -168,6 +172,10 @@ class History:
         *, step:int, epoch:int=0, phase:str='train', samples:int=0, call:int=0 # as for `record`
     ):
         "Append one row to the series of each source, at the price of one."
+        sources, axis = tuple(sources), isinstance(stat, tuple)
+        if values.ndim <= axis or values.shape[axis] != len(sources):
+            raise ValueError(f'History.record_many: values are {tuple(values.shape)} for {len(sources)} '
+                             'sources; give one for each')
         self._append((phase, sources, stat), sources, values, step, epoch, samples, call)
 
     def _append(self, key, sources, value, step, epoch, samples, call):
@@ -175,9 +183,8 @@ class History:
         column = self._columns[key]
         if not column.wants_next(): return
         facts = max(self.run, 0), step, epoch, samples, call
-        own = facts != self._last_facts
-        if own: self._last_facts = facts
-        column.append(_storable(value, key), self._last_facts, own)
+        if facts != self._last_facts: self._last_facts = facts
+        column.append(_storable(value, key), self._last_facts)
         # bounds the memory, for one transfer in `max_pending` steps
         if column.waiting >= self.max_pending: self.flush()
 
@@ -198,7 +205,7 @@ class History:
         self._new_column(key, key[1] if isinstance(key[1], tuple) else [key[1]])
         column = self._columns[key]
         column.facts, column.chunks = [tuple(o) for o in facts], [values]
-        column.offered = column.own_facts = len(facts)
+        column.offered = len(facts)
 
     def flush(self):
         "Move all pending rows to the host: one transfer per device, the only place that waits for it."
@@ -211,7 +218,9 @@ class History:
     @property
     def nbytes(self):
         "Memory held, in bytes, on the host and on the device."
-        return sum(c.nbytes() for c in self._columns.values())
+        longest = {}   # the facts of a step are shared by all series of a phase
+        for (phase,_,_),c in self._columns.items(): longest[phase] = max(longest.get(phase, 0), len(c.facts))
+        return sum(c.nbytes() for c in self._columns.values()) + _facts_bytes*sum(longest.values())
 
     def __len__(self):
         return sum(len(self._columns[key].facts) for found in self._series.values() for key,_ in found)
@@ -232,8 +241,8 @@ def series(self:History,
 def _join(parts):
     "Series of one quantity as one, in the order of runs and steps."
     if len(parts) == 1: return parts[0]
-    joined = Series(**{nm: np.concatenate([getattr(o, nm) for o in parts]) for nm in vars(parts[0])})
-    order = np.lexsort((joined.steps, joined.runs))
+    joined = Series(**{nm: _concatenated([getattr(o, nm) for o in parts]) for nm in vars(parts[0])})
+    order = np.lexsort((joined.steps, joined.runs))   # keeps the order of rows of one step
     return Series(**{nm: v[order] for nm,v in vars(joined).items()})
 
 # %% ../nbs/06_history.ipynb #3d2209ff
@@ -331,9 +340,10 @@ class UnitTracker:
         "Take in one batch; nothing is read from the device."
         if self.since is None or self.since.shape != dead.shape: self.start(dead)
         was_dead = self.since >= 0
-        self.returns += was_dead & ~dead
+        # not in place: a tensor born in inference mode may not be changed outside of it
+        self.returns = self.returns + (was_dead & ~dead)
         self.since = torch.where(dead, torch.where(was_dead, self.since, step), -1)
-        self.batches_dead += dead
+        self.batches_dead = self.batches_dead + dead
         self.batches += 1
         self.epoch_dead = dead if self.epoch_dead is None else self.epoch_dead & dead
 
@@ -355,7 +365,7 @@ class UnitTracker:
         return sum(o.nbytes for o in vars(self).values() if isinstance(o, torch.Tensor))
 
 # %% ../nbs/06_history.ipynb #ca851668
-_column_facts = 'offered', 'stride', 'own_facts', 'merged'
+_column_facts = 'offered', 'stride', 'merged'
 
 def _cut(chunks, start, stop):
     "Rows `start` to `stop`, in as few pieces as they are in."
@@ -375,8 +385,10 @@ def _state(self:_Column, start=0):
     return dict(facts=facts, chunks=chunks, **{k: getattr(self, k) for k in _column_facts})
 
 @patch
-def _load(self:_Column, state):
-    self.facts, self.chunks = list(map(tuple, state['facts'].tolist())), list(state['chunks'])
+def _load(self:_Column, state, shared):
+    "Be that column; facts that `shared` has already are not kept twice."
+    self.facts = [shared.setdefault(o, o) for o in map(tuple, state['facts'].tolist())]
+    self.chunks = list(state['chunks'])
     self.blocks, self.waiting = [], 0
     for k in _column_facts: setattr(self, k, state[k])
 
@@ -395,11 +407,11 @@ def load_state_dict(self:History,
     state:dict # as `state_dict` gave it
 ):
     "Be that table; what was recorded here is forgotten."
-    self._columns, self._series = {}, {}
+    self._columns, self._series, shared = {}, {}, {}
     for o in state['columns']:
         phase, who, stat = o['key']
         self._new_column((phase, who, stat), [who] if isinstance(who, str) else who)
-        self._columns[phase, who, stat]._load(o)
+        self._columns[phase, who, stat]._load(o, shared)
     last = state['last_facts']
     self.run, self._last_facts = state['run'], None if last is None else tuple(last)
 

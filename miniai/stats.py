@@ -40,27 +40,32 @@ def _sample(a):
     "Some 500 entries of the 1-D `a`, in steps that no usual number of channels divides."
     return a[::next(k for k in count(len(a)//512 + 1) if gcd(k, 2*3*5*7*11*13) == 1)]
 
-def _shift_and_scale(a):
-    "A number near the entries of `a` and one near their size, from a sample; 0 and 1 if that fails."
-    lowest, highest = torch.aminmax(_widen(_sample(a.detach().reshape(-1))))
-    shift = (lowest/2 + highest/2).nan_to_num_(0., 0., 0.)
-    scale = (highest/2 - lowest/2).nan_to_num_(1., 1., 1.)
-    return shift, scale + (scale == 0)
+def _middle(a):
+    "The median of a sample of `a`, which no outlier can move; 0 if that is no number."
+    some = _widen(_sample(a.detach().reshape(-1)))
+    return some.sort().values[len(some)//2].nan_to_num_(0., 0., 0.)
 
-def _moment_sums(o, shift, scale):
-    rest = (o - shift).div_(scale)
+def _moment_sums(o, shift):
+    "Sum, and sum of squares, of what is left of `o`, and the scale they are on: the largest of it."
+    rest = o - shift
+    lowest, highest = torch.aminmax(rest)
+    scale = torch.maximum(-lowest, highest).nan_to_num_(1., 1., 1.)
+    rest.div_(scale + (scale == 0))
     # `sum` adds pairwise; `dot` and `norm` do not, and lose four digits over ten million entries
-    return torch.stack([rest.sum(), rest.square_().sum()])
+    return torch.stack([rest.sum(), rest.square_().sum(), scale])
 
 class _Moments:
     "Mean and deviation of a long tensor."
     needs_abs = False
-    def __init__(self, a): self.n, self.sums, (self.shift, self.scale) = a.numel(), [], _shift_and_scale(a)
-    def add(self, o, m): self.sums.append(_moment_sums(o, self.shift, self.scale))
+    def __init__(self, a): self.n, self.sums, self.shift = a.numel(), [], _middle(a)
+    def add(self, o, m): self.sums.append(_moment_sums(o, self.shift))
     def answer(self):
-        left, squares = sum(self.sums).unbind()
+        left, squares, scales = torch.stack(self.sums, 1)
+        scale = scales.amax()
+        share = scales/(scale + (scale == 0))   # of each part's scale in the largest
+        left, squares = (left*share).sum(), (squares*share*share).sum()
         var = (squares - left.square()/self.n)/(self.n - 1)
-        return torch.stack([left/self.n*self.scale + self.shift, var.clamp_(min=0).sqrt_()*self.scale])
+        return torch.stack([left/self.n*scale + self.shift, var.clamp_(min=0).sqrt_()*scale])
 
 def _short_moments(a):
     "[L, 2] for each row of `a` [L, n]."
@@ -128,6 +133,9 @@ def _check_range(bins, hist_range):
     if not 0 <= lo < hi < torch.inf:
         raise ValueError(f'abs_hist: hist_range is {hist_range!r}; it bins |a|, '
                          'so give (lower, upper), 0 <= lower < upper')
+    if (hi-lo)/bins < hi*2e-6 or not 1e-30 < hi < 1e30:
+        raise ValueError(f'abs_hist: float32 cannot tell {bins} bins in {hist_range!r} apart; '
+                         'give wider bins, and an upper end between 1e-30 and 1e30')
     return lo, hi
 
 def abs_hist(
@@ -135,7 +143,7 @@ def abs_hist(
     bins:int=40,           # number of equal bins, 1 to 32,000
     hist_range=(0., 10.)   # lower and upper end, 0 <= lower < upper
 ) -> torch.Tensor: # [bins+4] int32 (int64 from 2**31 entries on): bins, then below, above, infinite, NaN
-    "Counts of absolute values in `torch.histc`'s bins; they add up to `a.numel()`, and nothing is read back."
+    "Counts of absolute values in `torch.histc`'s bins (up to rounding at their edges); nothing is read back."
     return _over_parts(a, _Hist(bins, *_check_range(bins, hist_range)))[0]
 
 class _Hist:

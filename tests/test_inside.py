@@ -1,5 +1,5 @@
 "Looking inside: hooks, statistics, history and ActivationStats together, on real fits."
-import collections, copy, dataclasses, gc, io, pickle, warnings, weakref
+import collections.abc, copy, dataclasses, gc, io, pickle, warnings, weakref
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from miniai.activations import ActivationStats, HooksCallback, append_stats, get_hist, get_min
-from miniai.callback import Callback, CancelBatchException, CancelEpochException, CancelFitException, events
+from miniai.callback import Callback, CancelBatchException, CancelEpochException, CancelFitException, events, run_cbs
 from miniai.conv import conv
 from miniai.datasets import DataLoaders
 from miniai.hooks import Hook, Hooks, count_hooks, select_modules
@@ -398,7 +398,7 @@ def test_a_full_table_thins_itself_and_stays_true():
     assert len(set(np.diff(hists.steps))) == 1          # equally far apart, over the whole run
     assert hists.steps[0] == 0 and hists.steps[-1] > 1900
     assert 'kept (hist)' in astats._scope('train')      # and the pictures say so
-    astats.color_dim()
+    for view in (astats.color_dim, astats.dead_chart, astats.plot_stats): view()
 
 def test_a_thinned_row_is_the_one_of_its_step():
     seen = {}
@@ -449,7 +449,76 @@ def test_only_what_is_asked_for_is_recorded():
     learn.fit(1)
     assert {stat for _,source,stat in astats.history.keys()} == {'mean', 'std'}
     assert astats.dead_units().empty
+
+@pytest.mark.parametrize('stats', [('mean',), ('std',), ('hist',), ('death_rate',), ('mean', 'death_rate'), ('mean', 'std')])
+def test_every_view_draws_what_there_is(stats):
+    learn, astats = watched_learner(five_convs(), DataLoaders(batches(3), batches(1)), stats=stats)
+    learn.fit(2)
     for view in (astats.color_dim, astats.dead_chart, astats.plot_stats): view()
+    assert '2 fits' not in astats._scope('train')
+    learn.fit(1)
+    assert '2 fits' in astats._scope('train')
+
+def test_lr_find_before_the_first_fit_of_another_model_with_the_same_callback():
+    learn, astats = watched_learner(five_convs(), DataLoaders(batches(4), batches(1)))
+    learn.fit(1)
+    other = Learner(five_convs(), DataLoaders(batches(4), batches(1)), F.cross_entropy, lr=.05, cbs=learn.cbs)
+    other.lr_find(plot=False)
+    other.fit(1)
+    assert set(astats.rows('0.0', 'mean').runs) == {1}
+
+def test_a_loop_that_knows_no_epochs():
+    learn, astats = watched_learner(five_convs(), DataLoaders(batches(2), batches(1)))
+    class Bare: model, training = five_convs(), True
+    run_cbs([astats], 'before_fit', Bare)
+    for xb,_ in batches(3):
+        run_cbs([astats], 'before_batch', Bare)
+        Bare.model(xb)
+        run_cbs([astats], 'cleanup_batch', Bare)
+    run_cbs([astats], 'cleanup_fit', Bare)
+    assert len(astats.rows('0.0', 'mean')) == len(astats.rows('4', 'mean')) == 3 and astats.cost().run_seconds > 0
+    assert count_hooks(Bare.model) == 0
+
+@pytest.mark.parametrize('size', [(1000,), (300, 300)])
+def test_deviation_beside_outliers(size):
+    torch.manual_seed(0)
+    for outlier in (1e3, 1e6, -1e10):
+        a = torch.randn(size)*.5
+        a.view(-1)[0] = a.view(-1)[7] = outlier
+        assert mean_std(a)[1].item() == pytest.approx(a.double().std().item(), rel=1e-5)
+    sharp = (torch.randn(64, 3000)*2 + 60*torch.eye(3000)[torch.arange(64)*40]).softmax(-1)
+    assert mean_std(sharp)[1].item() == pytest.approx(sharp.double().std().item(), rel=1e-5)
+
+class BadItems(collections.abc.Mapping):
+    def __getitem__(self, k): raise RuntimeError('no items')
+    def __iter__(self): return iter('a')
+    def __len__(self): return 1
+
+class GivesWild(nn.Module):
+    def __init__(self): super().__init__(); self.odd, self.lin = OddItems(), nn.Linear(784, 10)
+    def forward(self, x): self.odd(x); return self.lin(x.flatten(1))
+
+class OddItems(nn.Module):
+    def forward(self, x): return BadItems()
+
+def test_an_output_that_cannot_be_looked_through_is_told():
+    learn, astats = watched_learner(GivesWild(), DataLoaders(batches(2), batches(1)))
+    with pytest.warns(UserWarning, match="'odd' could not be measured"): learn.fit(1)
+    assert len(astats.rows('lin', 'mean')) == 2
+
+def test_layers_that_come_together_by_chance_do_not_fill_the_table():
+    class Chance(nn.Module):
+        def __init__(self): super().__init__(); self.lin, self.acts = nn.Linear(784, 8), nn.ModuleList(nn.ReLU() for _ in range(12))
+        def forward(self, x):
+            x = self.lin(x.flatten(1))
+            for act in self.acts:
+                if torch.rand(()) < .5: act(x)
+            return x.repeat(1, 2)[:, :10]
+    torch.manual_seed(0)
+    learn, astats = watched_learner(Chance(), DataLoaders(batches(100), batches(1)))
+    learn.fit(1, valid=False)
+    assert len(astats.history._columns) < 150
+    assert sum(len(astats.rows(f'acts.{i}', 'mean')) for i in range(12)) > 500
 
 @pytest.mark.gpu
 def test_time_on_a_gpu_is_taken_without_waiting():
