@@ -43,14 +43,15 @@ def unit_counts(
     axis:int=1      # the axis of the units, 1 or more
 ) -> torch.Tensor: # [n, units], whole numbers in the type of `a`
     "For each unit of each tensor the number of entries that are not exactly zero; NaN is not zero."
-    others = [i for i in range(1, a.ndim) if i != axis]
-    if not others: return torch.ne(a, 0).to(a.dtype)
+    if a.ndim == 2: return torch.ne(a, 0).to(a.dtype)
     step = max(1, 2**16*a.shape[1]//max(a.numel(), 1)) if axis > 1 and a.device.type == 'cpu' else a.shape[1]
     room = torch.empty_like(a[:, :step])   # small, and used again: fresh memory costs more than the counting
-    return sum(_nonzeros(o, room[:, :o.shape[1]]).sum(others) for o in a.split(step, 1))
+    return sum(_count_nonzero(o, axis, room[:, :o.shape[1]]) for o in a.split(step, 1))
 
-# numbers; to count true and false takes five times as long
-def _nonzeros(a, room): return torch.ne(a, 0, out=room)
+def _count_nonzero(a, axis, room):
+    there = torch.ne(a, 0, out=room)   # numbers; to count true and false takes five times as long
+    if axis < a.ndim-1: there = there.flatten(axis+1).sum(-1)
+    return there.flatten(1, axis-1).sum(1) if axis > 1 else there
 
 # %% ../nbs/17_lens.ipynb #5b15fd3a
 class _Seen:
