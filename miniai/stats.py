@@ -40,32 +40,28 @@ def _sample(a):
     "Some 500 entries of the 1-D `a`, in steps that no usual number of channels divides."
     return a[::next(k for k in count(len(a)//512 + 1) if gcd(k, 2*3*5*7*11*13) == 1)]
 
-def _middle(a):
-    "The median of a sample of `a`, which no outlier can move; 0 if that is no number."
-    some = _widen(_sample(a.detach().reshape(-1)))
-    return some.sort().values[len(some)//2].nan_to_num_(0., 0., 0.)
+def _shift_and_scale(a):
+    "The median of a sample of `a`, which no outlier moves, and 1e12 times its reach; 0 and 1 if that fails."
+    some = _widen(_sample(a.detach().reshape(-1))).sort().values
+    shift = some[len(some)//2].nan_to_num_(0., 0., 0.)
+    reach = torch.maximum(some[-1] - shift, shift - some[0])
+    scale = (reach*1e12).nan_to_num_(1., 1e30, 1.).clamp_(max=1e30)
+    return shift, scale + (scale == 0)
 
-def _moment_sums(o, shift):
-    "Sum, and sum of squares, of what is left of `o`, and the scale they are on: the largest of it."
-    rest = o - shift
-    lowest, highest = torch.aminmax(rest)
-    scale = torch.maximum(-lowest, highest).nan_to_num_(1., 1., 1.)
-    rest.div_(scale + (scale == 0))
+def _moment_sums(o, shift, scale):
+    rest = (o - shift).div_(scale)
     # `sum` adds pairwise; `dot` and `norm` do not, and lose four digits over ten million entries
-    return torch.stack([rest.sum(), rest.square_().sum(), scale])
+    return torch.stack([rest.sum(), rest.square_().sum()])
 
 class _Moments:
     "Mean and deviation of a long tensor."
     needs_abs = False
-    def __init__(self, a): self.n, self.sums, self.shift = a.numel(), [], _middle(a)
-    def add(self, o, m): self.sums.append(_moment_sums(o, self.shift))
+    def __init__(self, a): self.n, self.sums, (self.shift, self.scale) = a.numel(), [], _shift_and_scale(a)
+    def add(self, o, m): self.sums.append(_moment_sums(o, self.shift, self.scale))
     def answer(self):
-        left, squares, scales = torch.stack(self.sums, 1)
-        scale = scales.amax()
-        share = scales/(scale + (scale == 0))   # of each part's scale in the largest
-        left, squares = (left*share).sum(), (squares*share*share).sum()
+        left, squares = sum(self.sums).unbind()
         var = (squares - left.square()/self.n)/(self.n - 1)
-        return torch.stack([left/self.n*scale + self.shift, var.clamp_(min=0).sqrt_()*scale])
+        return torch.stack([left/self.n*self.scale + self.shift, var.clamp_(min=0).sqrt_()*self.scale])
 
 def _short_moments(a):
     "[L, 2] for each row of `a` [L, n]."
