@@ -138,8 +138,8 @@ class AccumulateCB(Callback):
 
     def after_epoch(self, learn):
         if not learn.training or not self.batches: return
-        warnings.warn(f'AccumulateCB: the epoch ended after {self.batches} of {self.n} batches, and the loader '
-                      'had not said how many there are; their gradients are dropped', stacklevel=2)
+        warnings.warn(f'AccumulateCB: the epoch ended after {self.batches} of {self.n} batches, and the '
+                      'loader had not said how many there are; their gradients are dropped', stacklevel=2)
         self._give_up(learn)
 
     def cleanup_fit(self, learn):
@@ -223,7 +223,8 @@ class Share:
     "The part of every batch of loader `dl` that process `rank` of `world` computes."
     def __init__(self, dl, rank, world, training=True):
         self.dl,self.rank,self.world,self.training = dl,rank,world,training
-        self.n_now,self.weight = 0,1.   # samples of the batch in all processes; its share of them, times `world`
+        # samples of the batch in all processes; this one's share of them, times `world`
+        self.n_now,self.weight = 0,1.
         by_index = isinstance(dl, DataLoader) and type(dl.batch_sampler) is BatchSampler
         self._part_loader = _by_index(self) if by_index else None
 
@@ -337,7 +338,7 @@ class SharedCB(Callback):
 
     def before_batch(self, learn):
         if not self._before: return
-        wait = learn.hold and hasattr(learn.model, 'no_sync')   # the gradients are averaged with the last batch
+        wait = learn.hold and hasattr(learn.model, 'no_sync')   # averaged with the last batch
         self._waiting = learn.model.no_sync() if wait else nullcontext()
         self._waiting.__enter__()
 
@@ -394,8 +395,8 @@ def _merge_metric(nm, o):
     if hasattr(o, 'metric_state'): return   # of torchmetrics, which does this itself
     if isinstance(o, RunningMean): return _merge_mean(o)
     if not hasattr(o, 'merge_state'):
-        return warnings.warn(f'merge_metrics: {nm} ({type(o).__name__}) has no merge_state; what is shown is of '
-                             'one process only', stacklevel=2)
+        return warnings.warn(f'merge_metrics: {nm} ({type(o).__name__}) has no merge_state; what is shown '
+                             'is of one process only', stacklevel=2)
     parts = gather(_on_cpu(o))
     parts[0].merge_state(parts[1:])
     o.load_state_dict(parts[0].state_dict())
@@ -485,8 +486,8 @@ class AccelerateCB(SharedCB, TrainCB):
 def _precision(self:AccelerateCB):
     "What was asked for, where the machine can do it."
     if self.mixed_precision != 'fp16' or torch.cuda.is_available(): return self.mixed_precision
-    warnings.warn("AccelerateCB: mixed_precision is 'fp16' and there is no CUDA device; it computes in float32",
-                  stacklevel=3)
+    warnings.warn("AccelerateCB: mixed_precision is 'fp16' and there is no CUDA device; it computes in "
+                  'float32', stacklevel=3)
     return 'no'
 
 @patch
