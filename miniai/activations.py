@@ -18,7 +18,7 @@ from fastcore.basics import noop, patch
 
 from .callback import Callback
 from .cost import Cost, Pace
-from .device import set_seed, to_device
+from .device import set_seed
 from .history import History, Parts, UnitTracker
 from .hooks import Hook, Hooks, named_tensors, select_modules, unwrap, warn_if_compiled
 from .stats import abs_hist, layer_stat_names, layer_stats, near_zero, outside, stacked_stats, unit_axis
@@ -170,7 +170,7 @@ class ActivationStats(HooksCallback):
         _check_stats(stats)
         abs_hist(torch.zeros(1), bins, hist_range)   # complains here rather than in the first forward
         self.bins, self.hist_range, self.axis = bins, hist_range, axis or unit_axis
-        self.stats, self._shared, self._before_fit = tuple(stats), False, []
+        self.stats, self._shared, self._before_fit, self._where = tuple(stats), False, [], None
         self.history, self.first_run, self._model = History(max_bytes=max_bytes), 0, noop
         self._start_model()
 
@@ -363,7 +363,7 @@ def cost(self:ActivationStats) -> Cost: # seconds, bytes, layers, steps seen and
     return self.pace.cost(self.history.nbytes + sum(trackers), len(self))
 
 # %% ../nbs/10_activations.ipynb #9b8eb75a
-_saved = 'sources', 'kinds', 'axes', 'first_run', '_looked', '_before_fit'
+_saved = 'sources', 'kinds', 'axes', 'first_run', '_looked', '_before_fit', '_where'
 
 @patch
 def state_dict(self:ActivationStats) -> dict: # history, trackers of dead units, and where the fit is
@@ -374,11 +374,9 @@ def state_dict(self:ActivationStats) -> dict: # history, trackers of dead units,
 
 @patch
 def load_state_dict(self:ActivationStats,
-    state:dict, # as `state_dict` gave it
-    device='cpu' # of the model
+    state:dict # as `state_dict` gave it, on the device of the model
 ):
     "Go on from there; in a fit, or before one with the same model."
-    state = to_device(state, device)
     self.history.load_state_dict(state['history'])
     self._load_trackers(state['trackers'])
     for nm in _saved: setattr(self, nm, state[nm])

@@ -431,7 +431,7 @@ class MetricsCB(Callback):
     def before_fit(self, learn): learn.metrics,self._device = self,None
 
     def before_epoch(self, learn):
-        self.n = 0
+        self.n,self.epoch = 0,learn.epoch
         for o in self.all_metrics.values(): o.reset()
 
     def after_batch(self, learn):
@@ -489,19 +489,20 @@ def _load_metric(o, state):
     for nm,v in state.items(): setattr(o, nm, v)
 
 @patch
-def state_dict(self:MetricsCB) -> dict: # batches counted, and the state of every metric by name
+def state_dict(self:MetricsCB) -> dict: # epoch, batches counted, and the state of every metric by name
     "What is needed to go on in the middle of an epoch."
     states = {nm: _metric_state(o) for nm,o in self.all_metrics.items()}
     silent = [nm for nm,state in states.items() if state is None]
     if silent and getattr(self, 'n', 0):
         warnings.warn(f'MetricsCB: {", ".join(silent)} has no state_dict, so an epoch that is resumed in its '
                       'middle counts the rest of it only', stacklevel=2)
-    return dict(n=getattr(self, 'n', 0), states=states)
+    return dict(epoch=getattr(self, 'epoch', None), n=getattr(self, 'n', 0), states=states)
 
 @patch
 def load_state_dict(self:MetricsCB, state):
-    "Go on from there."
-    self.n = state['n']
+    "Go on from there; the counts of an epoch that has ended are not those of the next."
+    if getattr(self, 'epoch', None) not in (None, state['epoch']): return
+    self.epoch,self.n = state['epoch'],state['n']
     for nm,o in self.all_metrics.items():
         if state['states'].get(nm) is not None: _load_metric(o, state['states'][nm])
 
@@ -594,11 +595,12 @@ class ProgressCB(Callback):
 
     def cleanup_epoch(self, learn): self._close_bar()
 
-    def state_dict(self): return dict(mean=self._mean.state_dict(), smooth=self._smooth)
+    def state_dict(self):
+        return dict(epoch=self.learn.epoch, mean=self._mean.state_dict(), smooth=self._smooth)
 
     def load_state_dict(self, state):
-        self._mean.load_state_dict(state['mean'])
         self._smooth = state['smooth']
+        if state['epoch'] == self.learn.epoch: self._mean.load_state_dict(state['mean'])
 
     def cleanup_fit(self, learn):
         self._close_bar()
