@@ -369,7 +369,7 @@ def _open(self:CheckpointCB, learn):
     if not there or learn._resume: return
     if not self.fresh:
         raise FileExistsError(f'CheckpointCB: {self.path} has {len(there)} checkpoints of another fit; go on '
-                              'with fit(..., resume=...), take another folder, or delete them with fresh=True')
+                              'with fit(..., resume=...), use another folder, or delete them with fresh=True')
     for o in (*there, self.path/'best.safetensors'): o.unlink(missing_ok=True)
 
 @patch
