@@ -497,6 +497,12 @@ _nothing = ('Nothing to draw: no layer has been watched yet.\n'
             'Put this ActivationStats into the cbs of a Learner and fit.')
 
 @patch
+def _not_asked_for(self:ActivationStats, *wanted):
+    "What to say in place of a picture if none of the statistics `wanted` is recorded; else nothing."
+    if set(wanted) & set(self.stats): return ''
+    return f'Nothing to draw: {" and ".join(map(repr, wanted))} not among stats={self.stats}.'
+
+@patch
 def _panels_figure(self:ActivationStats, draw, figsize, phase, text):
     "A grid with one panel per layer, each drawn by `draw(ax, source, phase)`."
     from miniai.plots import caption, get_grid
@@ -535,6 +541,7 @@ def color_dim(self:ActivationStats,
     """Histograms over time, one panel per layer: a column is a step, a row a bin, the colour log(1 + count).
 
     What was above the range, infinite or NaN is stated in the panel's title."""
+    if self._not_asked_for('hist'): return _empty(figsize, self._not_asked_for('hist'))
     lo, hi = self.hist_range
     text = (f'Histogram of |output| at each step, {self.bins} bins from {lo:g} (bottom) to {hi:g} (top); '
             'colour: log(1 + count), each panel with its own scale.')
@@ -568,6 +575,8 @@ def dead_chart(self:ActivationStats,
     phase:str=None   # 'train' or 'valid'; default training, if there is any
 ): # the figure
     "The near-zero share over time and, as a second line, the share of dead units; one panel per layer."
+    missing = self._not_asked_for('hist', 'death_rate')
+    if missing: return _empty(figsize, missing)
     width = (self.hist_range[1]-self.hist_range[0])/self.bins
     text = (f'Near-zero: share of outputs in the lowest bin, |output| < {self.hist_range[0]+width:g}: small, '
             'which is not dead. Dead: share of units that are exactly zero for the whole batch (falls as the '
@@ -579,9 +588,10 @@ def _draw_dead(self:ActivationStats, ax, source, phase):
     from miniai.plots import plot_lines
     hists, deaths = self.rows(source, 'hist', phase), self.rows(source, 'death_rate', phase)
     small = near_zero(torch.from_numpy(hists.values)).numpy() if len(hists) else hists.values
-    for i,(nm,s,y) in enumerate([('near-zero', hists, small), ('dead units', deaths, deaths.values)]):
+    found = [('near-zero', hists, small, 'C0'), ('dead units', deaths, deaths.values, 'C1')]
+    for nm,s,y,color in [o for o in found if len(o[1])] or found[:1]:
         x, xlabel = _steps(s)   # each at its own steps: a full table thins its histograms first
-        plot_lines(ax, x, {nm: y}, xlabel=xlabel, legend=False, color=f'C{i}')
+        plot_lines(ax, x, {nm: y}, xlabel=xlabel, legend=False, color=color)
     ax.set_ylim(-.05, 1.05)
     ax.set_title(self._title(source), fontsize=9)
 
@@ -595,7 +605,8 @@ def plot_stats(self:ActivationStats,
     from matplotlib import colormaps
     from miniai.plots import caption, plot_lines, subplots
     names, phase = self.panels(), _shown_phase(self, phase)
-    if not names: return _empty(figsize, _nothing)
+    missing = self._not_asked_for('mean', 'std') or ('' if names else _nothing)
+    if missing: return _empty(figsize, missing)
     fig, axs = subplots(1, 2, figsize=figsize)
     for ax,stat in zip(axs, ('mean', 'std')):
         for i,name in enumerate(names):

@@ -72,8 +72,9 @@ class Pace:
         who='Pace',      # for error messages
         now=time.perf_counter # reads the clock, in seconds
     ):
-        if every < 1: raise ValueError(f'{who}: every is {every!r}; it must be 1 or more')
-        if budget is not None and not 0 < budget <= 1:
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f'{who}: every is {every!r}; it must be 1 or more, a whole number')
+        if budget is not None and not (isinstance(budget, (int, float)) and 0 < budget <= 1):
             raise ValueError(f'{who}: budget is {budget!r}; give the share of time that watching may take, '
                              'above 0 and up to 1, such as 0.02')
         if budget is not None and every > 1:
