@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import warnings
+import zlib
 from collections import Counter, defaultdict, namedtuple
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -30,7 +31,7 @@ from fastcore.basics import patch
 from torch import nn, optim
 from tqdm import tqdm
 
-from .callback import Callback, CancelFitException
+from .callback import Callback, CancelFitException, as_cbs
 from .datasets import DataLoaders, MemoryLoader, fashion_mnist
 from .device import def_device, set_seed, to_device
 from .hooks import Hooks, named_tensors, select_modules, unwrap, warn_if_compiled
@@ -182,7 +183,10 @@ def plot_act_fns(
     fig.legend(*axs.flat[0].get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=8)
     return fig
 
-def _as_list(act_fns): return list(act_fns) if isinstance(act_fns, (list, tuple, set, dict)) else [act_fns]
+def _as_list(o):
+    "One or many, as a list."
+    one = isinstance(o, (str, nn.Module)) or callable(o) or not hasattr(o, '__iter__')
+    return [o] if one else list(o)
 
 # %% ../nbs/20_actfns.ipynb #0fd18f95
 class BaseNetwork(nn.Module):
@@ -476,8 +480,9 @@ class _Taps:
 def _axis(self:_Taps, mod, a):
     "Which axis of `a` counts units."
     if self.axis: return self.axis(mod, a.ndim)
-    shape, axis = self.last
-    return axis if shape == a.shape and not _has_weights(mod) else unit_axis(mod, a.ndim)
+    shape, axis = self.last   # of the layer before; padding or pooling may have changed the other axes
+    same = shape is not None and len(shape) == a.ndim > axis and shape[axis] == a.shape[axis]
+    return axis if same and not _has_weights(mod) else unit_axis(mod, a.ndim)
 
 @patch
 def _output(self:_Taps, source, mod, inp, a):
@@ -856,13 +861,17 @@ class BestEpochCB(_BestCB):
     "Keeps the weights of the best validation epoch, and puts them into the model when the fit ends."
     _state = None
 
+    def before_fit(self, learn):
+        super().before_fit(learn)
+        self._state = None   # of another learner's fit
+
     def _improved(self, learn, value):
         super()._improved(learn, value)
-        self._state = {k: v.detach().clone() for k,v in learn.model.state_dict().items()}
+        self._state = {k: v.detach().clone() for k,v in unwrap(learn.model).state_dict().items()}
 
     def cleanup_fit(self, learn):
-        if self._state is not None: learn.model.load_state_dict(self._state)
-        self._state = None
+        state, self._state = self._state, None
+        if state is not None: unwrap(learn.model).load_state_dict(state)
 
 class PatienceCB(_BestCB):
     "Ends the fit when the best validation epoch is `patience` epochs ago."
@@ -884,6 +893,10 @@ class PatienceCB(_BestCB):
 def _key(act_fn):
     "The name of a function in tables and of files."
     if isinstance(act_fn, str): return act_fn.lower()
+    name = getattr(act_fn, '__name__', None) if not isinstance(act_fn, nn.Module) else 'module'
+    if name in (None, '<lambda>'):
+        raise ValueError(f'train_act_fns: {act_fn!r} has no name to be saved under; define it with def, '
+                         'or as an nn.Module')
     return ''.join(o if o.isalnum() or o in '.-' else '_' for o in _act_name(get_act_fn(act_fn))).strip('_')
 
 def _learner(net, dls, device, *cbs, **kw):
@@ -921,14 +934,27 @@ def _describe(dls):
     "What the loaders hold, as a line for the notes."
     info = getattr(getattr(dls.train, 'dataset', None), 'info', None)
     what = getattr(info, 'description', '') or 'own data'
-    return f'{what}, batches: {len(dls.train)}, {len(dls.valid)}, {len(dls.test)}'
+    marks = ', '.join(f'{_fingerprint(o):x}' for o in (dls.valid, dls.test))
+    return f'{what}, batches: {len(dls.train)}, {len(dls.valid)}, {len(dls.test)}, first batches: {marks}'
+
+def _fingerprint(dl):
+    "A number that other images, labels, or another split would change."
+    with _rng_kept(dl): batch = next(iter(dl))
+    return zlib.crc32(b''.join(o.cpu().contiguous().numpy().tobytes() for o in batch))
+
+def _describe_net(net, cbs):
+    "What the network is, with the numbers its functions keep, and who else was in the fit."
+    kept = [{k: v for k,v in vars(m).items() if isinstance(v, (bool, int, float, str)) and k != 'training'}
+            for m in net.modules()]
+    return f'{net} {kept} {[type(o).__name__ for o in cbs]}'
 
 def _trained(act_fn, seed, folder, nm, dls, device, settings, make_net, overwrite, cbs):
     "The network for one function and seed, from the disk or trained now; its notes; how it came."
     set_seed(seed, deterministic=torch.are_deterministic_algorithms_enabled())
     net = make_net(get_act_fn(act_fn))
     net_name = getattr(make_net, '__name__', 'own')
-    noted = {**settings, 'seed': seed, 'data': _describe(dls), 'make_net': net_name}
+    noted = {**settings, 'seed': seed, 'data': _describe(dls), 'make_net': net_name,
+             'network': f'{zlib.crc32(_describe_net(net, cbs).encode()):x}'}
     noted = {k: str(v) for k,v in noted.items()}
     if not overwrite and _is_saved(folder, nm):
         notes = _check_notes(folder, nm, noted)
@@ -957,16 +983,23 @@ def train_act_fns(
 ): # table of test accuracies, 0 to 1: a row for each function, a column for each seed
     "Train the network with each function, save the best epoch of each, and measure it on the test images."
     import pandas as pd
-    dls, seeds, folder = dls or fashion_splits(source, bs), _as_list(seeds), Path(model_path)
+    dls, folder, cbs = dls or fashion_splits(source, bs), Path(model_path), as_cbs(cbs)
+    act_fns, seeds = _as_list(act_fns), list(dict.fromkeys(_as_list(seeds)))
+    _check_keys([_key(o) for o in act_fns])
     settings = dict(n_epochs=n_epochs, patience=patience, lr=lr, mom=mom, bs=bs)
     table = pd.DataFrame(columns=pd.Index(seeds, name='seed'), dtype=float)
-    for act_fn,seed in product(_as_list(act_fns), seeds):
+    for act_fn,seed in product(act_fns, seeds):
         key = _key(act_fn)
         nm = f'{prefix}_{key}' + ('' if seed == 42 else f'_seed{seed}')
         net, facts, how = _trained(act_fn, seed, folder, nm, dls, device, settings, make_net, overwrite, cbs)
         table.loc[key, seed] = _test_accuracy(net, dls, device)
         print(_sentence(key, seed, how, facts, table.loc[key, seed]))
     return table.rename_axis(index='function')
+
+def _check_keys(keys):
+    twice = sorted({o for o in keys if keys.count(o) > 1})
+    if twice: raise ValueError(f'train_act_fns: more than one function is called {", ".join(twice)}; their '
+                               'files and rows could not be told apart. Give them names of their own')
 
 def _sentence(key, seed, how, facts, test):
     best = f', best epoch {facts["best_epoch"]} of {facts["epochs"]}' if 'best_epoch' in facts else ''

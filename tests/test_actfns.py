@@ -718,3 +718,39 @@ def test_deterministic_mode_is_not_switched_off(small, tmp_path):
         train_act_fns('relu', tmp_path, small, n_epochs=1, device='cpu')
         assert torch.are_deterministic_algorithms_enabled()
     finally: torch.use_deterministic_algorithms(False)
+
+
+# --- what is told apart ---
+
+def tiny_dls(sign=1, n=40):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(n, 1, 28, 28, generator=g)*sign, torch.randint(0, 10, (n,), generator=g)
+    dls = DataLoaders([(x, y)], [(x, y)])
+    dls.test = [(x, y)]
+    return dls
+
+def small_net(act_fn): return BaseNetwork(act_fn, hidden_sizes=[8])
+
+def test_functions_that_share_a_name_are_refused(tmp_path):
+    kw = dict(dls=tiny_dls(), n_epochs=1, make_net=small_net, device='cpu')
+    with pytest.raises(ValueError, match='more than one function is called relu'):
+        train_act_fns(['relu', 'ReLU'], tmp_path, **kw)
+    with pytest.raises(ValueError, match='has no name'): train_act_fns([lambda v: v.sin()], tmp_path, **kw)
+    assert not list(tmp_path.iterdir())
+
+def test_what_was_trained_otherwise_is_not_taken(tmp_path):
+    kw = dict(n_epochs=1, make_net=small_net, device='cpu')
+    train_act_fns('relu', tmp_path, tiny_dls(), **kw)
+    train_act_fns('relu', tmp_path, tiny_dls(), seeds=range(42, 43), **kw)   # the same: loaded
+    def relu(v): return v.cos()
+    for change in (dict(dls=tiny_dls(-1)), dict(act_fns=relu), dict(make_net=BaseNetwork)):
+        with pytest.raises(ValueError, match='was trained otherwise'):
+            train_act_fns(**{**kw, 'act_fns': 'relu', 'model_path': tmp_path, 'dls': tiny_dls(), **change})
+
+@pytest.mark.parametrize('between', [nn.ConstantPad1d(1, 0.), nn.Upsample(scale_factor=2), nn.MaxPool1d(2)])
+def test_channels_are_kept_through_a_change_of_length(between):
+    conv = nn.Conv1d(1, 6, 3)
+    conv.bias.data[2] = -1e3
+    net = nn.Sequential(conv, between, nn.ReLU())
+    table = measure_number_dead_neurons(net, torch.randn(20, 1, 9), verbose=False, progress=False)
+    assert table.units[0] == 6 and 2 in table.indices[0]
