@@ -388,7 +388,7 @@ class RaiseAt(Callback):
 
 def said(e): return ' '.join([str(e), *getattr(e, '__notes__', []), getattr(e, 'where', '')])
 
-@pytest.mark.parametrize('event', [o for o in events if o not in work_events])
+@pytest.mark.parametrize('event', [o for o in events[:18] if o not in work_events])   # other tests add more
 def test_ctrl_c_in_every_event(tmp_path, event):
     whole = uninterrupted('memory', tmp_path/'whole', 2)
     learn = learner('memory', CheckpointCB(tmp_path/'run', every=2), RaiseAt(event, KeyboardInterrupt(), n=0 if 'fit' in event else 1))
