@@ -18,8 +18,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
-from torch.utils._python_dispatch import TorchDispatchMode
 from torcheval.metrics import MulticlassAccuracy
+
+from shared import CountReads, ReadsPerStep
 
 from miniai.activations import ActivationStats
 from miniai.datasets import DataLoaders, fashion_mnist
@@ -109,17 +110,19 @@ def compared(variants, batches, blocks, turn=1, device='cpu'):
 
 # --- variants ---
 
-def plain(clock, net=five_convs, device='cpu', lr=.1):
-    "The loop as one writes it by hand: the floor."
+def plain(clock, net=five_convs, device='cpu', lr=.1, watch=lambda model: None):
+    "The loop as one writes it by hand: the floor. `watch` may hook the model."
     torch.manual_seed(1)
     model = net().to(device).train()
     opt = optim.SGD(model.parameters(), lr)
+    watcher = watch(model)
     for xb,yb in clock:
         xb, yb = xb.to(device), yb.to(device)
         loss = F.cross_entropy(model(xb), yb)
         loss.backward()
         opt.step()
         opt.zero_grad()
+    return watcher
 
 
 class Quiet(MetricsCB):
@@ -139,20 +142,10 @@ def ours(*make_cbs, net=five_convs, device='cpu', lr=.1):
     return run
 
 
-def monitorch(clock, lenses, net=five_convs, device='cpu', lr=.1):
+def monitorch(clock, lenses, **kw):
     "The loop by hand, watched by monitorch."
     from monitorch.inspector import PyTorchInspector
-    torch.manual_seed(1)
-    model = net().to(device).train()
-    opt = optim.SGD(model.parameters(), lr)
-    inspector = PyTorchInspector(lenses=lenses(), module=model, visualizer='matplotlib')
-    for xb,yb in clock:
-        xb, yb = xb.to(device), yb.to(device)
-        loss = F.cross_entropy(model(xb), yb)
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-    inspector.tick_epoch()
+    plain(clock, watch=lambda m: PyTorchInspector(lenses=lenses(), module=m, visualizer='matplotlib'), **kw).tick_epoch()
 
 
 def output_lenses():
@@ -265,26 +258,13 @@ def memory_table(layers=20, steps=10_000):
     return pd.DataFrame(rows).set_index('steps')
 
 
-class CountReads(TorchDispatchMode):
-    "Counts what would make Python wait for a device."
-    waits = 'local_scalar_dense', 'aten::item', 'aten::nonzero', 'aten::equal', 'aten::is_nonzero'
-    def __init__(self): super().__init__(); self.reads = 0
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.reads += any(o in func.name() for o in self.waits)
-        return func(*args, **(kwargs or {}))
-
-
 def host_reads(steps=50):
     "Host reads in `steps` steps of a fit with metrics and ActivationStats."
-    class Count(TrainCB):
-        counts = []
-        def before_batch(self, learn): self.mode = CountReads(); self.mode.__enter__()
-        def cleanup_batch(self, learn): self.mode.__exit__(None, None, None); self.counts.append(self.mode.reads)
-    Count.order = -100
-    batches = image_batches(64, steps)
-    Learner(five_convs(), DataLoaders(batches, batches), F.cross_entropy, lr=.1,
-            cbs=[Count(), DeviceCB('cpu'), accuracy(), ActivationStats()]).fit(1, valid=False)
-    return sum(Count.counts)
+    counter, batches = CountReads(), image_batches(64, steps)
+    per_step = ReadsPerStep(counter)
+    cbs = [TrainCB(), DeviceCB('cpu'), accuracy(), ActivationStats(), per_step]
+    with counter: Learner(five_convs(), DataLoaders(batches, batches), F.cross_entropy, lr=.1, cbs=cbs).fit(1, valid=False)
+    return sum(per_step.per_step)
 
 
 # --- growth ---

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn, optim
 from torch.utils.data import DataLoader, IterableDataset
 
+from shared import HandSGD
+
 from miniai.accel import AccelerateCB, AccumulateCB, CompileCB, DDPCB, GradClipCB, MixedPrecision, Share, half_type
 from miniai.activations import ActivationStats
 from miniai.callback import Callback, CancelBatchException, CancelEpochException, CancelFitException, events
@@ -97,14 +99,7 @@ def test_types_that_the_device_cannot_do():
     with pytest.raises(ValueError, match='float8'): half_type('cpu', 'float8')
 
 def test_mixed_precision_with_an_optimizer_by_hand():
-    class Opt:
-        def __init__(self, params, lr): self.params, self.lr = list(params), lr
-        def step(self):
-            with torch.no_grad():
-                for p in self.params: p -= p.grad*self.lr
-        def zero_grad(self):
-            for p in self.params: p.grad = None
-    learn = learner(MixedPrecision(), GradClipCB(.1), AccumulateCB(2), opt_func=Opt)
+    learn = learner(MixedPrecision(), GradClipCB(.1), AccumulateCB(2), opt_func=HandSGD)
     before = weights(learn)
     learn.fit(1)
     assert not torch.equal(before, weights(learn))

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
+
+from shared import CountReads
 
 from miniai import actfns as mod
 from miniai import datasets
@@ -588,13 +589,6 @@ def test_what_cannot_be_counted(batch):
     with pytest.warns(UserWarning, match='never called: idle'):
         table = measure_number_dead_neurons(net, [batch], what=[nn.Linear, nn.ReLU])
     assert table.layer.tolist() == ['a', 'b']
-
-class CountReads(TorchDispatchMode):
-    "Counts reads of a tensor's value by the host."
-    def __init__(self): super().__init__(); self.reads = 0
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.reads += func.name() in ('aten::_local_scalar_dense', 'aten::item', 'aten::nonzero', 'aten::equal', 'aten::is_nonzero')
-        return func(*args, **(kwargs or {}))
 
 @pytest.mark.parametrize('act', ['relu', 'tanh'])
 def test_counting_reads_nothing_per_batch(act, batch):

@@ -12,6 +12,8 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 from torcheval.metrics import MulticlassAccuracy
 
+from shared import HandSGD
+
 from miniai import checkpoint
 from miniai.accel import AccumulateCB, CompileCB, GradClipCB, MixedPrecision
 from miniai.activations import ActivationStats
@@ -462,15 +464,8 @@ def test_a_file_that_really_cannot_grow(tmp_path):
     assert not list((tmp_path/'run').iterdir())
 
 def test_an_optimizer_without_state_is_said(tmp_path):
-    class Opt:
-        def __init__(self, params, lr): self.params, self.lr = list(params), lr
-        def step(self):
-            with torch.no_grad():
-                for p in self.params: p -= p.grad*self.lr
-        def zero_grad(self):
-            for p in self.params: p.grad = None
-    learn = TrainLearner(net(), memory_dls(), F.cross_entropy, lr=.1, opt_func=Opt, cbs=CheckpointCB(tmp_path))
-    with pytest.warns(UserWarning, match='Opt has no state_dict'): learn.fit(1)
+    learn = TrainLearner(net(), memory_dls(), F.cross_entropy, lr=.1, opt_func=HandSGD, cbs=CheckpointCB(tmp_path))
+    with pytest.warns(UserWarning, match='HandSGD has no state_dict'): learn.fit(1)
 
 def test_tied_weights_and_a_loss_with_weights(tmp_path):
     class Tied(nn.Module):

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from shared import CountReads, ReadsPerStep
 
 from miniai.activations import ActivationStats, HooksCallback, append_stats, get_hist, get_min
 from miniai.callback import Callback, CancelBatchException, CancelEpochException, CancelFitException, events, run_cbs
@@ -33,40 +34,24 @@ def watched_learner(model, dls, *cbs, device='cpu', **kw):
 
 # --- nothing is read from the device in a step ---
 
-class CountReads(TorchDispatchMode):
-    "Counts reads of a tensor's value by the host."
-    def __init__(self): super().__init__(); self.reads = 0
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.reads += func.name() in ('aten::_local_scalar_dense', 'aten::item', 'aten::nonzero', 'aten::equal', 'aten::is_nonzero')
-        return func(*args, **(kwargs or {}))
-
-class ReadsPerStep(Callback):
-    "Host reads from the first event of a training batch to the last."
-    order = 1000
-    def before_fit(self, learn): self.per_step = []
-    def before_epoch(self, learn): self.seen = counter.reads
-    def cleanup_batch(self, learn):
-        self.per_step.append(counter.reads - self.seen)
-        self.seen = counter.reads
-
 @pytest.mark.parametrize('every', [1, 7])
 def test_200_steps_read_nothing(every):
-    global counter
     from torcheval.metrics import MulticlassAccuracy
-    steps = ReadsPerStep()
+    counter = CountReads()
+    steps = ReadsPerStep(counter)
     learn, astats = watched_learner(five_convs(), DataLoaders(batches(200), batches(2)), every=every)
     learn.cbs += [MetricsCB(MulticlassAccuracy(), acc=accuracy), ProgressCB(plot=True), steps]
-    with CountReads() as counter: learn.fit(1, valid=False)
+    with counter: learn.fit(1, valid=False)
     assert len(steps.per_step) == 200 and sum(steps.per_step) == 0
     assert len(astats.rows('0.0', 'mean')) == len(range(0, 200, every))
 
 def test_the_counter_counts():
     class Reader(Callback):
         def after_loss(self, learn): learn.loss.item()
-    global counter
-    steps = ReadsPerStep()
+    counter = CountReads()
+    steps = ReadsPerStep(counter)
     learn = Learner(five_convs(), DataLoaders(batches(3), batches(1)), F.cross_entropy, cbs=[TrainCB(), Reader(), steps])
-    with CountReads() as counter: learn.fit(1, valid=False)
+    with counter: learn.fit(1, valid=False)
     assert all(n >= 1 for n in steps.per_step) and len(steps.per_step) == 3
 
 @pytest.mark.gpu

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torcheval.metrics import Mean, MulticlassAccuracy, MulticlassAUROC
+
+from shared import CountReads
 
 from miniai import learner as module
 from miniai.callback import CancelBatchException, CancelEpochException, CancelFitException, events
@@ -512,12 +513,6 @@ def test_epoch_without_a_batch_is_a_gap(capsys):
 
 
 # ---- host reads
-
-class CountReads(TorchDispatchMode):
-    def __init__(self): super().__init__(); self.reads = 0
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.reads += func.name() in ('aten::_local_scalar_dense', 'aten::item')   # the latter for inference tensors
-        return func(*args, **(kwargs or {}))
 
 @pytest.mark.parametrize('terminal', [True, False])
 def test_two_hundred_steps_without_a_read(terminal, monkeypatch):

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, optim
 from torch.optim import lr_scheduler as lrs
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from shared import CountReads
 
 from miniai import sgd
 from miniai.activations import ActivationStats
@@ -59,13 +60,6 @@ def line_dls(n=8):
 def line_learner(cbs=None, lr=.1, opt_func=optim.SGD, dls=None):
     set_seed(1)
     return TrainLearner(nn.Linear(5, 1), dls or line_dls(), F.mse_loss, lr=lr, cbs=cbs, opt_func=opt_func)
-
-class CountReads(TorchDispatchMode):
-    "Counts reads of a tensor's value by the host."
-    def __init__(self): super().__init__(); self.reads = 0
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.reads += func.name() in ('aten::_local_scalar_dense', 'aten::item', 'aten::nonzero', 'aten::equal', 'aten::is_nonzero')
-        return func(*args, **(kwargs or {}))
 
 class RaiseAt(Callback):
     "Raises `e` at an event, in the phases wanted."
