@@ -1,0 +1,205 @@
+// What moves on the page of miniai.report: unpack, draw, choose a layer, read values, keep the place while live.
+'use strict'
+const $ = id => document.getElementById(id)
+const root = document.documentElement
+const css = nm => getComputedStyle(root).getPropertyValue(nm).trim()
+const make = (tag, cls, text = '') => Object.assign(document.createElement(tag), {className: cls, textContent: text})
+
+// ---- what is remembered: of this page in this tab, or of the theme in this browser
+const place = `miniai ${location.pathname} `
+const recall = (key, box = sessionStorage) => box.getItem(place + key)
+const keep = (key, value, box = sessionStorage) => box.setItem(place + key, value)
+const tried = f => { try { return f() } catch { return null } }   // storage may be forbidden
+
+// ---- what the page carries
+async function unpack(id) {
+  const bytes = Uint8Array.from(atob($(id).textContent), c => c.charCodeAt(0))
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream('gzip'))).text()
+}
+
+async function loadLibrary() {
+  const script = document.createElement('script')
+  script.nonce = document.currentScript?.nonce || document.querySelector('script[nonce]').nonce
+  script.textContent = await unpack('library')
+  document.head.append(script)
+}
+
+// ---- a chart: the trace as the table has it, and what the library wants to see of it
+function mapTrace(t) {   // cells coloured by log, the values as they are on hover
+  const shown = {log1p: v => v === null ? null : Math.log1p(v), log10: v => v > 0 ? Math.log10(v) : null,
+                 none: v => v}[t.color]
+  const values = t.values
+  return {type: 'heatmap', name: t.name, x: t.x, y: t.y, z: values.map(row => row.map(shown)), showscale: t.scale,
+          customdata: values.map((row, i) => row.map(v => [t.rows[i], v === null ? 'nothing' : String(v)])),
+          zmin: t.zmin, zmax: t.zmax, colorscale: 'Viridis', colorbar: {thickness: 10, len: 1, outlinewidth: 0,
+          tickprefix: t.color === 'log10' ? '10^' : ''}, hoverongaps: false,
+          hovertemplate: `${t.xname} %{x}<br>${t.yname} %{customdata[0]}<br>${t.name} %{customdata[1]}<extra></extra>`}
+}
+
+function lineTrace(t) {
+  const color = css(`--c${t.color % 6}`), marks = t.mode === 'markers'
+  return {type: 'scatter', name: t.name, x: t.x, y: t.y, mode: t.mode, connectgaps: false,
+          text: t.text || t.y.map(String), hovertemplate: '%{text}', showlegend: t.legend,
+          line: {color, width: t.width || 1.6, dash: t.dash || 'solid'},
+          marker: {color: marks ? css('--error') : color, size: marks ? 8 : 5, symbol: marks ? 'x' : 'circle'}}
+}
+
+const draw1 = t => t.kind === 'map' ? mapTrace(t) : lineTrace(t)
+
+function guide(o) {
+  return {type: 'line', xref: 'paper', x0: 0, x1: 1, y0: o, y1: o, line: {color: css('--muted'), width: 1, dash: 'dot'}}
+}
+
+function layoutOf(chart) {
+  const axis = {gridcolor: css('--grid'), zerolinecolor: css('--grid'), linecolor: css('--line'), automargin: true,
+                tickfont: {size: 11}}
+  const label = {color: css('--fg'), size: 12}, map = chart.traces.some(t => t.kind === 'map')
+  return {height: chart.height, margin: {l: 4, r: 10, t: 6, b: 4}, autosize: true, colorway: [css('--c0')],
+          paper_bgcolor: css('--card'), plot_bgcolor: css('--card'), font: {color: css('--fg'), size: 12},
+          hovermode: map ? 'closest' : 'x unified', hoverdistance: 60,
+          hoverlabel: {bgcolor: css('--bg'), bordercolor: css('--line'), font: label, namelength: 40},
+          dragmode: matchMedia('(pointer: coarse)').matches ? false : 'zoom',
+          legend: {orientation: 'h', x: 0, y: 1.02, yanchor: 'bottom', font: label, bgcolor: 'rgba(0,0,0,0)'},
+          xaxis: {...axis, title: {text: chart.xlabel, font: label}, unifiedhovertitle: {text: `${chart.xlabel} %{x}`}},
+          yaxis: {...axis, title: {text: chart.ylabel, font: label}, ...chart.yaxis},
+          shapes: (chart.guides || []).map(guide)}
+}
+
+const config = {responsive: true, displaylogo: false,
+                modeBarButtons: [['zoom2d', 'pan2d', 'resetScale2d', 'toImage']]}
+
+async function plot(box, chart) {
+  await Plotly.react(box, chart.traces.map(draw1), layoutOf(chart), config)
+}
+
+const keys = 'Arrow keys, Page Up and Page Down, Home and End move from value to value.'
+
+async function addChart(place, chart) {
+  const figure = make('figure', ''), box = make('div', 'plot'), readout = make('output', 'readout')
+  box.tabIndex = 0
+  box.setAttribute('role', 'application')
+  box.setAttribute('aria-label', `${chart.title}. ${keys}`)
+  readout.setAttribute('aria-live', 'polite')
+  figure.append(make('h3', '', chart.title), box, readout, make('p', 'caption', chart.caption))
+  place.append(figure)
+  box.chart = chart
+  await plot(box, chart)
+  box.on('plotly_hover', e => { readout.textContent = told(chart, e.points) })
+  box.on('plotly_unhover', () => { readout.textContent = '' })
+  box.addEventListener('keydown', e => walk(box, e))
+  box.addEventListener('blur', () => Plotly.Fx.unhover(box))
+}
+
+function told(chart, points) {   // the values under the pointer, as text
+  const p = points[0], trace = chart.traces[p.curveNumber]
+  if (trace.kind === 'map') return `${trace.xname} ${p.x}, ${trace.yname} ${p.customdata[0]}: ${p.customdata[1]}`
+  return `${chart.xlabel} ${p.x}: ` + points.map(o => `${chart.traces[o.curveNumber].label} ${o.text}`).join(', ')
+}
+
+// ---- values by keyboard
+function walk(box, e) {
+  const traces = box.chart.traces, map = traces.find(t => t.kind === 'map')
+  const xs = map ? map.x : [...new Set(traces.flatMap(t => t.x))].sort((a, b) => a - b)
+  const page = Math.max(1, Math.round(xs.length/10))
+  const by = {ArrowLeft: -1, ArrowRight: 1, PageUp: -page, PageDown: page, Home: -xs.length, End: xs.length}[e.key]
+  const up = map && {ArrowUp: 1, ArrowDown: -1}[e.key]
+  if (!xs.length || e.ctrlKey || e.altKey || e.metaKey || by === undefined && !up) return
+  e.preventDefault()
+  const within = (i, n) => Math.min(Math.max(i, 0), n - 1)
+  box.at = within(by === undefined ? box.at ?? 0 : (box.at ?? -1) + by, xs.length)
+  if (!map) return Plotly.Fx.hover(box, {xval: xs[box.at]}, ['xy'])
+  box.row = within((box.row ?? 0) + (up || 0), map.y.length)
+  Plotly.Fx.hover(box, [{curveNumber: traces.indexOf(map), pointNumber: [box.row, box.at]}], ['xy'])
+}
+
+// ---- groups of charts: those of the page, and those of the chosen layer
+async function fill(place, charts) {
+  for (const box of place.querySelectorAll('.plot')) Plotly.purge(box)
+  place.replaceChildren()
+  for (const chart of charts) await addChart(place, chart)
+  if (!charts.length) place.append(make('p', 'muted', place.dataset.empty))
+}
+
+let payload = null
+
+async function choose(i, move) {
+  const select = $('layer-choice')
+  if (!select) return
+  select.value = i = Math.min(Math.max(i, 0), select.options.length - 1)
+  for (const row of document.querySelectorAll('tr[data-layer]')) row.classList.toggle('chosen', row.dataset.layer == i)
+  tried(() => keep('layer', select.options[i].text))
+  await fill($('layer-charts'), payload.layers[i])
+  if (move) { $('layer').scrollIntoView(); select.focus({preventScroll: true}) }
+}
+
+function chosenBefore() {
+  const names = [...($('layer-choice')?.options || [])].map(o => o.text)
+  return Math.max(names.indexOf(tried(() => recall('layer')) || ''), 0)
+}
+
+// ---- themes
+function setTheme(theme) {
+  if (theme === 'system') delete root.dataset.theme
+  else root.dataset.theme = theme
+  tried(() => keep('theme', theme, localStorage))
+  redraw()
+}
+
+function redraw() { if (window.Plotly) for (const box of document.querySelectorAll('.plot')) plot(box, box.chart) }
+
+// ---- live: the page reads itself anew, and stands where it stood
+const asleep = 20   // looks without anything new until the page stops looking
+
+function leave() {
+  keep('scroll', scrollY)
+  keep('focus', document.activeElement?.id || '')
+  keep('open', JSON.stringify([...document.querySelectorAll('details')].map(o => o.open)))
+  location.reload()
+}
+
+function comeBack() {
+  const open = JSON.parse(recall('open') || '[]')
+  document.querySelectorAll('details').forEach((o, i) => { if (i in open) o.open = open[i] })
+  $(recall('focus') || '-')?.focus({preventScroll: true})
+  scrollTo(0, +recall('scroll') || 0)
+}
+
+function startLive() {
+  const body = document.body, button = $('pause'), seconds = +body.dataset.live
+  const same = recall('stamp') === body.dataset.stamp
+  const looks = same ? +recall('looks') + 1 : 0
+  keep('stamp', body.dataset.stamp)
+  keep('looks', looks)
+  const say = paused => { button.textContent = paused ? 'Go on' : 'Pause'; button.setAttribute('aria-pressed', paused) }
+  say(recall('paused') === 'yes')
+  button.onclick = () => { keep('paused', recall('paused') === 'yes' ? 'no' : 'yes'); keep('looks', 0)
+                           say(recall('paused') === 'yes') }
+  if (looks >= asleep) $('live-state').textContent = 'Nothing new for a while: reload the page to look again.'
+  else setInterval(() => { if (recall('paused') !== 'yes' && !document.hidden) leave() }, 1000*seconds)
+}
+
+// ---- begin
+async function begin() {
+  const theme = tried(() => recall('theme', localStorage)) || 'system'
+  $('theme').value = theme
+  if (theme !== 'system') root.dataset.theme = theme
+  $('theme').onchange = e => setTheme(e.target.value)
+  matchMedia('(prefers-color-scheme: dark)').addEventListener('change', redraw)
+  await loadLibrary()
+  payload = JSON.parse(await unpack('payload'))
+  for (const place of document.querySelectorAll('[data-charts]')) await fill(place, payload.charts[place.dataset.charts])
+  if ($('layer-choice')) {
+    $('layer-choice').onchange = e => choose(+e.target.value)
+    $('previous').onclick = () => choose(+$('layer-choice').value - 1)
+    $('next').onclick = () => choose(+$('layer-choice').value + 1)
+    for (const o of document.querySelectorAll('.pick')) o.onclick = () => choose(+o.dataset.layer, true)
+    await choose(chosenBefore())
+  }
+  if (document.body.dataset.live) tried(() => { comeBack(); startLive() })
+  root.dataset.drawn = 'yes'
+}
+
+begin().catch(e => {
+  $('problem').hidden = false
+  $('problem').append(` (${e})`)
+})
