@@ -19,26 +19,31 @@ async function unpack(id) {
 
 async function loadLibrary() {
   const script = document.createElement('script')
-  script.nonce = document.currentScript?.nonce || document.querySelector('script[nonce]').nonce
+  script.nonce = document.querySelector('script[nonce]').nonce   // the page's own policy lets no other script run
   script.textContent = await unpack('library')
   document.head.append(script)
 }
+
+// ---- names: the library reads markup in every text it is given, so all that is not ours goes through here
+const plain = s => String(s).replace(/&/g, '&amp;').replace(/</g, '&lt;').replace(/>/g, '&gt;')
+const short = (s, n = 24) => s.length <= n ? s : s.slice(0, n/2 - 1) + '…' + s.slice(-n/2)
 
 // ---- a chart: the trace as the table has it, and what the library wants to see of it
 function mapTrace(t) {   // cells coloured by log, the values as they are on hover
   const shown = {log1p: v => v === null ? null : Math.log1p(v), log10: v => v > 0 ? Math.log10(v) : null,
                  none: v => v}[t.color]
   const values = t.values
-  return {type: 'heatmap', name: t.name, x: t.x, y: t.y, z: values.map(row => row.map(shown)), showscale: t.scale,
-          customdata: values.map((row, i) => row.map(v => [t.rows[i], v === null ? 'nothing' : String(v)])),
+  return {type: 'heatmap', name: plain(t.name), x: t.x, y: t.y, z: values.map(row => row.map(shown)), showscale: t.scale,
+          customdata: values.map((row, i) => row.map(v => [plain(t.rows[i]), v === null ? 'nothing' : String(v)])),
           zmin: t.zmin, zmax: t.zmax, colorscale: 'Viridis', colorbar: {thickness: 10, len: 1, outlinewidth: 0,
           tickprefix: t.color === 'log10' ? '10^' : ''}, hoverongaps: false,
-          hovertemplate: `${t.xname} %{x}<br>${t.yname} %{customdata[0]}<br>${t.name} %{customdata[1]}<extra></extra>`}
+          hovertemplate: `${plain(t.xname)} %{x}<br>${plain(t.yname)} %{customdata[0]}<br>${plain(t.name)} ` +
+                         '%{customdata[1]}<extra></extra>'}
 }
 
 function lineTrace(t) {
   const color = css(`--c${t.color % 6}`), marks = t.mode === 'markers'
-  return {type: 'scatter', name: t.name, x: t.x, y: t.y, mode: t.mode, connectgaps: false,
+  return {type: 'scatter', name: plain(short(t.name, 40)), x: t.x, y: t.y, mode: t.mode, connectgaps: false,
           text: t.text || t.y.map(String), hovertemplate: '%{text}', showlegend: t.legend,
           line: {color, width: t.width || 1.6, dash: t.dash || 'solid'},
           marker: {color: marks ? css('--error') : color, size: marks ? 8 : 5, symbol: marks ? 'x' : 'circle'}}
@@ -50,22 +55,37 @@ function guide(o) {
   return {type: 'line', xref: 'paper', x0: 0, x1: 1, y0: o, y1: o, line: {color: css('--muted'), width: 1, dash: 'dot'}}
 }
 
+function ticksOf(names) {   // a name at each place, or at every n-th where there are many
+  const every = Math.ceil(names.length/25), at = names.map((_, i) => i).filter(i => i % every === 0)
+  return {tickmode: 'array', tickvals: at, ticktext: at.map(i => plain(short(names[i])))}
+}
+
+function xAxis(chart) {
+  const xs = chart.traces.flatMap(t => [t.x[0], t.x[t.x.length - 1]])
+  if (chart.ticks?.length) return ticksOf(chart.ticks)
+  return chart.xlabel === 'epoch' && Math.max(...xs) - Math.min(...xs) < 10 ? {dtick: 1} : {}
+}
+
+const touch = () => matchMedia('(pointer: coarse)').matches
+
 function layoutOf(chart) {
   const axis = {gridcolor: css('--grid'), zerolinecolor: css('--grid'), linecolor: css('--line'), automargin: true,
                 tickfont: {size: 11}}
-  const label = {color: css('--fg'), size: 12}, map = chart.traces.some(t => t.kind === 'map')
+  const label = {color: css('--fg'), size: 12}, map = chart.traces.find(t => t.kind === 'map')
   return {height: chart.height, margin: {l: 4, r: 10, t: 6, b: 4}, autosize: true, colorway: [css('--c0')],
           paper_bgcolor: css('--card'), plot_bgcolor: css('--card'), font: {color: css('--fg'), size: 12},
           hovermode: map ? 'closest' : 'x unified', hoverdistance: 60,
           hoverlabel: {bgcolor: css('--bg'), bordercolor: css('--line'), font: label, namelength: 40},
-          dragmode: matchMedia('(pointer: coarse)').matches ? false : 'zoom',
+          dragmode: touch() ? false : 'zoom',   // a finger scrolls the page
           legend: {orientation: 'h', x: 0, y: 1.02, yanchor: 'bottom', font: label, bgcolor: 'rgba(0,0,0,0)'},
-          xaxis: {...axis, title: {text: chart.xlabel, font: label}, unifiedhovertitle: {text: `${chart.xlabel} %{x}`}},
-          yaxis: {...axis, title: {text: chart.ylabel, font: label}, ...chart.yaxis},
+          xaxis: {...axis, title: {text: plain(chart.xlabel), font: label}, ...xAxis(chart),
+                  unifiedhovertitle: {text: `${plain(chart.xlabel)} %{x}`}},
+          yaxis: {...axis, title: {text: plain(chart.ylabel), font: label}, ...chart.yaxis,
+                  ...(map && chart.named ? ticksOf(map.rows) : {})},
           shapes: (chart.guides || []).map(guide)}
 }
 
-const config = {responsive: true, displaylogo: false,
+const config = {responsive: true, displaylogo: false, displayModeBar: touch() ? false : 'hover',
                 modeBarButtons: [['zoom2d', 'pan2d', 'resetScale2d', 'toImage']]}
 
 async function plot(box, chart) {
@@ -74,7 +94,7 @@ async function plot(box, chart) {
 
 const keys = 'Arrow keys, Page Up and Page Down, Home and End move from value to value.'
 
-async function addChart(place, chart) {
+function addChart(place, chart) {
   const figure = make('figure', ''), box = make('div', 'plot'), readout = make('output', 'readout')
   box.tabIndex = 0
   box.setAttribute('role', 'application')
@@ -83,6 +103,11 @@ async function addChart(place, chart) {
   figure.append(make('h3', '', chart.title), box, readout, make('p', 'caption', chart.caption))
   place.append(figure)
   box.chart = chart
+  return box
+}
+
+async function drawChart(box) {
+  const chart = box.chart, readout = box.nextSibling
   await plot(box, chart)
   box.on('plotly_hover', e => { readout.textContent = told(chart, e.points) })
   box.on('plotly_unhover', () => { readout.textContent = '' })
@@ -92,7 +117,7 @@ async function addChart(place, chart) {
 
 function told(chart, points) {   // the values under the pointer, as text
   const p = points[0], trace = chart.traces[p.curveNumber]
-  if (trace.kind === 'map') return `${trace.xname} ${p.x}, ${trace.yname} ${p.customdata[0]}: ${p.customdata[1]}`
+  if (trace.kind === 'map') return `${trace.xname} ${p.x}, ${trace.yname} ${trace.rows[p.pointNumber[0]]}: ${p.customdata[1]}`
   return `${chart.xlabel} ${p.x}: ` + points.map(o => `${chart.traces[o.curveNumber].label} ${o.text}`).join(', ')
 }
 
@@ -116,8 +141,15 @@ function walk(box, e) {
 async function fill(place, charts) {
   for (const box of place.querySelectorAll('.plot')) Plotly.purge(box)
   place.replaceChildren()
-  for (const chart of charts) await addChart(place, chart)
+  const boxes = charts.map(o => addChart(place, o))   // all of them first: they share the width
+  for (const box of boxes) await drawChart(box)
   if (!charts.length) place.append(make('p', 'muted', place.dataset.empty))
+}
+
+async function fillSeen(place) {   // what is folded has no width to draw in; it is drawn when unfolded
+  const folded = place.closest('details:not([open])'), charts = payload.charts[place.dataset.charts]
+  if (!folded) return fill(place, charts)
+  folded.addEventListener('toggle', () => fill(place, charts), {once: true})
 }
 
 let payload = null
@@ -187,7 +219,7 @@ async function begin() {
   matchMedia('(prefers-color-scheme: dark)').addEventListener('change', redraw)
   await loadLibrary()
   payload = JSON.parse(await unpack('payload'))
-  for (const place of document.querySelectorAll('[data-charts]')) await fill(place, payload.charts[place.dataset.charts])
+  for (const place of document.querySelectorAll('[data-charts]')) await fillSeen(place)
   if ($('layer-choice')) {
     $('layer-choice').onchange = e => choose(+e.target.value)
     $('previous').onclick = () => choose(+$('layer-choice').value - 1)
