@@ -38,9 +38,13 @@ class Facts:
     constant:bool = None      # whether the model gave the last batch one and the same answer for all samples
     looked:dict = field(default_factory=dict)  # phase -> (batches looked at, batches that went by)
 
+    def layer(self, source):
+        "Name of the layer that `source`, a name in the table, belongs to."
+        return self.sources.get(source, source)
+
     def kind(self, source):
         "Type of the layer that `source` belongs to; '' if it is not known."
-        return self.layers.get(self.sources.get(source, source), '')
+        return self.layers.get(self.layer(source), '')
 
     def named(self, source):
         "Name and type, for a sentence."
@@ -67,6 +71,9 @@ class Track:
     def __getitem__(self, i):
         "The rows that the index, slice or mask `i` chooses."
         return replace(self, **{nm: getattr(self, nm)[i] for nm in ('steps', 'epochs', 'samples', 'values')})
+    def changed(self, **kw):
+        "The same with other values, say."
+        return replace(self, **kw)
 
 _no_rows = Track(*(np.zeros(0, int) for _ in range(3)), np.zeros(0))
 
@@ -170,8 +177,10 @@ def metric(self:Evidence, name:str, phase:str='valid') -> Track:
 @patch
 def n_steps(self:Evidence) -> int:
     "Training steps that the run took, as far as the tables show."
-    tracks = [self.track(who, what) for p,who,what in self.keys() if p == 'train' and who in ('batch', 'epoch', 'loss')]
-    return int(max((o.steps.max()+1 for o in tracks if len(o)), default=0))
+    batches = self.track('batch', 'loss').steps
+    if len(batches): return int(batches[-1] - batches[0] + 1)
+    tracks = [self.track(who, what, p) for p,who,what in self.keys() if p == 'train']
+    return int(max((o.steps.max() + (o.per == 'step') for o in tracks if len(o)), default=0))
 
 # %% ../nbs/21_case.ipynb #94647a4f
 def _cb_histories(cbs):
@@ -201,9 +210,10 @@ def _watched(cb):
     return dict(layers=dict(cb.kinds), sources=sources, silent=silent, looked=looked)
 
 def _n_classes(learn, loss):
-    "The number of classes, if the last predictions and targets look like a classification by cross entropy."
-    preds = getattr(learn, 'preds', None)
-    if 'cross' not in loss.lower() or not isinstance(preds, torch.Tensor) or preds.ndim < 2: return None
+    "The number of classes, if the last predictions look like a classification by cross entropy."
+    preds, loss = getattr(learn, 'preds', None), loss.lower()
+    if 'binary' in loss or loss.startswith('bce'): return 2
+    if 'cross' not in loss or not isinstance(preds, torch.Tensor) or preds.ndim < 2: return None
     return preds.shape[1]
 
 def _constant(learn):
