@@ -135,7 +135,7 @@ def lines_chart(
     yrange=None,  # (lowest, highest) of the axis; default: of the values
     guides=(),    # heights of dotted lines
     dashes=(),    # labels of lines that are dashed
-    most:int=2000 # rows of a line; longer ones are thinned, and the caption says so
+    most:int=1000 # rows of a line; longer ones are thinned, and the caption says so
 ) -> dict: # for `page_html`
     "Lines over steps or epochs."
     thin = _thinned(lines, most)

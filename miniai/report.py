@@ -149,7 +149,7 @@ def _outside_note(counts, bins):
     total, texts = np.maximum(counts.sum(1), 1), []
     for i,what in enumerate(outside):
         share = (counts[:, bins+i]/total).max()
-        if share: texts.append(f'{share:.2%} {what}')
+        if share: texts.append(f'{"<0.01%" if share < 1e-4 else f"{share:.2%}"} {what}')
     return f' Outside the bins, at most in one batch: {", ".join(texts)}.' if texts else ''
 
 # %% ../nbs/22_report.ipynb #682860ae
@@ -223,20 +223,20 @@ def _first_line(evidence, sources, stat):
 
 def _number(value): return f'{value:.3g}'
 
-def _cells(evidence, layer, sources, columns):
-    "Last value and small line of each of the columns."
-    for stat,title in columns:
-        track = _first_line(evidence, sources, stat)
-        yield '' if track is None else _number(track.values[-1])
-        yield '' if track is None else sparkline(track.values, f'{title} of {layer}')
+def _cell(evidence, layer, sources, stat, title):
+    "Last value and small line; '' without any."
+    track = _first_line(evidence, sources, stat)
+    if track is None: return ''
+    return Html(as_html(_number(track.values[-1])) + sparkline(track.values, f'{title} of {layer}', width=80))
 
 def _layer_table(evidence, members, findings):
     "Name, type, findings, then the quantities that anyone has."
     columns = [o for o in _columns if any(_first_line(evidence, own, o[0]) is not None for own in members.values())]
-    head = ['layer', 'type', 'findings', *(o for _,title in columns for o in (title, f'{title} over time'))]
     rows = [([_pick(i, nm), evidence.facts.layers.get(nm, ''), _count_findings(findings, nm, own),
-              *_cells(evidence, nm, own, columns)], dict(data_layer=i)) for i,(nm,own) in enumerate(members.items())]
-    return table(head, rows, ('name', '', 'number', *('number', '')*len(columns)), 'Layers')
+              *(_cell(evidence, nm, own, *o) for o in columns)], dict(data_layer=i))
+            for i,(nm,own) in enumerate(members.items())]
+    head = ['layer', 'type', 'findings', *(title for _,title in columns)]
+    return table(head, rows, ('name', '', 'number', *['number']*len(columns)), 'Layers')
 
 def _pick(i, name): return tag('button', name or '(the model itself)', class_='pick', type='button', data_layer=i)
 
@@ -347,7 +347,7 @@ def _run_facts(evidence, learn=None):
     found = {'model': facts.model, 'parameters': f'{n:,}' if n else None,
              'of them trained': f'{sum(int(np.prod(o.shape)) for o in facts.params.values() if o.trained):,}' if n else None,
              'optimizer': facts.optimizer, 'learning rate': facts.lr, 'its settings': _settings(opt), 'loss': facts.loss,
-             'batch size': _batch_size(evidence), 'epochs': _n_epochs(evidence) or None, 'training steps': _n_steps(evidence) or None,
+             'batch size': _batch_size(evidence), 'epochs': _n_epochs(evidence) or None, 'training steps': f'{_n_steps(evidence):,}' if _n_steps(evidence) else None,
              'data': _data(learn) if learn else None, 'classes': facts.n_classes,
              'callbacks': ', '.join(type(o).__name__ for o in learn.cbs) if learn else None,
              'batches looked at': _looked(facts), 'rows kept': _thinned(evidence)}
@@ -413,14 +413,13 @@ def _finding_charts(findings, most):
 
 def _findings_part(findings, members):
     cards = [_finding(i, o, members) for i,o in enumerate(findings)]
-    left_out = [tag('details', tag('summary', f'{len(findings.unchecked)} rules could not be asked'),
-                    fact_list(findings.unchecked))] if findings.unchecked else []
-    asked = [tag('details', tag('summary', f'{len(findings.checked)} rules were asked'),
-                 tag('p', ', '.join(findings.checked)))] if findings.checked else []
-    return tag('section', tag('h2', 'Findings'), tag('p', findings.summary()), *cards, *asked, *left_out, id='findings')
+    left_out = [tag('details', tag('summary', 'Rules that could not be asked'), fact_list(findings.unchecked))]
+    asked = [tag('details', tag('summary', 'Rules that were asked'), tag('p', ', '.join(findings.checked)))]
+    return tag('section', tag('h2', 'Findings'), tag('p', findings.summary()), *cards, *asked*bool(findings.checked),
+               *left_out*bool(findings.unchecked), id='findings')
 
 # %% ../nbs/22_report.ipynb #17d73b3e
-_room = 1_500_000   # numbers on a page, in lines and in maps each
+_room = 600_000   # numbers on a page, in lines and in maps each
 
 def _rooms(evidence):
     "How many rows of a line and columns of a map there is room for."
@@ -428,7 +427,7 @@ def _rooms(evidence):
     tracks = [_shown(evidence, who, stat) for _,who,stat in evidence.keys() if stat in ('hist', 'grad_hist')]
     cells = sum(o.values.shape[1] for o in tracks if len(o) and o.values.ndim == 2)
     share = lambda n, least, most: int(np.clip(_room//max(n, 1), least, most))
-    return share(2*lines, 50, 2000), share(cells, 50, 1000)
+    return share(2*lines, 50, 1000), share(cells, 50, 500)
 
 def _charts_in(group, empty='Nothing was recorded.', cls='charts'):
     return tag('div', class_=cls, data_charts=group, data_empty=empty)

@@ -29,14 +29,21 @@ const plain = s => String(s).replace(/&/g, '&amp;').replace(/</g, '&lt;').replac
 const short = (s, n = 24) => s.length <= n ? s : s.slice(0, n/2 - 1) + '…' + s.slice(-n/2)
 
 // ---- a chart: the trace as the table has it, and what the library wants to see of it
+function powers(values) {   // a scale of logarithms says the numbers they are of
+  const logs = values.flat().filter(v => v > 0).map(Math.log10), low = logs.reduce((a, b) => Math.min(a, b), Infinity)
+  if (!logs.length) return {}
+  const high = logs.reduce((a, b) => Math.max(a, b), low), at = [0, 1, 2, 3, 4].map(i => low + i*(high - low)/4)
+  return {tickvals: at, ticktext: at.map(v => String(+(10**v).toPrecision(2)))}
+}
+
 function mapTrace(t) {   // cells coloured by log, the values as they are on hover
   const shown = {log1p: v => v === null ? null : Math.log1p(v), log10: v => v > 0 ? Math.log10(v) : null,
                  none: v => v}[t.color]
   const values = t.values
   return {type: 'heatmap', name: plain(t.name), x: t.x, y: t.y, z: values.map(row => row.map(shown)), showscale: t.scale,
           customdata: values.map((row, i) => row.map(v => [plain(t.rows[i]), v === null ? 'nothing' : String(v)])),
-          zmin: t.zmin, zmax: t.zmax, colorscale: 'Viridis', colorbar: {thickness: 10, len: 1, outlinewidth: 0,
-          tickprefix: t.color === 'log10' ? '10^' : ''}, hoverongaps: false,
+          zmin: t.zmin, zmax: t.zmax, colorscale: 'Viridis', hoverongaps: false,
+          colorbar: {thickness: 10, len: 1, outlinewidth: 0, ...(t.color === 'log10' ? powers(values) : {})},
           hovertemplate: `${plain(t.xname)} %{x}<br>${plain(t.yname)} %{customdata[0]}<br>${plain(t.name)} ` +
                          '%{customdata[1]}<extra></extra>'}
 }
@@ -57,7 +64,7 @@ function guide(o) {
 
 function ticksOf(names) {   // a name at each place, or at every n-th where there are many
   const every = Math.ceil(names.length/25), at = names.map((_, i) => i).filter(i => i % every === 0)
-  return {tickmode: 'array', tickvals: at, ticktext: at.map(i => plain(short(names[i])))}
+  return {tickmode: 'array', tickvals: at, ticktext: at.map(i => plain(short(names[i], innerWidth < 600 ? 14 : 24)))}
 }
 
 function xAxis(chart) {
@@ -85,7 +92,8 @@ function layoutOf(chart) {
           shapes: (chart.guides || []).map(guide)}
 }
 
-const config = {responsive: true, displaylogo: false, displayModeBar: touch() ? false : 'hover',
+const config = {responsive: true, typesetMath: false,   // a dollar sign in a name is no formula
+                displaylogo: false, displayModeBar: touch() ? false : 'hover',
                 modeBarButtons: [['zoom2d', 'pan2d', 'resetScale2d', 'toImage']]}
 
 async function plot(box, chart) {
@@ -109,16 +117,23 @@ function addChart(place, chart) {
 async function drawChart(box) {
   const chart = box.chart, readout = box.nextSibling
   await plot(box, chart)
-  box.on('plotly_hover', e => { readout.textContent = told(chart, e.points) })
+  box.on('plotly_hover', e => { readout.textContent = told(chart, e.points[0]) })
   box.on('plotly_unhover', () => { readout.textContent = '' })
   box.addEventListener('keydown', e => walk(box, e))
   box.addEventListener('blur', () => Plotly.Fx.unhover(box))
 }
 
-function told(chart, points) {   // the values under the pointer, as text
-  const p = points[0], trace = chart.traces[p.curveNumber]
-  if (trace.kind === 'map') return `${trace.xname} ${p.x}, ${trace.yname} ${trace.rows[p.pointNumber[0]]}: ${p.customdata[1]}`
-  return `${chart.xlabel} ${p.x}: ` + points.map(o => `${chart.traces[o.curveNumber].label} ${o.text}`).join(', ')
+function toldMap(t, row, at) { return `${t.xname} ${t.x[at]}, ${t.yname} ${t.rows[row]}: ${t.values[row][at] ?? 'nothing'}` }
+
+function toldLines(chart, x) {   // of every line that has a value there
+  const found = chart.traces.flatMap(t => { const i = t.x.indexOf(x); return i < 0 || t.y[i] === null ? [] :
+                                                `${t.label} ${t.text ? t.text[i] : t.y[i]}` })
+  return `${chart.xlabel} ${x}: ${found.join(', ')}`
+}
+
+function told(chart, p) {   // the values under the pointer, as text
+  const trace = chart.traces[p.curveNumber]
+  return trace.kind === 'map' ? toldMap(trace, ...p.pointNumber) : toldLines(chart, p.x)
 }
 
 // ---- values by keyboard
@@ -132,9 +147,10 @@ function walk(box, e) {
   e.preventDefault()
   const within = (i, n) => Math.min(Math.max(i, 0), n - 1)
   box.at = within(by === undefined ? box.at ?? 0 : (box.at ?? -1) + by, xs.length)
-  if (!map) return Plotly.Fx.hover(box, {xval: xs[box.at]}, ['xy'])
-  box.row = within((box.row ?? 0) + (up || 0), map.y.length)
-  Plotly.Fx.hover(box, [{curveNumber: traces.indexOf(map), pointNumber: [box.row, box.at]}], ['xy'])
+  if (map) box.row = within((box.row ?? 0) + (up || 0), map.y.length)
+  if (map) Plotly.Fx.hover(box, [{curveNumber: traces.indexOf(map), pointNumber: [box.row, box.at]}], ['xy'])
+  else Plotly.Fx.hover(box, {xval: xs[box.at]}, ['xy'])
+  box.nextSibling.textContent = map ? toldMap(map, box.row, box.at) : toldLines(box.chart, xs[box.at])
 }
 
 // ---- groups of charts: those of the page, and those of the chosen layer
