@@ -71,7 +71,7 @@ def _caveats(evidence, track, *more, few=20):
     if track.per == 'epoch': found.append('read from means over epochs, which hide single steps')
     sampled, seen = evidence.facts.looked.get('train', (0, 0))
     if sampled < seen and track.per == 'step':
-        found.append(f'{sampled} of {seen} steps were looked at: it may have begun earlier than the step named here')
+        found.append(f'{sampled} of {seen} steps were looked at: it may have begun before the step named here')
     return found
 
 def _lines(evidence, sources, stat, n=8):
@@ -378,9 +378,10 @@ def _may_be_zero(kind):
 
 def _dead_share(evidence, source):
     "Share of dead units at the end, and the window it was counted over."
-    epochs = evidence.track(source, 'dead_epoch')
-    if len(epochs): return float(np.mean(epochs.values[-1])), 'a whole epoch'
-    return _late(evidence.track(source, 'death_rate')), 'a batch'
+    since, track = evidence.facts.since.get(source), evidence.track(source, 'death_rate')
+    if since is None or not len(track): return _late(track), 'a batch'
+    since, late = np.array(since), track.steps[-max(1, len(track)//4)]
+    return float(np.mean((since >= 0) & (since <= late))), 'all batches of the last quarter'
 
 @rule
 def dead_units(evidence:Evidence,
@@ -401,7 +402,7 @@ def dead_units(evidence:Evidence,
     causes = ['a bias far below zero, or weights that are all negative'] if born else ['too high a learning rate']
     small = track.samples[-1] < 32 and window == 'a batch' and f'batches of {track.samples[-1]}: in a larger one fewer units are zero'
     return [Finding('dead_units', 'error' if share > .9 else 'warning', layer, _span(track, over) or _span(track), share, max_dead,
-                    f'{share:.0%} of the units of {evidence.facts.named(layer)} are zero for {window}, {when}{_and_others(layers)}.',
+                    f'{share:.0%} of the units of {evidence.facts.named(layer)} are zero for {window}, most of them {when}{_and_others(layers)}.',
                     causes + ['inputs that are far from mean 0'],
                     (['Kaiming initialisation, bias 0'] if born else ['a lower learning rate', 'warm-up']) +
                     ['a ReLU that leaks (LeakyReLU, GeneralRelu)', 'BatchNorm before it'],
