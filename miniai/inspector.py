@@ -22,9 +22,10 @@ from .callback import Callback
 from .cost import Cost, Pace
 from .history import History
 from .hooks import Hook, named_tensors, select_modules, unwrap, warn_if_compiled
-from .lens import (Look, Pool, PooledLook, Window, aggregates, parameter_axis, parameter_matches,
-                         row_stat)
-from .stats import unit_axis
+from .lens import parameter_axis, parameter_matches, row_stat
+from .looks import Look, Pool, PooledLook
+from .stats import _widen, unit_axis
+from .window import Window, aggregates
 from .visualizer import Recording, save_parquet, visualizer_named
 
 # %% ../nbs/19_inspector.ipynb #24c5fbd0
@@ -46,15 +47,9 @@ def modules_at(
 def _depth(name): return name.count('.') + 1
 
 # %% ../nbs/19_inspector.ipynb #7477dfbc
-def _wide(a):
-    "`a` without its graph, in float32 or float64; complex numbers by their modulus."
-    a = a.detach()
-    if a.is_complex(): a = a.abs()
-    return a if a.dtype in (torch.float32, torch.float64) else a.float()
-
 def _stack(tensors):
     "One tensor of many; a copy, unless there is only one."
-    return _wide(tensors[0][None] if len(tensors) == 1 else torch.stack(tensors))
+    return _widen(tensors[0][None] if len(tensors) == 1 else torch.stack(tensors))
 
 def _groups(items, key):
     "Lists of those `items` that have the same `key(item)`, in order of first appearance."
@@ -459,7 +454,7 @@ def _together(self:Inspector, o):
 def _measure_grads(self:Inspector, group):
     (hook, axis, *_), names, grads = group[0], tuple(o[2] for o in group), [o[3].detach() for o in group]
     if grads[0].numel() > self.small:
-        look, before = Look(_wide(grads[0])[None], axis+1), self._before.get(('output_grad', names))
+        look, before = Look(_widen(grads[0])[None], axis+1), self._before.get(('output_grad', names))
         if isinstance(before, Look) and before.a.shape == look.a.shape: look.before = before
     else:
         pool = self._pool_like(names, grads, [o[1] for o in group])
