@@ -243,7 +243,7 @@ def unit_dead(
 # %% ../nbs/01_stats.ipynb #a714288d
 def effective_rank(
     a:torch.Tensor # [..., rows, units]: one matrix or several
-) -> torch.Tensor: # [...] float32 (float64 for float64), 1 to the shorter side; NaN if all is 0 or one is not finite
+) -> torch.Tensor: # [...] float32 (float64 for float64), 1 to the shorter side; NaN if all 0, or not finite
     "Exponential of the entropy of the singular values, scaled to the sum 1."
     a = _widen(a)
     finite = a.isfinite().all(-1).all(-1)[..., None, None]
