@@ -19,7 +19,7 @@ from torch import nn
 from .archive import plain_frame, read_table, write_table
 from .history import History
 from .hooks import select_modules, unwrap
-from .lens import row_stat
+from .lens import parameter_matches, row_stat
 from .visualizer import Recording
 
 # %% ../nbs/21_case.ipynb #06ec3e36
@@ -35,6 +35,7 @@ class Facts:
     layers:dict = field(default_factory=dict)  # name -> type, in model order
     sources:dict = field(default_factory=dict) # name in the table -> layer, where the two differ
     silent:tuple = ()         # layers that were watched, and never called
+    unreached:tuple = None    # parameters that were to be trained, were watched, and never had a gradient
     params:dict = field(default_factory=dict)  # name -> `Param`
     twins:dict = field(default_factory=dict)   # layer -> share of its units whose weights another unit has, too
     since:dict = field(default_factory=dict)   # name in the table -> for each unit the step it is dead from, -1 alive
@@ -64,7 +65,8 @@ def facts_of_dict(
     known = {nm: v for nm,v in o.items() if nm in Facts.__dataclass_fields__}
     params = {nm: Param(tuple(p['shape']), p['trained'], p['held']) for nm,p in known.get('params', {}).items()}
     looked = {nm: tuple(v) for nm,v in known.get('looked', {}).items()}
-    return Facts(**known | dict(params=params, looked=looked, silent=tuple(known.get('silent', ()))))
+    tuples = {nm: tuple(known[nm]) for nm in ('silent', 'unreached') if known.get(nm) is not None}
+    return Facts(**known | tuples | dict(params=params, looked=looked))
 
 @dataclass
 class Param:
@@ -225,6 +227,11 @@ def _watched(cb):
     looked = {phase: (cb.pace.sampled[phase], n) for phase,n in cb.pace.seen.items() if n}
     return dict(layers=dict(cb.kinds), sources=sources, silent=silent, looked=looked, since=_dead_since(cb))
 
+def _unreached(cb):
+    "What `GradientStats` knows."
+    if not hasattr(cb, 'gaps') or not hasattr(cb, 'hist_edges'): return {}
+    return dict(unreached=tuple(nm for nm,why in cb.gaps.items() if why.startswith('has had no gradient')))
+
 def _dead_since(cb):
     "For each unit that was watched in training the step since which it has been dead, -1 if it is alive."
     trackers = [(names, o.since) for (phase,names),o in getattr(cb, 'trackers', {}).items() if phase == 'train']
@@ -271,13 +278,13 @@ def _evidence_of_learner(learn):
     facts = _learner_facts(learn)
     for cb in learn.cbs:
         inspector = getattr(cb, 'inspector', None)
-        known = _inspector_facts(inspector, False) if inspector is not None else _watched(cb)
+        known = _inspector_facts(inspector, False) if inspector is not None else _watched(cb) | _unreached(cb)
         facts = _with(facts, known if isinstance(known, dict) else vars(known))
     return Evidence([learn.history, *_cb_histories(learn.cbs)], facts)
 
 def _with(facts, known):
     "`facts` with what `known` has besides."
-    return replace(facts, **{nm: v for nm,v in known.items() if v})
+    return replace(facts, **{nm: v for nm,v in known.items() if v or nm == 'unreached' and v is not None})
 
 def evidence_of(
     x # History, Learner, Inspector, Watcher, a watching callback, Recording, path of a file, or a list of these
@@ -291,7 +298,8 @@ def evidence_of(
     if hasattr(x, 'lenses') and hasattr(x, 'kinds'): return Evidence(x.history, _inspector_facts(x))
     if hasattr(x, 'loss_func') and hasattr(x, 'cbs'): return _evidence_of_learner(x)
     if hasattr(x, 'histories'): return Evidence(x.histories)
-    if isinstance(getattr(x, 'history', None), History): return Evidence(x.history, _with(Facts(), _watched(x)))
+    if isinstance(getattr(x, 'history', None), History):
+        return Evidence(x.history, _with(Facts(), _watched(x) | _unreached(x)))
     raise TypeError(f'diagnose: got {type(x).__name__}; give a History, a Learner, an Inspector, a Watcher, a '
                     'callback with a history, a recording or its file, or a list of these')
 
@@ -300,12 +308,19 @@ def _inspector_facts(inspector, alone=True):
     params = {o.name: Param(tuple(o.p.shape), o.p.requires_grad) for o in inspector.params}
     silent = tuple(nm for nm,why in inspector._gaps.items() if why.startswith('was never called'))
     seen = {phase: n for phase,n in inspector.pace.seen.items() if n}
-    facts = Facts(layers=dict(inspector.kinds), silent=silent,
+    facts = Facts(layers=dict(inspector.kinds), silent=silent, unreached=_without_rows(inspector),
                   looked={phase: (inspector.pace.sampled[phase], n) for phase,n in seen.items()})
     if not alone: return replace(facts, layers={})
     losses = [_function_name(o.loss_fn) for o in inspector.lenses if getattr(o, 'loss_fn', None) is not None]
     model = '' if inspector.model is None else type(inspector.model).__name__
     return replace(facts, params=params, loss=losses[0] if losses else '', model=model)
+
+def _without_rows(inspector):
+    "Parameters whose gradients an inspector was to look at, and which had none; None if there were none of those."
+    wanted = [pattern for lens in inspector.lenses if lens.tap == 'grad' for pattern in lens.parameters]
+    seen = {source for _,source,stat in inspector.history.keys() if stat.startswith('grad_')}
+    names = [o.name for o in inspector.params if o.p.requires_grad and any(parameter_matches(o.name, p) for p in wanted)]
+    return tuple(nm for nm in names if nm not in seen) if wanted and seen else None
 
 def _evidence_of_file(path):
     history, facts = read_table(path)

@@ -254,13 +254,19 @@ def _bad_grads(evidence):
         if len(now) and not np.isfinite(now[0]): found.append((int(total.steps[row]), 10**6-i, source, 'gradient'))
     return found
 
+def _traced(evidence):
+    "What a tracer has seen first, if there was one: as `_bad_outputs`."
+    rows = [(who, evidence.track(who, 'nonfinite')) for p,who,what in evidence.keys() if what == 'nonfinite']
+    stages = 'weights', 'output', 'loss', 'gradient', 'update'
+    return [(int(o.steps[0]), -1, '' if who == 'loss' else who, stages[int(o.values[0])]) for who,o in rows if len(o)]
+
 @rule
 def not_finite(evidence:Evidence):
     """NaN or infinity: the first step at which it was seen, and at that step the first layer.
 
     Source: IEEE 754, arithmetic with NaN gives NaN."""
     track = _loss(evidence) if len(evidence.loss()) else evidence.track('', '')
-    row, found = _first_bad(track) if len(track) else None, sorted([*_bad_outputs(evidence), *_bad_grads(evidence)])
+    row, found = _first_bad(track) if len(track) else None, [*_bad_outputs(evidence), *_bad_grads(evidence), *_traced(evidence)]
     if row is not None: found.append((int(track.steps[row]), 10**7, '', 'loss'))
     if not found: return []
     step, _, layer, what = min(found)
@@ -275,11 +281,12 @@ def not_finite(evidence:Evidence):
 
 def _nan_causes(what):
     if what == 'gradient': return ['a root or a power at 0, or norm of 0', 'numbers too large for 16 bits']
+    if what in ('weights', 'update'): return ['a step with a gradient that was not finite, or too large', 'weights that were loaded with NaN']
     if what == 'loss': return ['log of 0, or division by 0, in the loss', 'NaN among the targets']
     return ['log, root or division in that layer', 'numbers that have grown too large', 'NaN in the data, if it is the first layer']
 
 def _nan_tries(what):
-    where = dict(gradient='backward', output='forward', loss='loss')[what]
+    where = dict(gradient='backward pass', output='forward pass').get(what, what)
     return [f'look at the {where} of that step: `learn.watch()` has a tracer', 'look at the batch of that step',
             'add a small number before the log or division', 'clip the gradients (GradClipCB)']
 
@@ -314,10 +321,10 @@ def no_gradient(evidence:Evidence):
 
     Source: PyTorch, "Autograd mechanics": what is computed under `no_grad`, from `.detach()`, `.data`, `.item()` or numpy
     is not in the graph."""
-    seen, params = set(_grads(evidence)), evidence.facts.params
-    if not params: raise Missing('the parameters of the model are not known; diagnose the Learner or Inspector')
+    if evidence.facts.unreached is None: raise Missing(f'gradients were not looked at; watch with GradientStats, {_watching}')
     silent = {nm for layer in evidence.facts.silent for nm in _own_params(evidence, layer)}
-    without = [nm for nm,p in params.items() if p.trained and p.held is not False and nm not in seen | silent]
+    held = {nm for nm,p in evidence.facts.params.items() if p.held is False}
+    without = [nm for nm in evidence.facts.unreached if nm not in silent | held]
     layers = tuple(dict.fromkeys(nm.rpartition('.')[0] for nm in without))
     if not layers: return []
     return [Finding('no_gradient', 'error', layers[0], (), float(len(without)), 0.,
