@@ -442,7 +442,7 @@ def saturated(evidence:Evidence,
     layer, layers = min(flat, key=flat.get), tuple(flat)
     track = slopes[layer]
     born = _first(track) < min_slope
-    return [Finding('saturated', 'error' if flat[layer] < min_slope/10 else 'warning', layer, _span(track, track.values < min_slope),
+    return [Finding('saturated', 'error' if flat[layer] < min_slope/2 else 'warning', layer, _span(track, track.values < min_slope),
                     flat[layer], min_slope,
                     f'{evidence.facts.named(layer)} is saturated: its mean slope is {flat[layer]:.1%} of the steepest{_and_others(layers)}.',
                     ['weights or inputs that are too large at the start' if born else 'too high a learning rate'],
@@ -618,22 +618,22 @@ def metric_stuck(evidence:Evidence,
 @rule
 def overfitting(evidence:Evidence,
     *, max_worse:float=.25, # by which share the validation loss may rise above its best
-    min_epochs:int=3
+    patience:int=3          # epochs in a row in which it has to; one may be chance, or BatchNorm's running values
 ):
-    """A validation loss that rises while the training loss goes on falling.
+    """A validation loss that rises and stays up while the training loss goes on falling.
 
-    Source: Goodfellow, Bengio, Courville (2016), 7.8, early stopping; Prechelt, "Early stopping, but when?" (1998):
-    the generalization loss."""
+    Source: Goodfellow, Bengio, Courville, "Deep Learning" (2016), 7.8; Prechelt, "Early stopping, but when?" (1998):
+    the generalization loss, over several strips of epochs."""
     train, valid = evidence.epoch_loss('train'), evidence.epoch_loss('valid')
     if not len(train) or not len(valid): raise Missing('no loss of validation, or none of training, was recorded')
     n = min(len(train), len(valid))
-    if n < min_epochs: raise Missing(f'{n} epochs are too few to tell; it takes {min_epochs}')
+    if n <= patience: raise Missing(f'{n} epochs are too few to tell; it takes {patience+1}')
     best = int(np.nanargmin(valid.values[:n])) if np.isfinite(valid.values[:n]).any() else n-1
-    worse = valid.values[n-1]/valid.values[best] - 1
+    worse = valid.values[n-patience:n].min()/valid.values[best] - 1   # all of the last epochs are
     if not worse > max_worse/2.5 or not train.values[n-1] < train.values[best]: return []
     return [Finding('overfitting', 'warning' if worse > max_worse else 'note', '', (int(valid.steps[best]), int(valid.steps[n-1])),
                     float(worse), max_worse,
-                    f'Since epoch {best} the validation loss has risen by {worse:.0%}, from {valid.values[best]:.3g} to '
+                    f'Since epoch {valid.epochs[best]} the validation loss has risen by {worse:.0%} and more, from {valid.values[best]:.3g} to '
                     f'{valid.values[n-1]:.3g}, while that of training went on falling.',
                     ['more parameters than the data can bind', 'more epochs than it takes'],
                     ['stop after that epoch', 'more data or augmentation', 'weight decay or dropout'],

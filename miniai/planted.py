@@ -117,7 +117,7 @@ def _fill(value):
 def _scale(factor):
     def change(net):
         for m in net:
-            if isinstance(m, nn.Linear): m.weight.mul_(factor)
+            if isinstance(m, nn.Linear): m.weight.mul_(factor); m.bias.zero_()
     return change
 
 def _low_bias(net): net.fc2.bias.fill_(-10.)
@@ -168,7 +168,7 @@ faults = {
     'lr 1e-9 with Adam': Case(_learner(cnn, 1e-9, optim.Adam), 'learning_rate_low'),
     'all weights zero': Case(_learner(_with(lambda: mlp(*_sizes), _fill(0.))), 'identical_units', 'fc1'),
     'all weights 0.01': Case(_learner(_with(lambda: mlp(*_sizes), _fill(.01))), 'identical_units', 'fc1'),
-    'weights x 5, 9 deep': Case(_learner(_with(lambda: mlp(*_deep), _scale(5.)), 1e-3), 'exploding_activations', step=0),
+    'weights x 12, 9 deep': Case(_learner(_with(lambda: mlp(*_deep), _scale(12.)), 1e-3), 'exploding_activations', step=0),
     'weights / 5, 9 deep': Case(_learner(_with(lambda: mlp(*_deep), _scale(.2))), 'vanishing_activations', step=0),
     'sigmoid, 11 deep': Case(_learner(lambda: mlp(784, *[64]*10, 10, act=nn.Sigmoid)), 'vanishing_gradients', 'fc1.weight'),
     'tanh, weights x 50': Case(_learner(_with(lambda: mlp(*_sizes, act=nn.Tanh), _scale(50.)), .001), 'saturated', step=0),
@@ -179,7 +179,7 @@ faults = {
     'layer outside the graph': Case(_learner(_Detached), 'no_gradient', 'stem.fc1'),
     'NaN at step 40': Case(_learner(_with_nan), 'not_finite', 'act2.scale', 40),
     'labels shuffled': Case(_learner(cnn, .05, _momentum, [_ShuffleCB()]), 'at_chance'),
-    '64 images, 40 epochs': Case(_learner(cnn, 2e-3, optim.Adam, n=64), 'overfitting', epochs=60),
+    '64 images, 60 epochs': Case(_learner(cnn, 2e-3, optim.Adam, n=64), 'overfitting', epochs=60),
     'metric of the wrong axis': Case(_learner(lambda: mlp(*_sizes), metric=_wrong_axis, n=640), 'metric_stuck', epochs=5),
 }
 
