@@ -71,7 +71,7 @@ def _caveats(evidence, track, *more, few=20):
     if track.per == 'epoch': found.append('read from means over epochs, which hide single steps')
     sampled, seen = evidence.facts.looked.get('train', (0, 0))
     if sampled < seen and track.per == 'step':
-        found.append(f'{sampled} of {seen} steps were looked at: it may have begun earlier than the step named here')
+        found.append(f'{sampled} of {seen} steps were looked at: it may have begun before the step named here')
     return found
 
 def _lines(evidence, sources, stat, n=8):
@@ -254,13 +254,19 @@ def _bad_grads(evidence):
         if len(now) and not np.isfinite(now[0]): found.append((int(total.steps[row]), 10**6-i, source, 'gradient'))
     return found
 
+def _traced(evidence):
+    "What a tracer has seen first, if there was one: as `_bad_outputs`."
+    rows = [(who, evidence.track(who, 'nonfinite')) for p,who,what in evidence.keys() if what == 'nonfinite']
+    stages = 'weights', 'output', 'loss', 'gradient', 'update'
+    return [(int(o.steps[0]), -1, '' if who == 'loss' else who, stages[int(o.values[0])]) for who,o in rows if len(o)]
+
 @rule
 def not_finite(evidence:Evidence):
     """NaN or infinity: the first step at which it was seen, and at that step the first layer.
 
     Source: IEEE 754, arithmetic with NaN gives NaN."""
     track = _loss(evidence) if len(evidence.loss()) else evidence.track('', '')
-    row, found = _first_bad(track) if len(track) else None, sorted([*_bad_outputs(evidence), *_bad_grads(evidence)])
+    row, found = _first_bad(track) if len(track) else None, [*_bad_outputs(evidence), *_bad_grads(evidence), *_traced(evidence)]
     if row is not None: found.append((int(track.steps[row]), 10**7, '', 'loss'))
     if not found: return []
     step, _, layer, what = min(found)
@@ -275,11 +281,12 @@ def not_finite(evidence:Evidence):
 
 def _nan_causes(what):
     if what == 'gradient': return ['a root or a power at 0, or norm of 0', 'numbers too large for 16 bits']
+    if what in ('weights', 'update'): return ['a step with a gradient that was not finite, or too large', 'weights that were loaded with NaN']
     if what == 'loss': return ['log of 0, or division by 0, in the loss', 'NaN among the targets']
     return ['log, root or division in that layer', 'numbers that have grown too large', 'NaN in the data, if it is the first layer']
 
 def _nan_tries(what):
-    where = dict(gradient='backward', output='forward', loss='loss')[what]
+    where = dict(gradient='backward pass', output='forward pass').get(what, what)
     return [f'look at the {where} of that step: `learn.watch()` has a tracer', 'look at the batch of that step',
             'add a small number before the log or division', 'clip the gradients (GradClipCB)']
 
@@ -314,10 +321,10 @@ def no_gradient(evidence:Evidence):
 
     Source: PyTorch, "Autograd mechanics": what is computed under `no_grad`, from `.detach()`, `.data`, `.item()` or numpy
     is not in the graph."""
-    seen, params = set(_grads(evidence)), evidence.facts.params
-    if not params: raise Missing('the parameters of the model are not known; diagnose the Learner or Inspector')
+    if evidence.facts.unreached is None: raise Missing(f'gradients were not looked at; watch with GradientStats, {_watching}')
     silent = {nm for layer in evidence.facts.silent for nm in _own_params(evidence, layer)}
-    without = [nm for nm,p in params.items() if p.trained and p.held is not False and nm not in seen | silent]
+    held = {nm for nm,p in evidence.facts.params.items() if p.held is False}
+    without = [nm for nm in evidence.facts.unreached if nm not in silent | held]
     layers = tuple(dict.fromkeys(nm.rpartition('.')[0] for nm in without))
     if not layers: return []
     return [Finding('no_gradient', 'error', layers[0], (), float(len(without)), 0.,
@@ -378,9 +385,10 @@ def _may_be_zero(kind):
 
 def _dead_share(evidence, source):
     "Share of dead units at the end, and the window it was counted over."
-    epochs = evidence.track(source, 'dead_epoch')
-    if len(epochs): return float(np.mean(epochs.values[-1])), 'a whole epoch'
-    return _late(evidence.track(source, 'death_rate')), 'a batch'
+    since, track = evidence.facts.since.get(source), evidence.track(source, 'death_rate')
+    if since is None or not len(track): return _late(track), 'a batch'
+    since, late = np.array(since), track.steps[-max(1, len(track)//4)]
+    return float(np.mean((since >= 0) & (since <= late))), 'all batches of the last quarter'
 
 @rule
 def dead_units(evidence:Evidence,
@@ -401,7 +409,7 @@ def dead_units(evidence:Evidence,
     causes = ['a bias far below zero, or weights that are all negative'] if born else ['too high a learning rate']
     small = track.samples[-1] < 32 and window == 'a batch' and f'batches of {track.samples[-1]}: in a larger one fewer units are zero'
     return [Finding('dead_units', 'error' if share > .9 else 'warning', layer, _span(track, over) or _span(track), share, max_dead,
-                    f'{share:.0%} of the units of {evidence.facts.named(layer)} are zero for {window}, {when}{_and_others(layers)}.',
+                    f'{share:.0%} of the units of {evidence.facts.named(layer)} are zero for {window}, most of them {when}{_and_others(layers)}.',
                     causes + ['inputs that are far from mean 0'],
                     (['Kaiming initialisation, bias 0'] if born else ['a lower learning rate', 'warm-up']) +
                     ['a ReLU that leaks (LeakyReLU, GeneralRelu)', 'BatchNorm before it'],
@@ -434,7 +442,7 @@ def saturated(evidence:Evidence,
     layer, layers = min(flat, key=flat.get), tuple(flat)
     track = slopes[layer]
     born = _first(track) < min_slope
-    return [Finding('saturated', 'error' if flat[layer] < min_slope/10 else 'warning', layer, _span(track, track.values < min_slope),
+    return [Finding('saturated', 'error' if flat[layer] < min_slope/2 else 'warning', layer, _span(track, track.values < min_slope),
                     flat[layer], min_slope,
                     f'{evidence.facts.named(layer)} is saturated: its mean slope is {flat[layer]:.1%} of the steepest{_and_others(layers)}.',
                     ['weights or inputs that are too large at the start' if born else 'too high a learning rate'],
@@ -610,22 +618,22 @@ def metric_stuck(evidence:Evidence,
 @rule
 def overfitting(evidence:Evidence,
     *, max_worse:float=.25, # by which share the validation loss may rise above its best
-    min_epochs:int=3
+    patience:int=3          # epochs in a row in which it has to; one may be chance, or BatchNorm's running values
 ):
-    """A validation loss that rises while the training loss goes on falling.
+    """A validation loss that rises and stays up while the training loss goes on falling.
 
-    Source: Goodfellow, Bengio, Courville (2016), 7.8, early stopping; Prechelt, "Early stopping, but when?" (1998):
-    the generalization loss."""
+    Source: Goodfellow, Bengio, Courville, "Deep Learning" (2016), 7.8; Prechelt, "Early stopping, but when?" (1998):
+    the generalization loss, over several strips of epochs."""
     train, valid = evidence.epoch_loss('train'), evidence.epoch_loss('valid')
     if not len(train) or not len(valid): raise Missing('no loss of validation, or none of training, was recorded')
     n = min(len(train), len(valid))
-    if n < min_epochs: raise Missing(f'{n} epochs are too few to tell; it takes {min_epochs}')
+    if n <= patience: raise Missing(f'{n} epochs are too few to tell; it takes {patience+1}')
     best = int(np.nanargmin(valid.values[:n])) if np.isfinite(valid.values[:n]).any() else n-1
-    worse = valid.values[n-1]/valid.values[best] - 1
+    worse = valid.values[n-patience:n].min()/valid.values[best] - 1   # all of the last epochs are
     if not worse > max_worse/2.5 or not train.values[n-1] < train.values[best]: return []
     return [Finding('overfitting', 'warning' if worse > max_worse else 'note', '', (int(valid.steps[best]), int(valid.steps[n-1])),
                     float(worse), max_worse,
-                    f'Since epoch {best} the validation loss has risen by {worse:.0%}, from {valid.values[best]:.3g} to '
+                    f'Since epoch {valid.epochs[best]} the validation loss has risen by {worse:.0%} and more, from {valid.values[best]:.3g} to '
                     f'{valid.values[n-1]:.3g}, while that of training went on falling.',
                     ['more parameters than the data can bind', 'more epochs than it takes'],
                     ['stop after that epoch', 'more data or augmentation', 'weight decay or dropout'],
