@@ -71,6 +71,7 @@ class _AtSteps(Callback):
         self.parameters, self.stats, self.history = parameters, tuple(stats), History(max_bytes=max_bytes)
         self.pace, self.first_run, self._model = Pace(every, budget, who), 0, noop
         self.active, self._trial, self._where = False, False, None
+        self.beside = None   # another callback, whose steps are looked at in place of `every` and `budget`
         self._start_model()
 
     def _start_model(self):
@@ -110,7 +111,8 @@ class _AtSteps(Callback):
     def __len__(self): return len(self.params)
 
     def __getstate__(self):   # no weak reference, and nothing of the learner
-        return {**vars(self), **dict(learn=None, _model=noop, _rooms=[], _there=None, params=(), _found=[])}
+        gone = dict(learn=None, beside=None, _model=noop, _rooms=[], _there=None, params=(), _found=[])
+        return {**vars(self), **gone}
 
 # %% ../nbs/10_gradients.ipynb #77c9ab3f
 _why = dict(frozen='is frozen (requires_grad is False)',
@@ -158,7 +160,8 @@ def _left_out(self:_AtSteps, o):
 @patch
 def _wants(self:_AtSteps, learn):
     "Whether to look at the step that comes now; counts it."
-    self.active = not self._trial and self.pace.wants('train')
+    leader = None if self.beside is None else self.beside.active
+    self.active = not self._trial and self.pace.wants('train', leader)
     if not self.active: return False
     # a Learner of your own may not count its steps
     step = getattr(learn, 'n_steps', self.pace.seen['train']-1)
@@ -696,5 +699,5 @@ def plot_ranks(self:RankStats,
     _legend(fig, ax, len(names))
     means = '' if self.center else 'not '
     caption(fig, f'Of up to {self.samples} rows, one entry per unit; means are {means}subtracted. The '
-                 ' largest possible is the number of units, or of rows if there are fewer.')
+                 'largest possible is the number of units, or of rows if there are fewer.')
     return fig
