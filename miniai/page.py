@@ -92,22 +92,22 @@ def kept_rows(
 def _line(label, x, y, color, **kw):
     return dict(kind='line', name=label, label=label, x=numbers(x), y=numbers(y), color=color, legend=True, **kw)
 
-def _not_finite(label, x, y, color):
-    "Crosses where `y` is NaN or infinite, at the height of its lowest value; none if there is nothing to mark."
-    bad = ~np.isfinite(y)
+def _not_finite(label, x, y, color, gaps):
+    "Crosses where `y` is infinite, or NaN unless that is a gap, at the height of its lowest value."
+    bad = np.isinf(y) if gaps else ~np.isfinite(y)
     if not bad.any(): return []
-    low = y[~bad].min() if not bad.all() else 0.
-    crosses = _line(f'{label}, not finite', x[bad], np.full(bad.sum(), low), color, mode='markers')
-    return [crosses | dict(text=[str(o) for o in y[bad]])]
+    low = y[np.isfinite(y)].min() if np.isfinite(y).any() else 0.
+    crosses = _line(label, x[bad], np.full(bad.sum(), low), color, mode='markers')
+    return [crosses | dict(text=[str(o) for o in y[bad]], legend=False)]
 
 def _alone(y):
     "Whether a line through `y` would leave a value out: one between two gaps."
     ok = np.pad(np.isfinite(y), 1)
     return bool((ok[1:-1] & ~ok[:-2] & ~ok[2:]).any())
 
-def _lines(i, label, x, y, dash):
+def _lines(i, label, x, y, dash, gaps=False):
     mode = 'lines+markers' if len(y) < 40 or _alone(y) else 'lines'
-    return [_line(label, x, y, i, mode=mode, dash=dash), *_not_finite(label, x, y, i)]
+    return [_line(label, x, y, i, mode=mode, dash=dash), *_not_finite(label, x, y, i, gaps)]
 
 # %% ../nbs/22_page.ipynb #e83515db
 def _thinned(lines, most):
@@ -135,13 +135,15 @@ def lines_chart(
     yrange=None,  # (lowest, highest) of the axis; default: of the values
     guides=(),    # heights of dotted lines
     dashes=(),    # labels of lines that are dashed
+    gaps=False,   # NaN is what was not measured; False: what was measured, and a cross marks it
     most:int=1000 # rows of a line; longer ones are thinned, and the caption says so
 ) -> dict: # for `page_html`
     "Lines over steps or epochs."
     thin = _thinned(lines, most)
     kept, rows = (max((len(x) for x,_ in o.values()), default=0) for o in (thin, lines))
     traces = [trace for i,(nm,(x,y)) in enumerate(thin.items())
-              for trace in _lines(i, nm, x, y, 'dash' if nm in dashes else None)]
+              for trace in _lines(i, nm, x, y, 'dash' if nm in dashes else None, gaps)]
+    if any(o['mode'] == 'markers' for o in traces): caption += ' Crosses: NaN or infinite.'
     yaxis = dict(type='log' if log else 'linear', **(dict(range=list(yrange)) if yrange else {}))
     return dict(title=title, caption=caption + thinning_note(kept, rows), xlabel=xlabel, ylabel=ylabel, traces=traces,
                 yaxis=yaxis, guides=list(guides), height=260)

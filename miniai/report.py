@@ -66,8 +66,11 @@ def _members(evidence,
     return {nm: found[nm] for nm in sorted(found, key=lambda o: (place.get(o, len(place)), _natural(o)))}
 
 def _loop_values(evidence):
-    "Sources such as 'recorder', whose values are the loop's and not a layer's."
-    return [o for o in _stats_of(evidence) if o.split(' ')[0] == 'recorder']
+    "Sources that belong to no layer, such as what RecorderCB records."
+    facts, known = evidence.facts, {*_whole, *evidence.metrics()}
+    strange = lambda o: o not in facts.sources and o not in facts.layers and o not in facts.params
+    others = [o for o in _stats_of(evidence) if o not in known and strange(o) and not _is_parameter(evidence, o)]
+    return others if facts.layers else [o for o in others if o.split(' ')[0] == 'recorder']
 
 # %% ../nbs/22_report.ipynb #6d949f6e
 def _positions(track):
@@ -92,20 +95,22 @@ _panels = (
                  'batch. It falls as the batch grows.'),
     dict(title='Active outputs', stats=('activation_rate',), yrange=(-.03, 1.03),
          caption='Share of entries of the output that are not exactly zero.'),
-    dict(title='Norm of the gradients', stats=('grad_norm',), log=True,
+    dict(title='Norm of the gradients', stats=('grad_norm',), log=True, gaps=True,
          caption="Euclidean norm of each parameter's gradient, read once at the optimizer's step, before clipping."),
-    dict(title='Update to weight', stats=('update_ratio',), log=True, guides=(1e-4, 1e-2),
+    dict(title='Update to weight', stats=('update_ratio',), log=True, guides=(1e-4, 1e-2), gaps=True,
          caption='Norm of the change that a step made, over the norm of the parameter before it. Dotted: 0.0001 and '
                  '0.01, between which it usually lies.'),
     dict(title='Direction', stats=('grad_correlation', 'update_correlation'), yrange=(-1.05, 1.05), guides=(0,),
+         gaps=True,
          caption='Cosine of the angle between successive gradients, or updates, of one parameter: 1 the same way, -1 '
                  'straight back.'),
     dict(title='Units without gradient', stats=('grad_death_rate', 'grad_activation_rate'), yrange=(-.03, 1.03),
+         gaps=True,
          caption="Share of a parameter's units whose gradient is exactly zero (death), and of its entries whose "
                  'gradient is not (activation).'),
-    dict(title='Norm of parameters and updates', stats=('param_norm', 'update_norm'), log=True,
+    dict(title='Norm of parameters and updates', stats=('param_norm', 'update_norm'), log=True, gaps=True,
          caption='Euclidean norms.'),
-    dict(title='Effective rank', stats=('effective_rank',),
+    dict(title='Effective rank', stats=('effective_rank',), gaps=True,
          caption='Exponential of the entropy of the normalised singular values of the outputs of a sample.'),
 )
 
@@ -299,7 +304,7 @@ def _whole_charts(evidence, most):
     for source in _loop_values(evidence):
         for stat in _stats_of(evidence)[source]:
             lines, xlabel = _lines(evidence, source, [source], (stat,))
-            if lines: charts.append(lines_chart(stat, xlabel, lines, 'As recorded by RecorderCB.', most=most))
+            if lines: charts.append(lines_chart(f'{source}: {stat}', xlabel, lines, 'As a callback recorded it.', most=most))
     return charts
 
 # %% ../nbs/22_report.ipynb #02ee0a51

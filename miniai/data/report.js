@@ -33,7 +33,7 @@ function powers(values) {   // a scale of logarithms says the numbers they are o
   const logs = values.flat().filter(v => v > 0).map(Math.log10), low = logs.reduce((a, b) => Math.min(a, b), Infinity)
   if (!logs.length) return {}
   const high = logs.reduce((a, b) => Math.max(a, b), low), at = [0, 1, 2, 3, 4].map(i => low + i*(high - low)/4)
-  return {tickvals: at, ticktext: at.map(v => String(+(10**v).toPrecision(2)))}
+  return {tickvals: at, ticktext: at.map(v => v < -3 || v > 4 ? (10**v).toExponential(1) : String(+(10**v).toPrecision(2)))}
 }
 
 function mapTrace(t) {   // cells coloured by log, the values as they are on hover
@@ -77,7 +77,7 @@ const touch = () => matchMedia('(pointer: coarse)').matches
 
 function layoutOf(chart) {
   const axis = {gridcolor: css('--grid'), zerolinecolor: css('--grid'), linecolor: css('--line'), automargin: true,
-                tickfont: {size: 11}}
+                exponentformat: 'e', tickfont: {size: 11}}
   const label = {color: css('--fg'), size: 12}, map = chart.traces.find(t => t.kind === 'map')
   return {height: chart.height, margin: {l: 4, r: 10, t: 6, b: 4}, autosize: true, colorway: [css('--c0')],
           paper_bgcolor: css('--card'), plot_bgcolor: css('--card'), font: {color: css('--fg'), size: 12},
