@@ -395,7 +395,7 @@ class Finding:
     tries:list = field(default_factory=list)   # what to do about them
     caveats:list = field(default_factory=list) # why it may be otherwise
     layers:tuple = ()      # all layers it was seen at
-    chart:Chart = None     # what it was read from
+    chart:Chart = field(default=None, compare=False) # what it was read from
 
     def plot(self,
         ax=None # matplotlib axes; default those of a new figure
