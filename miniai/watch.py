@@ -122,8 +122,8 @@ class _Trail:
 class NanTracer(Callback):
     """Says where the first NaN or Inf of a fit came from, by what the other callbacks in `cbs` have recorded.
 
-    `found` has a `NonFinite` for each fit that had any (and the first that had not spread, if it came before),
-    `history` a row for each: its source, 'nonfinite', the index of its stage in `stages`."""
+    `found` has a `NonFinite` for each fit that had any (two if the first did not spread), `history` a row for
+    each: its source, 'nonfinite', the index of its stage in `stages`."""
     order = 100   # after those whose rows it reads
 
     def __init__(self,
@@ -342,8 +342,8 @@ def _loss_words(tables, trail, step, phase, kind, seen, trails):
     looked = [o.last_finite(step) for o in trails if o.stage == 'forward']
     last = max([o for o in looked if o is not None], default=None)
     known = '' if last is None else f' (last in step {last})'
-    return (f'loss: it is {kind}. The layers were not looked at in this step{known}, so where it came from is '
-            'not known. Fit again from the same seed with learn.watch(every=1), or with ranges=True.')
+    return (f'loss: it is {kind}. The layers were not looked at in this step{known}, so where it came from '
+            'is not known. Fit again from the same seed with learn.watch(every=1), or with ranges=True.')
 
 def _backward_words(tables, trail, step, phase, kind, seen, trails):
     later = [o for o in trails if o.stage == 'backward' and o.place > trail.place and o.seen(step)]
@@ -402,7 +402,8 @@ class Watcher(Callback):
         "One bill."
         bills = [o.cost() for o in self.parts.values() if hasattr(o, 'cost')]
         seconds, nbytes = (sum(getattr(o, nm) for o in bills) for nm in ('seconds', 'bytes'))
-        loop = {nm: max(getattr(o, nm) for o in bills) for nm in ('run_seconds', 'steps_seen', 'steps_sampled')}
+        loop = {nm: max(getattr(o, nm) for o in bills)
+                for nm in ('run_seconds', 'steps_seen', 'steps_sampled')}
         return Cost(seconds, bytes=nbytes, layers=bills[0].layers, **loop)
 
     def __getattr__(self, nm):
