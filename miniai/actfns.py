@@ -452,7 +452,7 @@ def _act_layers(net):
 def _has_weights(m): return not _is_act(m) and any(True for _ in m.parameters(recurse=False))
 def _has_matrix(m): return not _is_act(m) and any(p.ndim > 1 for p in m.parameters(recurse=False))
 
-# name of the layer, its function, output, input or None, axis of units, layer with a matrix in front, `_Shape`
+# name of the layer, its function, output, input or None, axis of units, last layer with a matrix, `_Shape`
 _Output = namedtuple('_Output', 'source function a x axis fed_by shape')
 
 class _Taps:
