@@ -815,7 +815,7 @@ def _say_dead(table):
 @torch.no_grad()
 def measure_number_dead_neurons(
     net,           # any model
-    dl,            # loader of batches (inputs, targets) or inputs; tensor, tuple, [inputs, targets]: one batch
+    dl,            # loader of batches (inputs, targets) or inputs; tensor, tuple, [inputs, targets]: a batch
     what=None,     # layers as for `select_modules`; default: the activation functions
     axis=None,     # function (module, ndim) -> axis of units; default: as the layer in front has it
     progress=True, # show a progress bar?
