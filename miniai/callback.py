@@ -102,9 +102,9 @@ def _with_text(e, text):
 
 # %% ../nbs/08_callback.ipynb #62c4f9c3
 def explained(
-    e:Exception,
+    e:BaseException,
     text:str # what to add
-) -> Exception: # of the same type, to be raised in place of `e`
+) -> BaseException: # of the same type, to be raised in place of `e`
     "`e` with `text` added to what is printed."
     if hasattr(e, 'add_note'):
         e.add_note(text)
@@ -131,7 +131,7 @@ def call_event(
     for cb,f in bound:
         try: f()
         except BaseException as e:   # Ctrl-C too must not keep the others from cleaning up
-            if isinstance(e, Exception) and cancels(e) is None: e = explained(e, _where(cb, event, learn))
+            if cancels(e) is None: e = explained(e, _where(cb, event, learn))
             elif not hasattr(e, 'where'): e.where = _where(cb, event, learn)   # if nobody catches the cancel
             if not event.startswith('cleanup_'): raise e
             first = first or e

@@ -206,9 +206,9 @@ class BaseSchedCB(Callback):
 
 # %% ../nbs/12_sgd.ipynb #5ff3ed9b
 @patch
-def state_dict(self:BaseSchedCB) -> dict: # state of the scheduler; empty before the first training epoch
+def state_dict(self:BaseSchedCB) -> dict: # of the scheduler; before there is one what was loaded, or empty
     "How far the schedule has come."
-    return {} if self.schedo is None else self.schedo.state_dict()
+    return self._saved or {} if self.schedo is None else self.schedo.state_dict()
 
 @patch
 def load_state_dict(self:BaseSchedCB,

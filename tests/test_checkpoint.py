@@ -388,7 +388,7 @@ class RaiseAt(Callback):
         self.n -= 1
         if self.n < 0: raise self.e
 
-def said(e): return ' '.join([str(e), *getattr(e, '__notes__', []), getattr(e, 'where', '')])
+def said(e): return ''.join(traceback.format_exception(e))   # what is printed
 
 @pytest.mark.parametrize('event', [o for o in events[:18] if o not in work_events])   # other tests add more
 def test_ctrl_c_in_every_event(tmp_path, event):

@@ -374,6 +374,7 @@ def test_schedule_state_can_be_carried_over():
     state = copy.deepcopy(sched.state_dict())
     other = BatchSchedCB(partial(lrs.CosineAnnealingLR, T_max=32))
     other.load_state_dict(state)
+    assert other.state_dict() == state   # also while it waits for its scheduler
     learn.cbs = [other, rec]
     learn.fit(2, reset_opt=False)
     assert np.allclose(rec.recs['lr'], rates_by_hand(partial(lrs.CosineAnnealingLR, T_max=32), 32)[16:], rtol=1e-5)
