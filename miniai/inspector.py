@@ -22,9 +22,11 @@ from .callback import Callback
 from .cost import Cost, Pace
 from .history import History
 from .hooks import Hook, named_tensors, select_modules, unwrap, warn_if_compiled
-from .lens import (Look, Pool, PooledLook, Window, aggregates, parameter_axis, parameter_matches,
-                         row_stat)
-from .stats import unit_axis
+from .lens import row_stat
+from .looks import Look, Pool, PooledLook
+from .parameters import ParameterGroup, choose_parameters, find_parameters
+from .stats import _widen, unit_axis
+from .window import Window, aggregates
 from .visualizer import Recording, save_parquet, visualizer_named
 
 # %% ../nbs/19_inspector.ipynb #24c5fbd0
@@ -46,15 +48,9 @@ def modules_at(
 def _depth(name): return name.count('.') + 1
 
 # %% ../nbs/19_inspector.ipynb #7477dfbc
-def _wide(a):
-    "`a` without its graph, in float32 or float64; complex numbers by their modulus."
-    a = a.detach()
-    if a.is_complex(): a = a.abs()
-    return a if a.dtype in (torch.float32, torch.float64) else a.float()
-
 def _stack(tensors):
     "One tensor of many; a copy, unless there is only one."
-    return _wide(tensors[0][None] if len(tensors) == 1 else torch.stack(tensors))
+    return _widen(tensors[0][None] if len(tensors) == 1 else torch.stack(tensors))
 
 def _groups(items, key):
     "Lists of those `items` that have the same `key(item)`, in order of first appearance."
@@ -174,8 +170,9 @@ def attach(self:Inspector,
     self._start(model)
     self.model, self.optimizer = model, optimizer
     self.history.start_run()
-    self._find_parameters()
-    try: self._hook_all()
+    try:
+        self._find_parameters()
+        self._hook_all()
     except BaseException: self.detach(); raise
     self.pace.start()
     return self
@@ -459,7 +456,7 @@ def _together(self:Inspector, o):
 def _measure_grads(self:Inspector, group):
     (hook, axis, *_), names, grads = group[0], tuple(o[2] for o in group), [o[3].detach() for o in group]
     if grads[0].numel() > self.small:
-        look, before = Look(_wide(grads[0])[None], axis+1), self._before.get(('output_grad', names))
+        look, before = Look(_widen(grads[0])[None], axis+1), self._before.get(('output_grad', names))
         if isinstance(before, Look) and before.a.shape == look.a.shape: look.before = before
     else:
         pool = self._pool_like(names, grads, [o[1] for o in group])
@@ -495,44 +492,22 @@ def _keep(self:Inspector, tap, lenses, names, look):
     if any(o.before for o in lenses): self._before[tap, names] = look
 
 # %% ../nbs/19_inspector.ipynb #c0c48742
-class _Parameter:
-    "A parameter, and what is known of it."
-    def __init__(self, index, name, p, owner):
-        self.index, self.name, self.p, self.owner, self.shape = index, name, p, owner, _shape(p)
-    def axis(self): return parameter_axis(self.owner, self.name.rsplit('.', 1)[-1], self.p.ndim)
-    def alike(self): return self.axis(), self.p.shape, self.p.dtype, self.p.device
-
-class _Group:
-    "Parameters of one optimizer on one device."
-    def __init__(self, params):
-        self.params, self.names = params, tuple(o.name for o in params)
-        self.axes = [o.axis() for o in params]
-
-    def grads(self): return [_dense(o.p.grad) for o in self.params]
-    def changing(self): return [None if o.p.grad is None else o.p for o in self.params]
-
-def _dense(grad): return grad if grad is None or grad.layout is torch.strided else grad.to_dense()
-
 @patch
 def _find_parameters(self:Inspector):
     "All parameters of the model as it is now; new ones are found at the next epoch."
     named = list(self.model.named_parameters())
-    if [(o.name, id(o.p), o.shape) for o in self.params] == [(nm, id(p), _shape(p)) for nm,p in named]: return
-    modules = dict(self.model.named_modules())
-    self.params = [_Parameter(i, nm, p, modules[nm.rpartition('.')[0]]) for i,(nm,p) in enumerate(named)]
+    if len(named) == len(self.params) and all(o.is_now(*n) for o,n in zip(self.params, named)): return
+    self.params = find_parameters(self.model)
     for o in self.params: self._rank.setdefault(o.name, (o.index, 0))
     self._by_id = {id(o.p) for o in self.params}
     self._selections = {tap: self._select(tap) for tap in ('grad', 'update', 'parameter')}
     self._optimizers, self._known, self._pools = {}, {}, {}
 
-def _shape(p): return None if isinstance(p, nn.parameter.UninitializedParameter) else p.shape
-
 @patch
 def _select(self:Inspector, tap):
     "[(lenses, parameters)]: lenses of one tap that look at the same parameters go together."
     lenses = [o for o in self.lenses if o.tap == tap]
-    chosen = [(o, tuple(p for p in self.params if any(parameter_matches(p.name, a) for a in o.parameters)))
-              for o in lenses]
+    chosen = [(o, choose_parameters(self.params, o.parameters, type(o).__name__)) for o in lenses]
     return [(tuple(lens for lens,_ in group), group[0][1])
             for group in _groups(chosen, lambda o: (o[1], id(o[0].optimizer)))]
 
@@ -577,7 +552,7 @@ def _groups_of(self:Inspector, params, optimizer):
     if there == before: return groups
     held, old = self._held(optimizer), {o for group in groups for o in group.params}
     known = [o for o in params if (o in old or o.p.grad is not None) and id(o.p) in held]
-    if len(known) != len(old): groups = [_Group(o) for o in _groups(known, lambda o: o.p.device)]
+    if len(known) != len(old): groups = [ParameterGroup(o) for o in _groups(known, lambda o: o.p.device)]
     self._known[key] = there, groups
     return groups
 
@@ -718,13 +693,15 @@ def _close(self:Inspector, who, phase, window):
     for name,value in lens.over_all(summary[0]).items():
         self.history.record('all', name, value, **self._where(phase))
 
+def _alike(o): return o.axis(), o.p.shape, o.p.dtype, o.p.device
+
 @patch
 def _read_parameters(self:Inspector):
     "What is looked at once an epoch; then the parameters are looked up anew."
-    self._find_parameters()
+    self._guard('the parameters', self._find_parameters)
     for lenses,params in self._selections['parameter']:
         there = [o for o in params if not isinstance(o.p, nn.parameter.UninitializedParameter)]
-        for group in _groups(there, _Parameter.alike):
+        for group in _groups(there, _alike):
             look = Look(_stack([o.p for o in group]), group[0].axis()+1)
             self._ask(lenses, tuple(o.name for o in group), look)
     found, self._found = self._found, {}
