@@ -86,7 +86,7 @@ def _shapes(o):
 
 # %% ../nbs/14_augment.ipynb #d5cae866
 class Summary:
-    "What `Learner.summary` found: `rows`, and `params`, `trained`, `macs` of the whole model."
+    "What `Learner.summary` found at batch size `bs`: `rows`, and `params`, `trained`, `macs` of the model."
     def __init__(self, rows, params, trained, macs, bs):
         self.rows,self.params,self.trained,self.macs,self.bs = rows,params,trained,macs,bs
 

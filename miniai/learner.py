@@ -94,7 +94,7 @@ class Learner:
         if self.iter is None: raise ValueError(self._no_batches())
 
     def one_epoch(self, training):
-        "One pass over the loader for training or for validation."
+        "One pass over the loader for training; if `training` is false, for validation."
         self.model.train(training)
         self._in_phase = training
         self.dl,self.iter = self._loader(training),None
@@ -139,10 +139,14 @@ class Learner:
         raise AttributeError(f'{type(self).__name__} has no attribute {name!r}')
 
     @property
-    def training(self): return self.model.training if self._in_phase is None else self._in_phase
+    def training(self):
+        "Whether this epoch trains."
+        return self.model.training if self._in_phase is None else self._in_phase
 
     @property
-    def phase(self): return 'train' if self.training else 'valid'
+    def phase(self):
+        "'train' or 'valid'"
+        return 'train' if self.training else 'valid'
 
 def _items(cbs): return getattr(cbs, 'items', cbs)
 
