@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, optim
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from torcheval.metrics import Mean, MulticlassAccuracy, MulticlassAUROC
+from torcheval.metrics import MulticlassAccuracy
 
 from shared import CountReads
 
