@@ -9,7 +9,6 @@ __all__ = ['half_type', 'MixedPrecision', 'AccumulateCB', 'GradClipCB', 'Compile
 # %% ../nbs/15_accel.ipynb #307a6af8
 import atexit, copy, os, warnings
 from contextlib import nullcontext
-from functools import partial
 from itertools import islice
 from types import SimpleNamespace
 
@@ -221,7 +220,9 @@ def _part(n, rank, world):
 
 class Share:
     "The part of every batch of loader `dl` that process `rank` of `world` computes."
-    def __init__(self, dl, rank, world, training=True):
+    def __init__(self, dl, rank, world,
+        training=True # as many batches for every process; a rest of loaders it cannot look into is left out
+    ):
         self.dl,self.rank,self.world,self.training = dl,rank,world,training
         # samples of the batch in all processes; this one's share of them, times `world`
         self.n_now,self.weight = 0,1.

@@ -9,7 +9,6 @@ __all__ = ['SGD', 'Momentum', 'RMSProp', 'Adam', 'HasLearnCB', 'RecorderCB', 'Ba
 # %% ../nbs/12_sgd.ipynb #0bdf4000
 import warnings
 from contextlib import contextmanager
-from functools import partial
 
 import numpy as np
 import torch
@@ -49,11 +48,11 @@ class SGD(optim.Optimizer):
         self.opt_step(p, group, self.state[p])
 
     def reg_step(self, p, group):
-        "Weight decay."
+        "Weight decay of parameter `p`, as its `group` says."
         if group['wd']: p.mul_(1 - group['lr']*group['wd'])
 
     def opt_step(self, p, group, state):
-        "The step; `state` is a dict for what is to be kept of `p`."
+        "The step of parameter `p`, as its `group` says; `state` is a dict for what is to be kept of it."
         p.sub_(p.grad, alpha=group['lr'])
 
 # %% ../nbs/12_sgd.ipynb #3c7883c8

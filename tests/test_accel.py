@@ -1,5 +1,5 @@
 "Room 15: mixed precision, accumulation, clipping, compilation, and several processes that equal one."
-import importlib.util, os, subprocess, sys, warnings
+import importlib.util, os, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +13,13 @@ from shared import HandSGD
 
 from miniai.accel import AccelerateCB, AccumulateCB, CompileCB, DDPCB, GradClipCB, MixedPrecision, Share, half_type
 from miniai.activations import ActivationStats
-from miniai.callback import Callback, CancelBatchException, CancelEpochException, CancelFitException, events
+from miniai.callback import Callback, CancelBatchException, events
 from miniai.conv import conv
 from miniai.datasets import DataLoaders, MemoryLoader, fashion_mnist
 from miniai.device import set_seed
 from miniai.hooks import count_hooks
-from miniai.learner import (DeviceCB, Learner, MetricsCB, MomentumLearner, ProgressCB, SingleBatchCB, TrainCB,
-                            TrainLearner)
-from miniai.sgd import EMACB, OneCycleCB
+from miniai.learner import (DeviceCB, Learner, MetricsCB, SingleBatchCB, TrainCB)
+from miniai.sgd import EMACB
 from miniai.training import accuracy
 
 root = Path(__file__).resolve().parent.parent
@@ -80,7 +79,7 @@ def test_no_context_stays_open(event, error):
         worker = type('Failing', (MixedPrecision,), {event: lambda self, learn: (_ for _ in ()).throw(e)})()
         cbs = [worker]
     else: cbs = [MixedPrecision(), RaiseAt(event, e)]
-    learn = learner(*cbs, AccumulateCB(2), GradClipCB(), CompileCB(backend='eager'), stats := ActivationStats())
+    learn = learner(*cbs, AccumulateCB(2), GradClipCB(), CompileCB(backend='eager'), ActivationStats())
     with pytest.raises(type(e)) as found: learn.fit(1)
     assert not torch.is_autocast_enabled('cpu') and not count_hooks(learn.model)
     assert learn.model._compiled_call_impl is None and not learn.hold

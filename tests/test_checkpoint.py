@@ -15,14 +15,14 @@ from torcheval.metrics import MulticlassAccuracy
 from shared import HandSGD
 
 from miniai import checkpoint
-from miniai.accel import AccumulateCB, CompileCB, GradClipCB, MixedPrecision
+from miniai.accel import AccumulateCB, GradClipCB, MixedPrecision
 from miniai.activations import ActivationStats
-from miniai.callback import Callback, CancelEpochException, CancelFitException, events
+from miniai.callback import Callback, events
 from miniai.checkpoint import CheckpointCB, CheckpointError, checkpoints, load_state, load_weights, save_state
 from miniai.datasets import DataLoaders, MemoryLoader
 from miniai.device import set_seed
 from miniai.hooks import count_hooks
-from miniai.learner import Learner, MetricsCB, MomentumLearner, ProgressCB, SingleBatchCB, TrainCB, TrainLearner
+from miniai.learner import Learner, MetricsCB, MomentumLearner, TrainCB, TrainLearner
 from miniai.sgd import BatchSchedCB, EMACB, EpochSchedCB, OneCycleCB, RecorderCB
 from miniai.training import accuracy
 
@@ -251,7 +251,6 @@ def test_more_epochs_and_none(tmp_path):
     set_seed(1); learn.fit(3)
     more = learner('momentum', CheckpointCB(tmp_path))
     more.fit(5, resume=tmp_path)
-    for nm in ('model', 'history', 'opt'): pass
     same({k: v for k, v in everything(whole).items()}, everything(more))
     done = learner('momentum', CheckpointCB(tmp_path))
     done.fit(5, resume=tmp_path)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, optim
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from torcheval.metrics import Mean, MulticlassAccuracy, MulticlassAUROC
+from torcheval.metrics import MulticlassAccuracy
 
 from shared import CountReads
 
@@ -597,8 +597,38 @@ def test_notebook_display(monkeypatch):
     table, = [o for o in shown if isinstance(o[0], display.HTML)]
     picture, = [o for o in shown if isinstance(o[0], display.Image)]
     assert len(table) == 4 and table[-1].data.count('<tr>') == 5 and '<th>accuracy</th>' in table[-1].data
-    assert len(picture) == 4 and picture[-1].data[:4] == b'\x89PNG'   # at each end of an epoch; one output, replaced
+    # above the table, then at each end of an epoch; one output, replaced
+    assert len(picture) == 5 and picture[-1].data[:4] == b'\x89PNG' and shown.index(picture) < shown.index(table)
     assert plt.get_fignums() == figures
+
+def test_one_bar_for_the_whole_fit(monkeypatch):
+    "It begins anew with each pass, whatever the loader knows of its length, and is gone however the fit ends."
+    bars, seen = [], []
+    class Bar(module.tqdm):
+        def __init__(self, *args, **kw):
+            super().__init__(*args, **kw, file=io.StringIO())
+            self.container = SimpleNamespace(close=lambda: seen.append('gone'))   # as tqdm's in a notebook
+            bars.append(self)
+        def reset(self, total=None):
+            super().reset(total)
+            seen.append((self.desc, self.total, self.n))
+    monkeypatch.setattr(module, 'tqdm', Bar)
+    monkeypatch.setattr(module, '_in_terminal', lambda: True)
+    learn = get_learner([ProgressCB()])
+    learn.dls.valid = iter_only(learn.dls.valid)
+    learn.fit(2)
+    n = len(learn.dls.train)
+    assert len(bars) == 1
+    assert seen == [('epoch 0 eval: ', None, 0), ('epoch 1 train: ', n, 0), ('epoch 1 eval: ', None, 0), 'gone']
+    class Stop(Callback):
+        def after_batch(self, learn): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=Stop())
+    assert len(bars) == 2 and seen[-1] == 'gone' and learn.cbs[-1]._bar is None
+
+class iter_only:
+    "A loader that does not know its length."
+    def __init__(self, dl): self.dl = dl
+    def __iter__(self): return iter(self.dl)
 
 def test_draw_before_and_after():
     cb = ProgressCB(plot=True)

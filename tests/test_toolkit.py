@@ -1,5 +1,5 @@
 "Rooms 11 to 14 on odd models and at odd moments: initialisation, schedules, averaged weights, summaries, predictions."
-import copy, gc, math, pickle, random
+import copy, math, pickle, random
 from functools import partial
 
 import numpy as np
@@ -21,7 +21,7 @@ from miniai.device import set_seed
 from miniai.hooks import Hook, Hooks, count_hooks
 from miniai.init import (BatchNorm, BatchTransformCB, GeneralRelu, LayerNorm, conv, get_model, init_weights, kaiming_init,
                          lsuv, lsuv_init, plot_func, undisturbed)
-from miniai.learner import DeviceCB, Learner, MetricsCB, ProgressCB, SingleBatchCB, TrainCB, TrainLearner
+from miniai.learner import DeviceCB, Learner, MetricsCB, SingleBatchCB, TrainCB, TrainLearner
 from miniai.resnet import ResBlock, act_gr, get_resnet
 from miniai.sgd import BatchSchedCB, EMACB, EpochSchedCB, OneCycleCB, RecorderCB
 from miniai.stats import mean_std
