@@ -104,8 +104,9 @@ class AccumulateCB(Callback):
     def __init__(self,
         n:int # batches to a step
     ):
-        if n < 1: raise ValueError(f'AccumulateCB: n is {n!r}; it must be 1 or more')
-        self.n = n
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f'AccumulateCB: n is {n!r}; it must be a whole number, 1 or more')
+        self.n = self.batches_per_step = n
 
     def before_fit(self, learn): self._begin()
 
@@ -156,10 +157,13 @@ class GradClipCB(Callback):
         max_norm=1.,  # the longest gradient, as a whole
         norm_type=2., # 2: square root of the sum of squares; inf: largest entry
         record=True   # write the norm before and after into the history, as 'norm' and 'norm clipped'
-    ): self.max_norm,self.norm_type,self.record = max_norm,norm_type,record
+    ):
+        if not max_norm > 0: raise ValueError(f'GradClipCB: max_norm is {max_norm!r}; it must be above 0')
+        self.max_norm,self.norm_type,self.record = max_norm,norm_type,record
 
     def after_backward(self, learn):
         params = [p for p in _params(learn) if p.grad is not None]
+        if not params: return
         before = nn.utils.clip_grad_norm_(params, self.max_norm, self.norm_type)
         if not self.record: return
         learn.record('gradient', 'norm', before)

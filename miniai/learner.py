@@ -119,6 +119,7 @@ class Learner:
         resume=None    # a file of `miniai.checkpoint`, or a folder of them: go on where that fit was
     ):
         "Train and validate; the mode (train or eval) of every module is afterwards what it was before."
+        self._check_fit()
         added = [o for o in as_cbs(cbs) if not any(o is cb for cb in self.cbs)]
         modes = [(self.model, self.model.training), *((m, m.training) for m in self.model.modules())]
         try:
@@ -179,6 +180,17 @@ def _names(cbs): return ', '.join(type(o).__name__ for o in cbs) or 'none'
 
 # %% ../nbs/09_learner.ipynb #d8344205
 @patch
+def _check_fit(self:Learner):
+    "What would end somewhere deep inside."
+    if not isinstance(self.model, nn.Module):
+        raise TypeError(f'fit: the model is {self.model!r} ({type(self.model).__name__}); it must be an '
+                        'nn.Module. A function goes into the forward of one')
+    if 'fit' in vars(self).get('_levels', ()):
+        raise RuntimeError('fit: this learner is in a fit. A callback that calls fit, lr_find, summary or '
+                           'capture_preds of its own learner would end what the others have begun; call '
+                           'them before or after, or with another Learner for copy.deepcopy(learn.model)')
+
+@patch
 def _start(self:Learner, n_epochs, train, valid, lr, reset_opt, resume):
     "Check what can be checked, make the optimizer, open a run in the history."
     self._bind()
@@ -216,6 +228,7 @@ def _ready_opt(self:Learner, lr, reset_opt):
     if self.opt_func and (reset_opt or self.opt is None):
         lr = self.lr if lr is None else lr
         if lr is None: raise ValueError('fit: there is no learning rate; pass `lr` to the Learner or to fit')
+        if isinstance(lr, str): raise TypeError(f'fit: lr is the string {lr!r}; it must be a number')
         self.opt = self.opt_func(self.model.parameters(), lr)
         self._drop_grads()
     elif self.opt is None:
@@ -228,11 +241,12 @@ def _ready_opt(self:Learner, lr, reset_opt):
 @patch
 def _loader(self:Learner, training):
     nm = 'train' if training else 'valid'
-    try: return getattr(self.dls, nm)
-    except (AttributeError, IndexError) as e:
-        hint = '' if training else ', or fit with valid=False'
-        raise ValueError(f'fit: dls ({type(self.dls).__name__}) has no loader `.{nm}`; pass an object with '
-                         f'.train and .valid, such as miniai.datasets.DataLoaders{hint}') from e
+    try: dl,cause = getattr(self.dls, nm),None
+    except (AttributeError, IndexError) as e: dl,cause = None,e
+    if dl is not None: return dl
+    hint = '' if training else ', or fit with valid=False'
+    raise ValueError(f'fit: dls ({type(self.dls).__name__}) has no loader `.{nm}`; pass an object with '
+                     f'.train and .valid, such as miniai.datasets.DataLoaders{hint}') from cause
 
 @patch
 def _no_batches(self:Learner):
@@ -292,11 +306,16 @@ def _generators(dl):
     found = [getattr(o, 'generator', None) for o in parts]
     return [o for o in found if isinstance(o, torch.Generator)]
 
+def _all_generators(dls):
+    "Those of both loaders, each once."
+    found = [g for nm in ('train', 'valid') for g in _generators(getattr(dls, nm, None))]
+    return list({id(g): g for g in found}.values())
+
 def _rng_state(dls):
     "All random states that a fit draws from."
     return (random.getstate(), np.random.get_state(), torch.get_rng_state(),
             torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None,
-            [(g, g.get_state()) for g in _generators(getattr(dls, 'train', None))])
+            [(g, g.get_state()) for g in _all_generators(dls)])
 
 def _set_rng_state(state):
     python,numpy,cpu,cuda,gens = state

@@ -19,7 +19,7 @@ from miniai.datasets import DataLoaders, MemoryLoader, fashion_mnist
 from miniai.device import set_seed
 from miniai.hooks import count_hooks
 from miniai.learner import (DeviceCB, Learner, MetricsCB, SingleBatchCB, TrainCB)
-from miniai.sgd import EMACB
+from miniai.sgd import EMACB, OneCycleCB
 from miniai.training import accuracy
 
 root = Path(__file__).resolve().parent.parent
@@ -152,6 +152,22 @@ def test_accumulation_equals_the_large_batch(n, k, opt_func):
     losses = many.history.series('batch', 'loss')
     assert losses.values.max() < 5 and set(losses.samples) <= {4, n % 4}   # not scaled
 
+def test_a_schedule_steps_when_the_optimizer_does(recwarn):
+    "Accumulation with a schedule equals the large batch with one: the same rates, and as many."
+    def fit(bs, *more):
+        learn = fitted(learner(*quiet(*more, OneCycleCB(pct_start=.3), cb), dls=small_dls(bs), opt_func=optim.AdamW), 3, valid=False)
+        return weights(learn), rates
+    for n in 2, 3, 4:
+        found = []
+        for bs, more in ((8, [AccumulateCB(n)]), (8*n, [])):
+            rates = []
+            cb = Callback()
+            cb.after_step = lambda learn: rates.append(learn.opt.param_groups[0]['lr'])
+            found.append(fit(bs, *more))
+        (many, lrs), (one, expected) = found
+        assert lrs == expected and len(lrs) == 3*-(-40//(8*n)) and torch.allclose(many, one, atol=1e-6)
+    assert not [o for o in recwarn if 'lr_scheduler.step()' in str(o.message)]
+
 def test_held_batches_do_not_clip_or_step():
     seen = []
     class Look(Callback):
@@ -216,6 +232,14 @@ def test_clipping_before_and_after(kind):
     np.testing.assert_allclose(h.series('gradient', 'norm').values, seen[::2], rtol=1e-5)
     np.testing.assert_allclose(h.series('gradient', 'norm clipped').values, seen[1::2], rtol=1e-5)
     assert max(seen[1::2]) <= .05001 < min(seen[::2])
+
+def test_clipping_where_nothing_has_a_gradient():
+    learn = learner(*quiet(GradClipCB()))
+    learn.opt = optim.SGD(learn.model.parameters(), lr=.1)
+    learn.cbs[1].after_backward(learn)
+    assert not len(learn.history.series('gradient', 'norm'))
+    for bad in (0, -1., float('nan')):
+        with pytest.raises(ValueError, match='max_norm'): GradClipCB(bad)
 
 def test_a_nan_gradient_is_recorded_as_nan():
     learn = learner(*quiet(GradClipCB()))

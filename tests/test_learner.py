@@ -15,6 +15,7 @@ from shared import CountReads
 
 from miniai import learner as module
 from miniai.callback import CancelBatchException, CancelEpochException, CancelFitException, events
+from miniai.hooks import count_hooks
 from miniai.learner import (Callback, DeviceCB, LRFinderCB, Learner, MetricsCB, MomentumLearner, ProgressCB, SingleBatchCB,
                             TrainCB, TrainLearner, with_cbs)
 from miniai.learner import _batch_size as batch_size
@@ -776,3 +777,30 @@ def test_misplaced_cancel_names_who_raised_it():
     x, y = torch.randn(8, 3), torch.randn(8, 1)
     learn = TrainLearner(nn.Linear(3, 1), SimpleNamespace(train=[(x, y)], valid=[(x, y)]), F.mse_loss, lr=.1, cbs=Late())
     with pytest.raises(RuntimeError, match='raised in callback Late at event `after_fit`'): learn.fit(1)
+
+
+# ---- refused at once
+
+@pytest.mark.parametrize('inner', ['fit', 'lr_find', 'summary', 'capture_preds'])
+def test_a_fit_within_a_fit_is_refused(inner):
+    import miniai.augment   # noqa: F401  which gives the Learner `summary` and `capture_preds`
+    from miniai.activations import ActivationStats
+    class Inner(Callback):
+        def after_epoch(self, learn):
+            if learn.training: getattr(learn, inner)()
+    model, stats = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), ActivationStats(nn.ReLU)
+    batches = [(torch.randn(4, 3), torch.randint(0, 2, (4,))) for _ in range(3)]
+    learn = Learner(model, SimpleNamespace(train=batches, valid=batches), F.cross_entropy, cbs=[TrainCB(), stats, Inner()])
+    with pytest.raises(RuntimeError, match='in a fit'): learn.fit(2)
+    assert not learn.trial and len(learn.history.series('batch', 'loss')) == 3 and not count_hooks(model)
+    learn.cbs.pop()
+    learn.fit(1)   # it is over
+    assert len(learn.history.series('batch', 'loss', 'valid')) == 3
+
+@pytest.mark.parametrize('change, text', [(dict(model=lambda x: x), 'the model is .*function.*nn.Module'), (dict(lr='0.1'), "lr is the string '0.1'"),
+                                          (dict(dls=SimpleNamespace(train=[1], valid=None)), 'no loader `.valid`')])
+def test_what_cannot_be_fitted(change, text):
+    batches = [(torch.randn(4, 3), torch.randint(0, 2, (4,)))]
+    learn = Learner(nn.Linear(3, 2), SimpleNamespace(train=batches, valid=batches), F.cross_entropy, cbs=TrainCB())
+    vars(learn).update(change)
+    with pytest.raises((TypeError, ValueError), match=text): learn.fit(1)
