@@ -11,7 +11,6 @@ __all__ = ['work_events', 'events', 'Callback', 'bind_event', 'as_cbs', 'CancelF
 import inspect, re, warnings
 from difflib import get_close_matches
 from functools import partial, wraps
-from operator import attrgetter
 
 # %% ../nbs/08_callback.ipynb #ea13bb33
 # these do the work; the others only look on
@@ -139,7 +138,7 @@ def call_event(
 
 # %% ../nbs/08_callback.ipynb #8fd473a6
 def give_learner(cbs, learn):
-    "Set `learn` on every callback, for methods that read `self.learn`."
+    "Set `learn` on every one of `cbs`, for methods that read `self.learn`."
     for cb in cbs: cb.learn = learn
 
 # %% ../nbs/08_callback.ipynb #a24a4b3a
@@ -216,7 +215,7 @@ def misspelt(
 
 # %% ../nbs/08_callback.ipynb #8be5b1a2
 def warn_misspelt(cbs):
-    "One warning for each method that looks like an event and is none."
+    "One warning for each method of `cbs` that looks like an event and is none."
     for cb in cbs:
         for nm,event in misspelt(cb).items():
             warnings.warn(f'{type(cb).__name__}.{nm} is never called: there is no event `{nm}`. '

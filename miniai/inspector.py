@@ -51,7 +51,7 @@ def _depth(name): return name.count('.') + 1
 # %% ../nbs/19_inspector.ipynb #7477dfbc
 class _Reel:
     "Moments of one tap that wait to be measured together."
-    most, entries = 16, 2**19   # moments, and entries of copied tensors, which are more if one moment has more
+    most, entries = 32, 2**20   # moments, and entries of copied tensors, which are more if one moment has more
 
     def __init__(self): self.facts, self.films, self.found = [], {}, {}
     def __len__(self): return len(self.facts)
@@ -149,7 +149,7 @@ class Inspector:
         self.pace = Pace(self.every, self.budget, 'Inspector')
         self._told, self._rank, self._steps = set(), {}, {}
         self._me, self._forward, self._axes, self._gaps = weakref.ref(self), 0, {}, {}
-        self._optimizers, self._before, self._known, self._reels = {}, {}, {}, {}
+        self._optimizers, self._before, self._known, self._reels, self._follows = {}, {}, {}, {}, []
         self._given, self.phase, self.by_grad = None, 'train', 'train'
         self._clear()
 
@@ -570,14 +570,28 @@ def _flush_grads(self:Inspector):
 @patch
 def _take_grads(self:Inspector, grads):
     "One moment of gradients by outputs: small ones go on film, those of the same lenses and device together."
-    reel = self._reel('output_grad')
-    large = [o for o in grads if o[1].numel() > self.small]
-    small = [o for o in grads if o[1].numel() <= self.small] if large else grads
-    for group in groupby(small, lambda o: (o[0].hook.grad_lenses, o[1].device)).values():
-        self._guard(group[0][0].source, self._film_grads, reel, group)
-    for follow,grad in large: self._guard(follow.source, self._measure_grad, reel, follow, grad.detach())
+    reel, follows = self._reel('output_grad'), [o for o,_ in grads]
+    film = self._film_like(reel, follows, grads)
+    if film is not None: film.take([grad.detach() for _,grad in grads])
+    else: self._sort_grads(reel, grads)
+    self._follows = follows
     reel.next(self._samples or 1, self.step)
     if reel.is_full(): self._develop('output_grad')
+
+@patch
+def _film_like(self:Inspector, reel, follows, grads):
+    "The one film that takes these gradients, if they are like those of the last time, as they usually are."
+    if follows != self._follows or len(reel.films) != 1: return None
+    (film, _, names, _), = reel.films.values()
+    return film if film.pool.shapes == [grad.shape for _,grad in grads] and len(names) == len(follows) else None
+
+@patch
+def _sort_grads(self:Inspector, reel, grads):
+    small = [o for o in grads if o[1].numel() <= self.small]
+    for group in groupby(small, lambda o: (o[0].hook.grad_lenses, o[1].device)).values():
+        self._guard(group[0][0].source, self._film_grads, reel, group)
+    for follow,grad in grads:
+        if grad.numel() > self.small: self._guard(follow.source, self._measure_grad, reel, follow, grad.detach())
 
 @patch
 def _film_grads(self:Inspector, reel, group):

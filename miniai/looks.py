@@ -37,9 +37,15 @@ def unit_counts(
 ) -> torch.Tensor: # [n, units], whole numbers in the type of `a`
     "For each unit of each tensor the number of entries that are not exactly zero; NaN is not zero."
     if a.ndim == 2: return torch.ne(a, 0).to(a.dtype)
-    step = max(1, 2**16*a.shape[1]//max(a.numel(), 1)) if axis > 1 and a.device.type == 'cpu' else a.shape[1]
-    room = torch.empty_like(a[:, :step])   # small, and used again: fresh memory costs more than the counting
-    return sum(_count_nonzero(o, axis, room[:, :o.shape[1]]) for o in a.split(step, 1))
+    if a.device.type != 'cpu': return _count_nonzero(a, axis, torch.empty_like(a))
+    whole = max(1, 2**16*len(a)//max(a.numel(), 1))   # tensors at a time, in room that stays in the cache
+    if whole > 1 or axis == 1: return _counts_by_parts(a, axis, 0, whole, torch.cat)
+    return torch.cat([_counts_by_parts(o, axis, 1, max(1, 2**16*o.shape[1]//o.numel()), sum) for o in a.split(1)])
+
+def _counts_by_parts(a, axis, dim, step, join):
+    parts = a.split(step, dim)
+    room = torch.empty_like(parts[0])   # used again: fresh memory costs more than the counting
+    return join([_count_nonzero(o, axis, room.narrow(dim, 0, o.shape[dim])) for o in parts])
 
 def _count_nonzero(a, axis, room):
     there = torch.ne(a, 0, out=room)   # numbers; to count true and false takes five times as long

@@ -1,6 +1,5 @@
 "The activation-function lab: values, networks on disk, the instruments and what they leave behind, training."
-import copy, io, json, os, pickle, random, warnings
-from pathlib import Path
+import copy, json, os, random
 
 import numpy as np
 import pytest
@@ -17,11 +16,9 @@ from miniai.actfns import (ActivationFunction, BaseNetwork, BestEpochCB, LeakyRe
                            fashion_splits, get_act_fn, get_grads, load_model, load_notes, measure_number_dead_neurons, plot_act_fn,
                            plot_act_fns, save_model, six_act_fns, train_act_fns, visualize_activations, visualize_gradients)
 from miniai.checkpoint import CheckpointCB
-from miniai.conv import conv
 from miniai.datasets import DataLoaders, fashion_mnist, idx_folder
 from miniai.hooks import count_hooks
 from miniai.learner import Callback, Learner, MetricsCB, TrainCB
-from miniai.training import accuracy
 
 realdata = pytest.mark.skipif(bool(datasets._missing_idx(idx_folder)), reason='dataset-fashion-mnist is not installed')
 names = list(act_fn_by_name)
