@@ -479,7 +479,11 @@ def _measure(self:RankStats):
     self.pace.end_watch()
 
 @patch
-def rows(self:RankStats, source:str, stat:str='effective_rank', phase:str='train'): # `Series`
+def rows(self:RankStats,
+    source:str,                  # name of a layer
+    stat:str='effective_rank',   # the only one
+    phase:str='train'            # 'train' or 'valid'
+): # `Series`
     "The rows of the model that is watched now."
     return self.history.series(source, stat, phase, self.first_run)
 

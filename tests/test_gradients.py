@@ -17,8 +17,8 @@ from miniai.datasets import DataLoaders
 from miniai.gradients import GradientStats, RankStats, UpdateStats, gradient_stat_names, update_stat_names
 from miniai.hooks import count_hooks
 from miniai.inspector import InspectorCB
-from miniai.learner import Learner, MomentumLearner, TrainCB, TrainLearner
-from miniai.lens import ParameterGradientActivation, ParameterGradientGeometry, ParameterNorm, ParameterUpdateGeometry
+from miniai.learner import Learner, MomentumLearner, TrainCB
+from miniai.lens import ParameterGradientActivation, ParameterGradientGeometry, ParameterUpdateGeometry
 from miniai.stats import effective_rank, log_hist
 
 
