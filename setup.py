@@ -7,6 +7,7 @@ root = Path(__file__).parent
 parser = ConfigParser(delimiters=['='], interpolation=None)
 parser.read(root/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
+extras = [nm.removesuffix('_requirements') for nm in cfg if nm.endswith('_requirements')]
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
@@ -14,7 +15,7 @@ setup(
     long_description=(root/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=find_packages(include=['miniai', 'miniai.*']), package_data={'miniai': ['data/*']},
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(),
-    extras_require={nm: cfg[f'{nm}_requirements'].split() for nm in ('dev', 'accelerate', 'tensorboard')},
+    extras_require={nm: cfg[f'{nm}_requirements'].split() for nm in extras},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     classifiers=['Intended Audience :: Developers', 'Programming Language :: Python :: 3'], zip_safe=False)

@@ -81,6 +81,7 @@ class Pace:
             raise ValueError(f'{who}: every is {every!r} and budget is {budget!r}; give one of the two')
         self.every, self.budget = every, budget
         self.seen, self.sampled = Counter(), Counter()
+        self.others = ()   # paces that follow this one's decisions: what they take is within its budget
         self._run, self._watch, self._gpu = _HostClock(now), _HostClock(now), _GpuClock()
 
     def start(self):
@@ -102,6 +103,10 @@ class Pace:
         self._watch.stop()
         self._gpu.stop()
 
+    def add(self, seconds):
+        "Time spent watching that somebody else has clocked."
+        self._watch.seconds += seconds
+
     @property
     def seconds(self):
         "Time spent watching, so far as it is known."
@@ -115,10 +120,11 @@ class Pace:
 # %% ../nbs/06_cost.ipynb #756c71f7
 @patch
 def wants(self:Pace,
-    phase:str='train' # counted apart
+    phase:str='train', # counted apart
+    wanted:bool=None   # given where another pace has decided
 ) -> bool: # whether to look at the step that begins now
     "Count a step and decide."
-    wanted = self._affordable() if self.budget else self.seen[phase] % self.every == 0
+    if wanted is None: wanted = self._affordable() if self.budget else self.seen[phase] % self.every == 0
     self.seen[phase] += 1
     self.sampled[phase] += wanted
     return wanted
@@ -126,7 +132,7 @@ def wants(self:Pace,
 @patch
 def _affordable(self:Pace):
     "Whether one more look, at the price of the looks so far, is within the budget."
-    looks, spent = sum(self.sampled.values()), self.seconds
+    looks, spent = sum(self.sampled.values()), self.seconds + sum(o.seconds for o in self.others)
     return looks == 0 or spent*(looks+1)/looks <= self.budget*self.run_seconds
 
 @patch

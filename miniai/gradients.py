@@ -71,6 +71,7 @@ class _AtSteps(Callback):
         self.parameters, self.stats, self.history = parameters, tuple(stats), History(max_bytes=max_bytes)
         self.pace, self.first_run, self._model = Pace(every, budget, who), 0, noop
         self.active, self._trial, self._where = False, False, None
+        self.beside = None   # another callback, whose steps are looked at in place of `every` and `budget`
         self._start_model()
 
     def _start_model(self):
@@ -110,7 +111,8 @@ class _AtSteps(Callback):
     def __len__(self): return len(self.params)
 
     def __getstate__(self):   # no weak reference, and nothing of the learner
-        return {**vars(self), **dict(learn=None, _model=noop, _rooms=[], _there=None, params=(), _found=[])}
+        gone = dict(learn=None, beside=None, _model=noop, _rooms=[], _there=None, params=(), _found=[])
+        return {**vars(self), **gone}
 
 # %% ../nbs/10_gradients.ipynb #77c9ab3f
 _why = dict(frozen='is frozen (requires_grad is False)',
@@ -158,7 +160,8 @@ def _left_out(self:_AtSteps, o):
 @patch
 def _wants(self:_AtSteps, learn):
     "Whether to look at the step that comes now; counts it."
-    self.active = not self._trial and self.pace.wants('train')
+    leader = None if self.beside is None else self.beside.active
+    self.active = not self._trial and self.pace.wants('train', leader)
     if not self.active: return False
     # a Learner of your own may not count its steps
     step = getattr(learn, 'n_steps', self.pace.seen['train']-1)
@@ -217,7 +220,7 @@ class GradientStats(_AtSteps):
         every:int=1,             # look at every n-th step of the optimizer
         bins:int=48,             # of the histograms
         hist_range=(1e-12, 1e4), # of the histograms of absolute values, whose bins are logarithmic
-        budget=None,             # instead of `every`: the share of the fit's time to stay within, such as 0.02
+        budget=None,             # instead of `every`: the share of the fit's time it may take, such as 0.02
         stats=gradient_stat_names, # what to record
         max_bytes=56_000_000,    # memory for the rows; the largest series are thinned when it is full
         clipped:bool=None        # record the norm after clipping, too; default if another callback may clip
@@ -583,7 +586,7 @@ def plot_flow(self:GradientStats,
     last:int=None,       # last step; default the last of all
     figsize=(7, 3)       # inches
 ): # the figure
-    "A bar for each parameter in model order: the mean of its gradient's norms over the steps, and the largest."
+    "A bar for each parameter: the mean of its gradient's norms over the steps, and the largest."
     from miniai.plots import caption, subplots
     names = self._named('grad_norm', parameters)
     if not names: return self._nothing('grad_norm', figsize)
@@ -627,7 +630,7 @@ def color_dim(self:GradientStats,
     parameters='weight', # names or globs, or the kinds 'weight' and 'bias'
     figsize=(11, 5)      # inches; higher for more than twelve parameters
 ): # the figure
-    "Histograms of |gradient| over time, one panel per parameter: a column is a step, a row a third of a decade."
+    "Histograms of |gradient| over time, one panel per parameter: a column is a step, a row a bin."
     from miniai.plots import caption, get_grid
     names = self._named('grad_hist', parameters)
     if not names: return self._nothing('grad_hist', figsize)
@@ -635,7 +638,7 @@ def color_dim(self:GradientStats,
     for ax,nm in zip(axs.flat, names): self._draw_hist(ax, nm)
     lo, hi = self.hist_range
     caption(fig, f'|gradient| at each step, {self.bins} logarithmic bins from {lo:g} to {hi:g}; the axis is '
-                 'log10. Colour: log(1 + count), each panel with its own scale. What is below has the zeros, too. '
+                 'log10. Colour: log(1 + count), each panel with its own scale. Zeros count as below. '
                  f'{self._scope()}')
     return fig
 
@@ -694,6 +697,7 @@ def plot_ranks(self:RankStats,
         _line(ax, x, s.values/self.limits[nm], f'{nm} (of {self.limits[nm]})', i, len(names))
     ax.set(title='Effective rank', xlabel=xlabel, ylabel='share of the largest possible', ylim=(0, 1.05))
     _legend(fig, ax, len(names))
-    caption(fig, f'Of up to {self.samples} rows, one entry per unit; means are {"" if self.center else "not "}subtracted. '
-                 'The largest possible is the number of units, or of rows if there are fewer.')
+    means = '' if self.center else 'not '
+    caption(fig, f'Of up to {self.samples} rows, one entry per unit; means are {means}subtracted. The '
+                 'largest possible is the number of units, or of rows if there are fewer.')
     return fig
