@@ -42,15 +42,21 @@ class Facts:
     constant:bool = None      # whether the model gave the last batch one and the same answer for all samples
     looked:dict = field(default_factory=dict)  # phase -> (batches looked at, batches that went by)
 
-    def layer(self, source):
-        "Name of the layer that `source`, a name in the table, belongs to."
+    def layer(self,
+        source:str # a name in the table
+    ) -> str: # name of a layer
+        "The layer that it belongs to."
         return self.sources.get(source, source)
 
-    def kind(self, source):
-        "Type of the layer that `source` belongs to; '' if it is not known."
+    def kind(self,
+        source:str # a name in the table
+    ) -> str: # 'Linear', say; '' if it is not known
+        "Type of the layer that it belongs to."
         return self.layers.get(self.layer(source), '')
 
-    def named(self, source):
+    def named(self,
+        source:str # a name in the table
+    ) -> str: # 'layer fc1 (Linear)'
         "Name and type, for a sentence."
         return f'layer {source}' + (f' ({self.kind(source)})' if self.kind(source) else '')
 
@@ -159,7 +165,9 @@ def sources(self:Evidence,
     return sorted(found, key=lambda nm: order.get(nm, len(order)))
 
 @patch
-def loss(self:Evidence, phase:str='train') -> Track:
+def loss(self:Evidence,
+    phase:str='train' # 'train' or 'valid'
+) -> Track:
     "The loss of every batch where that was kept, else of every epoch."
     for key in (('batch', 'loss'), ('loss', 'loss'), ('epoch', 'loss')):
         found = self.track(*key, phase)
@@ -167,7 +175,9 @@ def loss(self:Evidence, phase:str='train') -> Track:
     return _no_rows
 
 @patch
-def epoch_loss(self:Evidence, phase:str='train') -> Track:
+def epoch_loss(self:Evidence,
+    phase:str='train' # 'train' or 'valid'
+) -> Track:
     "The loss of every epoch; from the batches, where only those are known."
     for key in (('epoch', 'loss'), ('loss', 'loss')):
         found = self.track(*key, phase)
@@ -188,7 +198,10 @@ def metrics(self:Evidence) -> list: # of names
     return list(dict.fromkeys(own + pushed))
 
 @patch
-def metric(self:Evidence, name:str, phase:str='valid') -> Track:
+def metric(self:Evidence,
+    name:str,          # one of `metrics`
+    phase:str='valid'  # 'train' or 'valid'
+) -> Track:
     "The values of one of `metrics`, epoch by epoch."
     found = self.track('epoch', name, phase)
     return found if len(found) else self.track(name, name, phase)
@@ -288,12 +301,18 @@ def _evidence_of_learner(learn):
         facts = _with(facts, known if isinstance(known, dict) else vars(known))
     return Evidence([learn.history, *_cb_histories(learn.cbs)], facts)
 
+def _evidence_of_watcher(watcher):
+    "By the learner it watches, once that has been fitted."
+    learn = getattr(watcher, 'learn', None)
+    if learn is not None: return _evidence_of_learner(learn)
+    return _together([evidence_of(o) for o in watcher.parts.values()])
+
 def _with(facts, known):
     "`facts` with what `known` has besides."
     return replace(facts, **{nm: v for nm,v in known.items() if v or nm == 'unreached' and v is not None})
 
 def evidence_of(
-    x # History, Learner, Inspector, Watcher, a watching callback, Recording, path of a file; or a list of them
+    x # History, Learner, Inspector, Watcher, a watching callback, Recording, path of a file; a list of them
 ) -> Evidence:
     "Everything that `x` knows of its last run."
     if isinstance(x, Evidence): return x
@@ -303,7 +322,7 @@ def evidence_of(
     if isinstance(x, Recording): return _evidence_of_recording(x)
     if hasattr(x, 'lenses') and hasattr(x, 'kinds'): return Evidence(x.history, _inspector_facts(x))
     if hasattr(x, 'loss_func') and hasattr(x, 'cbs'): return _evidence_of_learner(x)
-    if hasattr(x, 'histories'): return Evidence(x.histories)
+    if hasattr(x, 'parts') and hasattr(x, 'histories'): return _evidence_of_watcher(x)
     if isinstance(getattr(x, 'history', None), History):
         return Evidence(x.history, _with(Facts(), _watched(x) | _unreached(x)))
     raise TypeError(f'diagnose: got {type(x).__name__}; give a History, a Learner, an Inspector, a Watcher, '
@@ -449,7 +468,12 @@ def _wrapped(text, indent, first=None):
 # %% ../nbs/21_case.ipynb #a26768f6
 class Findings(list):
     "Findings, worst first; `checked`: the rules that were asked; `unchecked`: why others could not be."
-    def __init__(self, found=(), checked=(), unchecked=None, evidence=None):
+    def __init__(self,
+        found=(),       # `Finding`s, in their order
+        checked=(),     # names of the rules that were asked
+        unchecked=None, # name of a rule -> why it could not be
+        evidence=None   # what they were asked about
+    ):
         super().__init__(found)
         self.checked, self.unchecked, self.evidence = tuple(checked), dict(unchecked or {}), evidence
 
