@@ -128,12 +128,12 @@ def vanishing_activations(evidence:Evidence, # of a run
     stat, names = _by_depth(evidence)
     if len(names) < 3: return []
     found = {when: _sizes(evidence, names, stat, read) for when,read in (('first', _first), ('last', _late))}
-    small = [(when, sizes) for when,sizes in found.items() if np.nanmin(sizes) < min_share*sizes[0]]
+    small = [(when, v) for when,v in found.items() if ((v > 0) & (v < min_share*v[0])).any()]   # 0: other rules
     return [_shrunk(evidence, stat, names, *small[0], min_share, found)] if small else []
 
 def _shrunk(evidence, stat, names, when, sizes, limit, found):
-    layers = tuple(nm for nm,size in zip(names, sizes) if size < limit*sizes[0])
-    share, track = float(np.nanmin(sizes)/sizes[0]), evidence.track(layers[0], stat)
+    layers = tuple(nm for nm,size in zip(names, sizes) if 0 < size < limit*sizes[0])
+    share, track = float(sizes[sizes > 0].min()/sizes[0]), evidence.track(layers[0], stat)
     cause = dict(first='weights that are too small at the start',
                  last='too high a learning rate early on')[when]
     rows = track[:1] if when == 'first' else track[-max(1, len(track)//4):]
