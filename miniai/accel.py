@@ -9,7 +9,6 @@ __all__ = ['half_type', 'MixedPrecision', 'AccumulateCB', 'GradClipCB', 'Compile
 # %% ../nbs/15_accel.ipynb #307a6af8
 import atexit, copy, os, warnings
 from contextlib import nullcontext
-from functools import partial
 from itertools import islice
 from types import SimpleNamespace
 
@@ -105,8 +104,9 @@ class AccumulateCB(Callback):
     def __init__(self,
         n:int # batches to a step
     ):
-        if n < 1: raise ValueError(f'AccumulateCB: n is {n!r}; it must be 1 or more')
-        self.n = n
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f'AccumulateCB: n is {n!r}; it must be a whole number, 1 or more')
+        self.n = self.batches_per_step = n
 
     def before_fit(self, learn): self._begin()
 
@@ -157,10 +157,13 @@ class GradClipCB(Callback):
         max_norm=1.,  # the longest gradient, as a whole
         norm_type=2., # 2: square root of the sum of squares; inf: largest entry
         record=True   # write the norm before and after into the history, as 'norm' and 'norm clipped'
-    ): self.max_norm,self.norm_type,self.record = max_norm,norm_type,record
+    ):
+        if not max_norm > 0: raise ValueError(f'GradClipCB: max_norm is {max_norm!r}; it must be above 0')
+        self.max_norm,self.norm_type,self.record = max_norm,norm_type,record
 
     def after_backward(self, learn):
         params = [p for p in _params(learn) if p.grad is not None]
+        if not params: return
         before = nn.utils.clip_grad_norm_(params, self.max_norm, self.norm_type)
         if not self.record: return
         learn.record('gradient', 'norm', before)
@@ -221,7 +224,9 @@ def _part(n, rank, world):
 
 class Share:
     "The part of every batch of loader `dl` that process `rank` of `world` computes."
-    def __init__(self, dl, rank, world, training=True):
+    def __init__(self, dl, rank, world,
+        training=True # as many batches for every process; a rest of loaders it cannot look into is left out
+    ):
         self.dl,self.rank,self.world,self.training = dl,rank,world,training
         # samples of the batch in all processes; this one's share of them, times `world`
         self.n_now,self.weight = 0,1.

@@ -322,8 +322,11 @@ def _saved_act_fn(config, path):
 def _net_from(path):
     "The network that a config file describes, not yet with its weights."
     config = _read_config(path)
+    act_fn = _saved_act_fn(config['act_fn'], path)
     with _rng_kept():
-        return BaseNetwork(**{**config, 'act_fn': _saved_act_fn(config['act_fn'], path)})
+        try: return BaseNetwork(**{**config, 'act_fn': act_fn})
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise ValueError(f'load_model: no network can be made of {path}, {config} ({e})') from e
 
 @contextmanager
 def _rng_kept(dl=None):
@@ -351,6 +354,8 @@ def _config_differs(path, notes):
     if config is None or json.loads(config) == _read_config(path): return []
     return [f'the weights were saved with {config}']
 
+def _float_type(state): return next((o.dtype for o in state.values() if o.is_floating_point()), None)
+
 def load_model(
     model_path, # folder
     model_name, # name of the files, without `.config`, `.safetensors` or `.tar`
@@ -360,7 +365,7 @@ def load_model(
     folder = Path(model_path)
     path, config_file = _weights_file(folder, model_name), folder/f'{model_name}.config'
     state, notes = _read_weights(path)
-    res = _net_from(config_file) if net is None else net
+    res = _net_from(config_file).to(_float_type(state)) if net is None else net
     misfits = _misfits(res, state) + (_config_differs(config_file, notes) if net is None else [])
     if misfits:
         what = config_file if net is None else f'net ({type(net).__name__})'
@@ -445,8 +450,9 @@ def _act_layers(net):
     return select_modules(net, _is_act) if any(map(_is_act, net.modules())) else []
 
 def _has_weights(m): return not _is_act(m) and any(True for _ in m.parameters(recurse=False))
+def _has_matrix(m): return not _is_act(m) and any(p.ndim > 1 for p in m.parameters(recurse=False))
 
-# name of the layer, its function, output, input or None, axis of units, layer with weights in front, `_Shape`
+# name of the layer, its function, output, input or None, axis of units, last layer with a matrix, `_Shape`
 _Output = namedtuple('_Output', 'source function a x axis fed_by shape')
 
 class _Taps:
@@ -473,7 +479,7 @@ class _Taps:
             again = f' (call {call})' if call > 1 else ''
             for nm,a in tensors: self.f(self._output(nm+again, mod, inp, a))
         if tensors: self.last = tensors[0][1].shape, self._axis(mod, tensors[0][1])
-        if _has_weights(mod): self.fed_by = hook.name
+        if _has_matrix(mod): self.fed_by = hook.name   # not a normalisation
 
 # %% ../nbs/20_actfns.ipynb #174696a9
 @patch
@@ -498,9 +504,13 @@ def _shape_of(self:_Taps, mod, a):
     "The `_Shape` of a module, tried once; None for one with weights."
     if id(mod) not in self.shapes:
         self.trying = True
-        try: self.shapes[id(mod)] = None if _has_weights(mod) else _shape(mod.forward, a)
+        try: self.shapes[id(mod)] = None if _has_weights(mod) else _shape(_twin(mod), a)
         finally: self.trying = False
     return self.shapes[id(mod)]
+
+def _twin(mod):
+    "The forward of a copy: one that keeps what it sees does not see the numbers it is tried with."
+    return copy.deepcopy(mod).forward if any(True for _ in mod.buffers()) else mod.forward
 
 # %% ../nbs/20_actfns.ipynb #1623bed4
 def _sample(a, most=100_000):
@@ -653,16 +663,25 @@ def _default_net(batch, n_inp):
     classes = int(targets[0].max())+1 if targets else 10   # waits for the device, once
     return partial(BaseNetwork, input_size=inputs[0][0].numel(), num_classes=max(classes, 10))
 
-def _by_depth(name, outputs, grads):
+def _pairs(net, outputs, grads):
+    "[(output, gradient)] in model order; {} for an output without a matrix before it, or the reverse."
+    layers = [nm for nm,m in unwrap(net).named_modules() if _has_matrix(m)]
+    by_layer = {nm: g for nm in layers for g in reversed(grads) if g['layer'].rpartition('.')[0] == nm}
+    fed = [(o, by_layer.get(o['fed_by'])) for o in outputs]
+    res = [(o, {}) for o,g in fed if g is None]
+    for g in by_layer.values():
+        mine = [o for o,other in fed if other is g] or [{}]
+        res += [(o, {} if i else g) for i,o in enumerate(mine)]
+    return res
+
+def _by_depth(name, pairs):
     "A row for each depth: the weight there, and the activation function behind it."
-    rows = []
-    for i in range(max(len(outputs), len(grads))):
-        o, g = (rs[i] if i < len(rs) else {} for rs in (outputs, grads))
-        rows.append(dict(function=name, depth=i+1, layer=o.get('layer'), std=o.get('std', np.nan),
-                         zeros=o.get('zeros', np.nan), dead=o.get('dead', np.nan),
-                         saturated=o.get('saturated', np.nan), weight=g.get('layer'),
-                         grad_norm=g.get('norm', np.nan)))
+    rows = [dict(function=name, depth=i+1, layer=o.get('layer'), weight=g.get('layer'),
+                 grad_norm=g.get('norm', np.nan), **{nm: o.get(nm, np.nan) for nm in _output_numbers})
+            for i,(o,g) in enumerate(pairs)]
     return _table(rows, 'function depth layer std zeros dead saturated weight grad_norm')
+
+_output_numbers = 'std', 'zeros', 'dead', 'saturated'
 
 def _draw_by_depth(axs, table):
     "Signal, gradient, dead and saturated, one under the other."
@@ -691,8 +710,9 @@ def compare_act_fns(
         make_net, tables = make_net or _default_net(batch, n_inp), []
         for act_fn in map(get_act_fn, _as_list(act_fns)):
             torch.manual_seed(seed)
-            rows = _look(make_net(act_fn), batch, 'compare_act_fns', None, params, loss_func, n_inp)
-            tables.append(_by_depth(_act_name(act_fn), *rows))
+            net = make_net(act_fn)
+            rows = _look(net, batch, 'compare_act_fns', None, params, loss_func, n_inp)
+            tables.append(_by_depth(_act_name(act_fn), _pairs(net, *rows)))
     return _draw_comparison(tables), pd.concat(tables, ignore_index=True)
 
 def _log_axis(axs):
@@ -721,6 +741,12 @@ def _draw_comparison(tables):
     return fig
 
 # %% ../nbs/20_actfns.ipynb #5006c102
+def _is_listed_batch(o):
+    "Whether a list is inputs and targets of one batch, as a `DataLoader` gives them, and not two batches."
+    if not isinstance(o, list) or len(o) < 2 or not all(isinstance(a, torch.Tensor) and a.ndim for a in o):
+        return False
+    return len({len(a) for a in o}) == 1 and o[0].is_floating_point() and not o[-1].is_floating_point()
+
 class _Tally:
     "Of one layer: which units have been zero for all samples so far, and how many outputs were saturated."
     def __init__(self): self.dead, self.samples, self.entries, self.flat = None, 0, 0, 0
@@ -752,7 +778,7 @@ def _tally(net, dl, layers, axis, progress, n_inp):
     "Run all of the loader through the model; a `_Tally` for each output."
     tallies = defaultdict(_Tally)
     hide = not (progress and (_in_notebook() or _in_terminal()))   # in a log file a bar would be many lines
-    dl = [dl] if isinstance(dl, (torch.Tensor, tuple)) else dl
+    dl = [dl] if isinstance(dl, (torch.Tensor, tuple)) or _is_listed_batch(dl) else dl
     with _undisturbed(net, dl), _Taps(net, layers, lambda o: tallies[o.source].add(o), axis) as taps:
         for batch in tqdm(dl, leave=False, disable=hide):
             taps.start()
@@ -789,7 +815,7 @@ def _say_dead(table):
 @torch.no_grad()
 def measure_number_dead_neurons(
     net,           # any model
-    dl,            # loader of batches (inputs, targets) or of inputs; a tensor or tuple is one batch
+    dl,            # loader of batches (inputs, targets) or inputs; tensor, tuple, [inputs, targets]: a batch
     what=None,     # layers as for `select_modules`; default: the activation functions
     axis=None,     # function (module, ndim) -> axis of units; default: as the layer in front has it
     progress=True, # show a progress bar?
@@ -830,6 +856,8 @@ def _part(dl, rows, bs, train=False):
     return MemoryLoader(dl.dataset, {'image': image.float()/255*2-1, 'label': label}, bs, train, train)
 
 # %% ../nbs/20_actfns.ipynb #74202373
+_best_facts = 'best', 'best_epoch', 'waited'
+
 class _BestCB(Callback):
     "Knows the best validation epoch by one metric: `best`, `best_epoch`, and how many it has `waited` since."
     order = MetricsCB.order+1
@@ -840,8 +868,11 @@ class _BestCB(Callback):
         largest=True       # is more better?
     ): self.metric,self.sign = metric,1 if largest else -1
 
-    def before_fit(self, learn):
-        if not learn.trial: self.best,self.best_epoch,self.waited = None,None,0
+    def before_fit(self, learn):   # a fit that goes on keeps what it knows
+        if not learn.trial and not learn.epochs.start: self.best,self.best_epoch,self.waited = None,None,0
+
+    def state_dict(self): return dict(best=self.best, best_epoch=self.best_epoch, waited=self.waited)
+    def load_state_dict(self, state): self.best,self.best_epoch,self.waited = map(state.get, _best_facts)
 
     def after_epoch(self, learn):
         if learn.training or learn.trial: return
@@ -863,15 +894,23 @@ class BestEpochCB(_BestCB):
 
     def before_fit(self, learn):
         super().before_fit(learn)
-        self._state = None   # of another learner's fit
+        if not learn.trial: self._state = None if self.best is None else _copied(learn.model)
 
     def _improved(self, learn, value):
         super()._improved(learn, value)
-        self._state = {k: v.detach().clone() for k,v in unwrap(learn.model).state_dict().items()}
+        self._state = _copied(learn.model)
+
+    def state_dict(self): return {**super().state_dict(), 'weights': self._state}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self._state = state['weights']
 
     def cleanup_fit(self, learn):
         state, self._state = self._state, None
         if state is not None: unwrap(learn.model).load_state_dict(state)
+
+def _copied(model): return {k: v.detach().clone() for k,v in unwrap(model).state_dict().items()}
 
 class PatienceCB(_BestCB):
     "Ends the fit when the best validation epoch is `patience` epochs ago."

@@ -98,7 +98,12 @@ def record_output(
 # %% ../nbs/10_activations.ipynb #4dc2725a
 class LayerStats:
     "The triple (means, stds, histograms) of one layer, read from the history: three lists of CPU tensors."
-    def __init__(self, history, source, phase='train', first_run=0):
+    def __init__(self,
+        history,       # the table
+        source,        # dotted name of the layer
+        phase='train', # 'train' or 'valid'
+        first_run=0    # leave out the runs before
+    ):
         self.history, self.source, self.phase, self.first_run = history, source, phase, first_run
 
     def __getitem__(self, i):

@@ -86,7 +86,7 @@ def _shapes(o):
 
 # %% ../nbs/14_augment.ipynb #d5cae866
 class Summary:
-    "What `Learner.summary` found: `rows`, and `params`, `trained`, `macs` of the whole model."
+    "What `Learner.summary` found at batch size `bs`: `rows`, and `params`, `trained`, `macs` of the model."
     def __init__(self, rows, params, trained, macs, bs):
         self.rows,self.params,self.trained,self.macs,self.bs = rows,params,trained,macs,bs
 
@@ -242,7 +242,7 @@ def _parts(learn):
 
 def _joined(batches):
     "Batches of any nesting put one behind the other."
-    if not batches or not isinstance(batches, list): return batches
+    if not isinstance(batches, list) or not batches: return batches   # joined already
     one = batches[0]
     if isinstance(one, torch.Tensor): return torch.cat([o if o.ndim else o[None] for o in batches])
     if isinstance(one, Mapping): return {k: _joined([o[k] for o in batches]) for k in one}

@@ -11,7 +11,6 @@ __all__ = ['work_events', 'events', 'Callback', 'bind_event', 'as_cbs', 'CancelF
 import inspect, re, warnings
 from difflib import get_close_matches
 from functools import partial, wraps
-from operator import attrgetter
 
 # %% ../nbs/08_callback.ipynb #ea13bb33
 # these do the work; the others only look on
@@ -102,9 +101,9 @@ def _with_text(e, text):
 
 # %% ../nbs/08_callback.ipynb #62c4f9c3
 def explained(
-    e:Exception,
+    e:BaseException,
     text:str # what to add
-) -> Exception: # of the same type, to be raised in place of `e`
+) -> BaseException: # of the same type, to be raised in place of `e`
     "`e` with `text` added to what is printed."
     if hasattr(e, 'add_note'):
         e.add_note(text)
@@ -131,7 +130,7 @@ def call_event(
     for cb,f in bound:
         try: f()
         except BaseException as e:   # Ctrl-C too must not keep the others from cleaning up
-            if isinstance(e, Exception) and cancels(e) is None: e = explained(e, _where(cb, event, learn))
+            if cancels(e) is None: e = explained(e, _where(cb, event, learn))
             elif not hasattr(e, 'where'): e.where = _where(cb, event, learn)   # if nobody catches the cancel
             if not event.startswith('cleanup_'): raise e
             first = first or e
@@ -139,7 +138,7 @@ def call_event(
 
 # %% ../nbs/08_callback.ipynb #8fd473a6
 def give_learner(cbs, learn):
-    "Set `learn` on every callback, for methods that read `self.learn`."
+    "Set `learn` on every one of `cbs`, for methods that read `self.learn`."
     for cb in cbs: cb.learn = learn
 
 # %% ../nbs/08_callback.ipynb #a24a4b3a
@@ -216,7 +215,7 @@ def misspelt(
 
 # %% ../nbs/08_callback.ipynb #8be5b1a2
 def warn_misspelt(cbs):
-    "One warning for each method that looks like an event and is none."
+    "One warning for each method of `cbs` that looks like an event and is none."
     for cb in cbs:
         for nm,event in misspelt(cb).items():
             warnings.warn(f'{type(cb).__name__}.{nm} is never called: there is no event `{nm}`. '

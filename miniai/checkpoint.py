@@ -9,6 +9,7 @@ __all__ = ['CheckpointError', 'save_state', 'load_state', 'learner_state', 'load
 import json, os, shutil, warnings, zlib
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from .callback import Callback
 from .device import to_device
 from .history import is_main
 from .hooks import unwrap
-from .learner import Learner, _generators, _rng_state, _set_rng_state
+from .learner import Learner, _rng_state, _set_rng_state
 
 # %% ../nbs/16_checkpoint.ipynb #4f4a5245
 _plain = type(None), bool, int, float, str
@@ -34,9 +35,7 @@ def _pack(
     at:str=''    # the place of `o`, which is the name of its tensor
 ): # what JSON can hold
     "`o` in two parts: a description, and tensors by name."
-    if isinstance(o, torch.Tensor):
-        tensors[at] = o.detach().cpu().clone(memory_format=torch.contiguous_format)
-        return {'$tensor': at}
+    if isinstance(o, torch.Tensor): return _pack_tensor(o, tensors, at)
     if isinstance(o, _plain): return o
     if isinstance(o, (np.ndarray, np.generic)): return _pack_array(o, tensors, at)
     if isinstance(o, Mapping): return _pack_dict(o, tensors, at)
@@ -47,18 +46,37 @@ def _pack(
                     'has numbers, strings, None, tensors, arrays, and dicts, lists, tuples, sets of these')
 
 def _pack_array(o, tensors, at):
-    if o.dtype.hasobject: raise TypeError(f'checkpoint: {at} is an array of objects, which cannot be saved')
+    if o.dtype.hasobject or o.dtype.names:
+        raise TypeError(f'checkpoint: {at} is an array of {o.dtype}, which cannot be saved')
     flat = np.frombuffer(np.ascontiguousarray(o).tobytes(), np.uint8)
-    tensors[at] = torch.from_numpy(flat.copy())
-    return {'$array': [at, o.dtype.str, list(o.shape)]}
+    return {'$array': [_add(tensors, at, torch.from_numpy(flat.copy())), o.dtype.str, list(o.shape)]}
 
 def _pack_dict(o, tensors, at):
-    if all(isinstance(k, str) and not k.startswith('$') for k in o):
+    counter = isinstance(o, Counter)
+    if not counter and all(isinstance(k, str) and not k.startswith('$') for k in o):
         return {k: _pack(v, tensors, f'{at}/{k}' if at else k) for k,v in o.items()}
     pairs = [[_pack(k, tensors, f'{at}/key {k}'), _pack(v, tensors, f'{at}/{k}')] for k,v in o.items()]
-    return {'$dict': pairs}
+    return {'$counter' if counter else '$dict': pairs}
 
 # %% ../nbs/16_checkpoint.ipynb #cd855bca
+def _pack_tensor(o, tensors, at):
+    "The values in order; where they lie in another one, as in `channels_last`, the strides as well."
+    known = o.layout == torch.strided and not o.is_quantized and not o.is_meta
+    if not known or o.dtype in (torch.complex32, torch.complex128):
+        raise TypeError(f'checkpoint: {at} is a tensor that cannot be saved ({o.layout}, {o.dtype}, on '
+                        f'{o.device}); give its parts, or make it dense')
+    strides = torch.empty_like(o, device='meta').stride()   # of a copy of it
+    nm = _add(tensors, at, o.detach().cpu().clone(memory_format=torch.contiguous_format))
+    return {'$tensor': nm} if tensors[nm].stride() == strides else {'$tensor': nm, 'strides': list(strides)}
+
+def _add(tensors, at, tensor):
+    "`tensor` by a name of its own, which is returned; the format needs one name for itself."
+    nm = at
+    while nm in tensors or nm == '__metadata__': nm += "'"
+    tensors[nm] = tensor
+    return nm
+
+# %% ../nbs/16_checkpoint.ipynb #b9e1d43d
 def _unpack(o, tensors):
     "What `_pack` was given."
     if isinstance(o, list): return [_unpack(v, tensors) for v in o]
@@ -66,10 +84,16 @@ def _unpack(o, tensors):
     kind = next(iter(o), '')
     if not kind.startswith('$'): return {k: _unpack(v, tensors) for k,v in o.items()}
     parts = o[kind]
-    if kind == '$tensor': return tensors[parts]
+    if kind == '$tensor': return _laid_out(tensors[parts], o.get('strides'))
     if kind == '$array': return _unpack_array(tensors, *parts)
-    if kind == '$dict': return {_unpack(k, tensors): _unpack(v, tensors) for k,v in parts}
+    if kind in ('$dict', '$counter'):
+        res = {_unpack(k, tensors): _unpack(v, tensors) for k,v in parts}
+        return Counter(res) if kind == '$counter' else res
     return {'$tuple': tuple, '$set': set}[kind](_unpack(v, tensors) for v in parts)
+
+def _laid_out(tensor, strides):
+    if strides is None: return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
 
 def _unpack_array(tensors, at, dtype, shape):
     return np.frombuffer(tensors[at].numpy().tobytes(), np.dtype(dtype)).reshape(shape).copy()
@@ -80,7 +104,9 @@ class CheckpointError(ValueError):
 
 _format,_version = 'miniai checkpoint',1
 
-def _sum(tensor): return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())
+def _sum(tensor):
+    form = f'{tensor.dtype} {list(tensor.shape)}'
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), zlib.crc32(form.encode()))
 
 def save_state(
     path,      # of the file
@@ -99,7 +125,7 @@ def _write_whole(path, data):
         with open(temp, 'wb') as file: _write(file, data)
         os.replace(temp, path)
     except BaseException as e:
-        temp.unlink(missing_ok=True)
+        with suppress(OSError): temp.unlink()
         if not isinstance(e, OSError): raise
         raise OSError(e.errno, f'checkpoint {path.name} was not written: {e.strerror}; what was saved before '
                                'it is whole', str(path)) from e
@@ -120,7 +146,8 @@ def load_state(
         with safe_open(path, 'pt') as file:
             meta = file.metadata() or {}
             if 'miniai' not in meta: raise CheckpointError(f'{path} is no checkpoint of miniai')
-            tensors = {nm: file.get_tensor(nm) for nm in file.keys()}
+            # cloned, since a sum depends in its last bit on where its numbers lie in memory
+            tensors = {nm: file.get_tensor(nm).clone() for nm in file.keys()}
     except (SafetensorError, OSError) as e:
         raise CheckpointError(f'{path} is damaged, or no checkpoint ({e})') from e
     return _unpack(_checked(path, meta, tensors)['state'], tensors)
@@ -184,29 +211,39 @@ def learner_state(
                 processes=own, loss_func=loss_func.state_dict() if isinstance(loss_func, nn.Module) else {})
 
 # %% ../nbs/16_checkpoint.ipynb #92327bc1
-def _check_model(state, model, path):
-    "Refuse weights of another model before anything is changed."
-    here, there = ({k: tuple(v.shape) for k,v in o.items() if isinstance(v, torch.Tensor)}
-                   for o in (model.state_dict(), state))
+def _fit_state(path):
+    "What a fit has saved; a file of something else is refused."
+    state, needed = load_state(path), ('epoch', 'first', 'batches', 'model', 'opt', 'processes')
+    missing = [o for o in needed if o not in state] if isinstance(state, dict) else needed
+    if missing: raise CheckpointError(f'{path} is no checkpoint of a fit: it has no {", ".join(missing)}')
+    return state
+
+def _refuse_other(state, module, path, what, form):
+    "Refuse the tensors of another module: `form` of one of them is not as it is here."
+    here, there = ({k: form(v) for k,v in o.items() if isinstance(v, torch.Tensor)}
+                   for o in (module.state_dict(), state))
     wrong = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
     if wrong:
-        raise CheckpointError(f'{path} is of another model: {wrong[0]} is {there.get(wrong[0], "missing")} '
-                              f'in the file and {here.get(wrong[0], "missing")} in the model')
+        raise CheckpointError(f'{path} is of another {what}: {wrong[0]} is {there.get(wrong[0], "missing")} '
+                              f'in the file and {here.get(wrong[0], "missing")} in the {what}')
+
+def _shape(tensor): return tuple(tensor.shape)
+def _dtype(tensor): return str(tensor.dtype)
 
 def load_weights(
     path, # of a checkpoint
     model # the model that was trained, or one like it
 ): # `model`
     "The weights and buffers of a checkpoint into a model, to use it."
-    state = load_state(path)['model']
-    _check_model(state, unwrap(model), path)
+    state = _fit_state(path)['model']
+    _refuse_other(state, unwrap(model), path, 'model', _shape)
     unwrap(model).load_state_dict(state)
     return model
 
 # %% ../nbs/16_checkpoint.ipynb #c1675212
 class _Resume:
     "A checkpoint, and how a fit goes on from it."
-    def __init__(self, path): self.path,self.state = path,load_state(path)
+    def __init__(self, path): self.path,self.state = path,_fit_state(path)
 
     def epochs(self, n_epochs):
         "The epochs that are left of `n_epochs`."
@@ -218,6 +255,7 @@ class _Resume:
         if not done: self.load(learn)
         learn._rng = self._rng(learn, 'epoch_rng')
         _set_rng_state(learn._rng)
+        self._warn_of_workers(learn.dl)
         numbered = enumerate(learn.dl)
         for i in range(done):
             if next(numbered, None) is None: raise CheckpointError(self._too_few(i))
@@ -228,6 +266,12 @@ class _Resume:
     def _too_few(self, n):
         return (f"{self.path} was saved after {self.state['batches']} batches, and the loader gives only "
                 f'{n}; the data or the batch size has changed')
+
+    def _warn_of_workers(self, dl):
+        if not getattr(dl, 'persistent_workers', False) or not self.state['epoch']: return
+        warnings.warn('fit: the loader keeps its workers from epoch to epoch (persistent_workers), and those '
+                      'begin anew now. The order of the data is as it was; numbers that the data set draws '
+                      'at random in a worker are not', stacklevel=2)
 
 # %% ../nbs/16_checkpoint.ipynb #2888d1fe
 @patch
@@ -242,21 +286,58 @@ def _own(self:_Resume):
 def _rng(self:_Resume, learn, nm):
     *states, gens = self._own()[nm]
     if states[-1] is not None: states[-1] = states[-1][:torch.cuda.device_count()] or None
-    return *states, list(zip(_generators(getattr(learn.dls, 'train', None)), gens))
+    return *states, list(zip([g for g,_ in _rng_state(learn.dls)[-1]], gens))
 
 @patch
 def check(self:_Resume, learn):
     "Refuse what is not of this fit, before anything is changed."
-    _check_model(self.state['model'], unwrap(learn.model), self.path)
-    here, there = type(_opt(learn)).__name__, self.state['opt']['kind']
-    if here != there:
-        raise CheckpointError(f'{self.path} is of a fit with the optimizer {there}; this is {here}')
+    for form in (_shape, _dtype):
+        _refuse_other(self.state['model'], unwrap(learn.model), self.path, 'model', form)
+        _refuse_other(self.state['loss_func'], _module(learn.loss_func), self.path, 'loss function', form)
+    self._check_opt(_opt(learn))
     here, there = set(_with_state(learn)), set(self._own()['callbacks'])
     if here != there:
         warnings.warn(f'{self.path}: the callbacks differ; without a saved state: '
                       f'{sorted(here-there) or "none"}, with a state that is not used: '
                       f'{sorted(there-here) or "none"}', stacklevel=3)
 
+def _module(o): return o if isinstance(o, nn.Module) else nn.Module()
+
+@patch
+def _check_opt(self:_Resume, opt):
+    here, there = type(opt).__name__, self.state['opt']['kind']
+    if here != there:
+        raise CheckpointError(f'{self.path} is of a fit with the optimizer {there}; this is {here}')
+    here, there = _group_sizes(getattr(opt, 'param_groups', ())), _group_sizes(self._saved_groups())
+    if here != there:
+        raise CheckpointError(f'{self.path} is of a fit whose optimizer has groups of {there} parameters; '
+                              f'this one has {here}')
+
+@patch
+def _saved_groups(self:_Resume): return (self.state['opt']['state'] or {}).get('param_groups', ())
+
+def _group_sizes(groups): return [len(o['params']) for o in groups]
+
+# %% ../nbs/16_checkpoint.ipynb #26792455
+@patch
+def _load_opt(self:_Resume, opt):
+    "The optimizer as it was; what a schedule has put into the groups that the file does not know stays."
+    state = self.state['opt']['state']
+    if state is None: return
+    groups = [{**now, **there} for now,there in zip(getattr(opt, 'param_groups', ()), self._saved_groups())]
+    opt.load_state_dict({**state, 'param_groups': groups} if groups else state)
+    if isinstance(opt, torch.optim.Optimizer): _keep_types(opt, state['state'])
+
+def _keep_types(opt, saved):
+    "Types as they were saved: PyTorch gives to what it loads the type of the parameter."
+    params = [p for group in opt.param_groups for p in group['params']]
+    for i,values in saved.items():
+        if i not in range(len(params)): continue   # not of a parameter
+        now = opt.state[params[i]]
+        for nm,o in values.items():
+            if isinstance(o, torch.Tensor) and o.dtype != now[nm].dtype: now[nm] = o.to(now[nm].device)
+
+# %% ../nbs/16_checkpoint.ipynb #97d866b9
 @patch
 @torch.no_grad()
 def load(self:_Resume, learn):
@@ -264,8 +345,8 @@ def load(self:_Resume, learn):
     self.check(learn)
     state,own,model = self.state,self._own(),unwrap(learn.model)
     model.load_state_dict(state['model'])
-    if isinstance(learn.loss_func, nn.Module): learn.loss_func.load_state_dict(state['loss_func'])
-    if state['opt']['state'] is not None: _opt(learn).load_state_dict(state['opt']['state'])
+    _module(learn.loss_func).load_state_dict(state['loss_func'])
+    self._load_opt(_opt(learn))
     for nm,p in model.named_parameters(): p.grad = _like(state['grads'].get(nm), p)
     device = next((p.device for p in model.parameters()), 'cpu')
     for nm,cb in _with_state(learn).items():
@@ -336,13 +417,13 @@ class CheckpointCB(Callback):
             raise ValueError(f"CheckpointCB: mode is {mode!r}; it is 'min' or 'max'")
         lower = any(o in (monitor or '').lower() for o in ('loss', 'error'))
         self.path,self.every,self.keep,self.monitor = Path(path),every,keep,monitor
-        self.mode,self.fresh,self.best,self._used = mode or ('min' if lower else 'max'),fresh,None,False
+        self.mode,self.fresh,self.best,self._opened = mode or ('min' if lower else 'max'),fresh,None,None
 
     def before_fit(self, learn):
         if learn.trial: return
-        if not self._used and is_main(): self._open(learn)
+        if self._opened is not learn and is_main(): self._open(learn)
         if not learn._resume: self.best = None
-        self._used = True
+        self._opened = learn   # the next one would begin again at step 0
 
     def before_epoch(self, learn):
         if learn.trial or not learn.training or learn.epoch == learn.epochs.start: return
@@ -366,37 +447,55 @@ def _open(self:CheckpointCB, learn):
     self.path.mkdir(parents=True, exist_ok=True)
     for o in self.path.glob('.*.safetensors.*.tmp'): o.unlink()
     there = checkpoints(self.path)
-    if not there or learn._resume: return
-    if not self.fresh:
+    if learn._resume: return self._warn_of_newer(learn._resume.path, there)
+    if there and not self.fresh:
         raise FileExistsError(f'CheckpointCB: {self.path} has {len(there)} checkpoints of another fit; go on '
                               'with fit(..., resume=...), use another folder, or delete them with fresh=True')
-    for o in (*there, self.path/'best.safetensors'): o.unlink(missing_ok=True)
+    for o in (*there, self.path/'best.safetensors') if there else (): o.unlink(missing_ok=True)
+
+@patch
+def _warn_of_newer(self:CheckpointCB, path, there):
+    newer = [o for o in there if o.name > path.name and path.parent.resolve() == self.path.resolve()]
+    if newer: warnings.warn(f'CheckpointCB: {newer[-1]} is newer than {path.name}, which this fit goes on '
+                            'from. It stays until it is written again, and resume=folder would take it',
+                            stacklevel=2)
 
 @patch
 def _save(self:CheckpointCB, learn, epoch, batches=0, n_steps=None):
     "One more checkpoint; process 0 writes it. Waits for the device."
     n_steps = learn.n_steps if n_steps is None else n_steps
-    best = not batches and self.monitor is not None and self._is_best(learn)
+    best = not batches and self.monitor is not None and self._is_best(learn, epoch-1)
     state = learner_state(learn, epoch, batches, n_steps)
     if not is_main(): return
     self._check_finite(learn, state['model'])
-    path = self.path/f'step_{n_steps:09d}.safetensors'
-    save_state(path, state)
-    if best: _link(path, self.path/'best.safetensors')
-    for old in checkpoints(self.path)[:-self.keep] if self.keep else (): old.unlink()
+    self._write(f'step_{n_steps:09d}.safetensors', state, best)
+
+@patch
+def _write(self:CheckpointCB, nm, state, best):
+    "Into the folder; the best one first, as the other one says that this is done."
+    if not self.path.is_dir():
+        warnings.warn(f'CheckpointCB: {self.path} is not there any more; it is made again', stacklevel=2)
+        self.path.mkdir(parents=True)
+    path,best_path = self.path/nm,self.path/'best.safetensors'
+    save_state(best_path if best else path, state)
+    if best: _link(best_path, path)
+    until_now = [o for o in checkpoints(self.path) if o.name <= nm]
+    for old in until_now[:-self.keep] if self.keep else (): old.unlink()
 
 @patch
 def _check_finite(self:CheckpointCB, learn, weights):
-    names = [nm for nm,p in unwrap(learn.model).named_parameters() if not weights[nm].isfinite().all()]
+    names = [nm for nm,_ in unwrap(learn.model).named_parameters()
+             if nm in weights and not weights[nm].isfinite().all()]
     if not names: return
     last = next((f'; the last good one is {o}' for o in reversed(checkpoints(self.path))), '')
     raise FloatingPointError(f'CheckpointCB: {names[0]} is not finite any more, so this is not saved{last}')
 
 @patch
-def _is_best(self:CheckpointCB, learn):
+def _is_best(self:CheckpointCB, learn, epoch):
     "Whether the epoch that has ended is better than all before it."
     series = [learn.history.series('epoch', self.monitor, o) for o in ('valid', 'train')]
-    values = next((s.values for s in series if len(s)), None)
+    of_epoch = [s.values[(s.runs == learn.history.run) & (s.epochs == epoch)] for s in series]
+    values = next((o for o in of_epoch if len(o)), None)
     if values is None:
         there = sorted({stat for _,source,stat in learn.history.keys() if source == 'epoch'})
         raise ValueError(f'CheckpointCB: monitor is {self.monitor!r}, and no such metric was recorded; there '
@@ -406,10 +505,10 @@ def _is_best(self:CheckpointCB, learn):
     if better and value == value: self.best = value   # a NaN is never the best
     return better and value == value
 
-def _link(path, best):
+def _link(path, other):
     "The same file under another name, at once."
-    temp = best.with_name(f'.{best.name}.{os.getpid()}.tmp')
+    temp = other.with_name(f'.{other.name}.{os.getpid()}.tmp')
     temp.unlink(missing_ok=True)
     try: os.link(path, temp)
     except OSError: shutil.copy(path, temp)   # a file system without links
-    os.replace(temp, best)
+    os.replace(temp, other)

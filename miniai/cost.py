@@ -103,6 +103,10 @@ class Pace:
         self._watch.stop()
         self._gpu.stop()
 
+    def add(self, seconds):
+        "Time spent watching that somebody else has clocked."
+        self._watch.seconds += seconds
+
     @property
     def seconds(self):
         "Time spent watching, so far as it is known."

@@ -169,9 +169,13 @@ class History:
         sources:tuple,       # who: n of them
         stat:str,            # what; or a tuple of k names
         values:torch.Tensor, # [n, ...], one value for each source; with k statistics [k, n, ...]
-        *, step:int, epoch:int=0, phase:str='train', samples:int=0, call:int=0 # as for `record`
+        *, step:int,         # training steps done so far
+        epoch:int=0,         # its number
+        phase:str='train',   # or 'valid'
+        samples:int=0,       # that each value was computed from
+        call:int=0           # of the module within the step
     ):
-        "Append one row to the series of each source, at the price of one."
+        "Append one row to the series of each source, at the price of one; else as `record`."
         sources, axis = tuple(sources), isinstance(stat, tuple)
         if values.ndim <= axis or values.shape[axis] != len(sources):
             raise ValueError(f'History.record_many: values are {tuple(values.shape)} for {len(sources)} '
@@ -311,7 +315,7 @@ class RunningMean:
         return self
 
     def merge(self, other):
-        "Take in what another one has seen, as if `self` had seen it."
+        "Take in what the mean `other` has seen, as if `self` had seen it."
         if other.total is not None:
             self.total = other.total if self.total is None else self.total + other.total
         self.weight += other.weight

@@ -226,6 +226,9 @@ def _put_back(m, attrs, buffers):
 # %% ../nbs/11_init.ipynb #2c942588
 def _run(model, xb):
     "One forward pass as in training."
+    if not any(isinstance(o, torch.Tensor) for o in tree_leaves(xb)):
+        raise TypeError(f'xb is a {type(xb).__name__} and has no tensor; give an input of the model, as '
+                        '`next(iter(loader))[0]`')
     xb = to_device(xb, next((p.device for p in model.parameters()), def_device))
     with undisturbed(model): model.train()(*(xb if isinstance(xb, (tuple, list)) else [xb]))
 

@@ -11,10 +11,11 @@ import warnings
 import weakref
 from collections import Counter
 from operator import itemgetter
+from time import perf_counter
 
 import numpy as np
 import torch
-from fastcore.basics import patch
+from fastcore.basics import groupby, patch
 from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
@@ -23,7 +24,7 @@ from .cost import Cost, Pace
 from .history import History
 from .hooks import Hook, named_tensors, select_modules, unwrap, warn_if_compiled
 from .lens import row_stat
-from .looks import Look, Pool, PooledLook
+from .looks import Film, Look, Pool, Tray
 from .parameters import ParameterGroup, choose_parameters, find_parameters
 from .stats import _widen, unit_axis
 from .window import Window, aggregates
@@ -48,15 +49,53 @@ def modules_at(
 def _depth(name): return name.count('.') + 1
 
 # %% ../nbs/19_inspector.ipynb #7477dfbc
-def _stack(tensors):
-    "One tensor of many; a copy, unless there is only one."
-    return _widen(tensors[0][None] if len(tensors) == 1 else torch.stack(tensors))
+class _Reel:
+    "Moments of one tap that wait to be measured together."
+    most, entries = 32, 2**20   # moments, and entries of copied tensors, which are more if one moment has more
 
-def _groups(items, key):
-    "Lists of those `items` that have the same `key(item)`, in order of first appearance."
-    found = {}
-    for o in items: found.setdefault(key(o), []).append(o)
-    return list(found.values())
+    def __init__(self): self.facts, self.films, self.found = [], {}, {}
+    def __len__(self): return len(self.facts)
+
+    def add(self, key, film, lenses, names, start=None):
+        "A `Film` or `Tray`; `start` is one of the same moments before the step."
+        self.films[key] = film, lenses, names, start
+        return film
+
+    def keep(self, lens, names, values):
+        "What was measured at once at this moment."
+        rows = self.found.setdefault((lens, names), [])
+        rows.extend([None]*(len(self) - len(rows)) + [values])
+
+    def next(self, *facts):
+        "The moment is over. What is told of it: weight, step."
+        for film,*_ in self.films.values():
+            if isinstance(film, Tray): film.next()
+        self.facts.append(facts)
+
+    def is_full(self): return len(self) >= min([self.most, *(film.most for film,*_ in self.films.values())])
+
+    def looks(self):
+        "[(lenses, names, look)] at all moments."
+        return [(lenses, names, film.look(*(() if start is None else (start.look(),))))
+                for film,lenses,names,start in self.films.values() if len(film)]
+
+    def measured(self):
+        "[(lens, names, values [moments, k, n])]: what was measured at once, with gaps for moments without."
+        for (lens,names),rows in self.found.items():
+            gap = torch.full_like(rows[-1], torch.nan)
+            rows = [gap if o is None else o for o in rows] + [gap]*(len(self) - len(rows))
+            yield lens, names, torch.stack(rows)
+
+    def clear(self):
+        "Measured."
+        for film,_,_,start in self.films.values():
+            film.clear()
+            if start is not None: start.clear()
+        self.facts, self.found = [], {}
+
+def _moments_for(tensors):
+    "How many moments of `tensors` to keep."
+    return max(1, min(_Reel.most, _Reel.entries//max(1, sum(o.numel() for o in tensors))))
 
 # %% ../nbs/19_inspector.ipynb #b003a1a1
 def _in_backward(): return torch._C._current_graph_task_id() != -1
@@ -96,7 +135,7 @@ class Inspector:
         self.lenses, self.depth, self.module_name_prefix = _checked(lenses), depth, module_name_prefix
         self.labels = dict(train=train_loss_str, valid=non_train_loss_str)
         self.is_active_fn, self.master_rank, self.weighted = _active_fn(is_active_fn), master_rank, weighted
-        self.every, self.budget, self.history = every, budget, History(max_bytes=max_bytes)
+        self.every, self.budget, self._history = every, budget, History(max_bytes=max_bytes)
         self.model, self.hooks, self._handles = None, [], []
         self._start(None)
         # which draws only when asked
@@ -109,15 +148,15 @@ class Inspector:
         self.kinds, self.params, self.optimizer = {}, [], None
         self.pace = Pace(self.every, self.budget, 'Inspector')
         self._told, self._rank, self._steps = set(), {}, {}
-        self._me, self._forward, self._axes, self._rooms, self._gaps = weakref.ref(self), 0, {}, {}, {}
-        self._optimizers, self._before, self._pools, self._known = {}, {}, {}, {}
-        self._given, self._found, self.phase, self.by_grad = None, {}, 'train', 'train'
+        self._me, self._forward, self._axes, self._gaps = weakref.ref(self), 0, {}, {}
+        self._optimizers, self._before, self._known, self._reels, self._follows = {}, {}, {}, {}, []
+        self._given, self.phase, self.by_grad = None, 'train', 'train'
         self._clear()
 
     def _clear(self):
         "An epoch begins."
         self.windows, self._batches, self._outputs, self._grads, self._starts = {}, {}, [], [], []
-        self._inside = self.looking = False
+        self._inside = self.looking = self._fresh = False
         self._samples, self._since_step = None, 0
         self.active = self.is_active_fn(self.epoch)
         self._n_forwards = Counter()
@@ -131,6 +170,12 @@ class Inspector:
     def visualizer(self, o):
         self._visualizer = visualizer_named(o)
         if hasattr(self._visualizer, 'recording'): self._visualizer.recording = lambda: self.recording()
+
+    @property
+    def history(self):
+        "The table, with what has been seen so far; values of single steps are in it if a lens asks for them."
+        if not self._inside: self._develop_all()
+        return self._history
 
     @property
     def attached(self):
@@ -169,7 +214,7 @@ def attach(self:Inspector,
     model = unwrap(module)
     self._start(model)
     self.model, self.optimizer = model, optimizer
-    self.history.start_run()
+    self._history.start_run()
     try:
         self._find_parameters()
         self._hook_all()
@@ -201,7 +246,8 @@ def _hook_layer(self:Inspector, i, name, m):
     if not any(wanted.values()): return
     hook = Hook(m, self._on_output, name)
     hook.lenses, hook.grad_lenses = tuple(wanted['output']), tuple(wanted['output_grad'])
-    hook.index, hook.by_phase, hook.forward = i, {}, None
+    hook.index, hook.by_phase, hook.forward, hook.places, hook.before = i, {}, None, {}, None
+    hook.follow = _Follow(self._me, hook, name)
     self.hooks.append(hook)
 
 @patch
@@ -227,7 +273,7 @@ def detach(self:Inspector): # the inspector
     self.hooks, self._handles = [], []
     if self.attached and self._pending(): self.tick_epoch()
     self.pace.stop()
-    self.model, self._before, self._starts, self._grads, self._outputs = None, {}, [], [], []
+    self.model, self._before, self._starts, self._grads, self._outputs, self._reels = None, {}, [], [], [], {}
     return self
 
 # %% ../nbs/19_inspector.ipynb #c38aea1b
@@ -253,7 +299,6 @@ def _begin(self:Inspector, hook, mod, inp, outp):
 
 @patch
 def _begin_forward(self:Inspector, mod, inp):
-    self._flush_outputs()
     self._step_before = self.step
     self._enter(mod)
     if self.phase == 'train': self._flush_grads()
@@ -263,6 +308,7 @@ def _begin_forward(self:Inspector, mod, inp):
 @patch
 def _enter(self:Inspector, mod):
     "A forward, or the call of a layer outside of one, begins: which phase is it?"
+    if self._fresh: self._end_outputs()
     self.by_grad = 'train' if torch.is_grad_enabled() else 'valid'
     self.phase = self.by_grad if mod.training else 'valid'
     if self._given: self.phase = self.by_grad = self._given
@@ -281,7 +327,7 @@ def _end(self:Inspector, hook, mod, inp, outp):
     "The model has been called."
     if not self._inside or _in_backward(): return
     self._inside = False
-    if self.looking: self._watch('the model', self._flush_outputs)
+    if self._fresh: self._watch('the model', self._end_outputs)
 
 @patch
 def _watch(self:Inspector, who, f, *args):
@@ -295,11 +341,29 @@ def _watch(self:Inspector, who, f, *args):
 @patch
 def _on_output(self:Inspector, hook, mod, inp, outp):
     if self._inside and not self.looking or not self.active: return
-    self.pace.begin_watch()
-    try: self._take(hook, mod, outp, _in_backward())
+    if torch.cuda.is_initialized(): return self._watch(hook.name, self._saw, hook, mod, outp)
+    began = perf_counter()   # two readings of the clock are a third of what `_watch` takes
+    try: self._saw(hook, mod, outp)
     except Exception as e:
         self._tell(hook.name, f'could not be measured and is left out ({type(e).__name__}: {e})')
-    self.pace.end_watch()
+    self.pace.add(perf_counter() - began)
+
+@patch
+def _saw(self:Inspector, hook, mod, outp):
+    if not self._put_down(hook, mod, outp): self._take(hook, mod, outp, _in_backward())
+
+@patch
+def _put_down(self:Inspector, hook, mod, outp):
+    "What is like last time, the usual case, is put in its place without further questions. Whether it was."
+    if not self._inside or hook.forward == self._forward or type(outp) is not torch.Tensor: return False
+    known = hook.places.get((self.by_grad, self.phase, outp.shape, outp.dtype))
+    if known is None or _in_backward(): return False
+    hook.forward, hook.calls, place = self._forward, [1, 0], known[0]
+    if place is not None:
+        place[0].put(place[1], outp.detach())
+        self._fresh = True
+    if hook.grad_lenses and outp.requires_grad: outp.register_hook(hook.follow)
+    return True
 
 @patch
 def _take(self:Inspector, hook, mod, outp, again):
@@ -327,8 +391,24 @@ def _take_tensor(self:Inspector, hook, mod, source, a, again):
         return self._tell(source, f'gives whole numbers ({a.dtype}), of which nothing is measured')
     axis = self._axis_of(hook, mod, source, a)
     if a.numel() == 0: return
-    if hook.lenses and not again: self._take_output(hook, source, axis, a)
-    if hook.grad_lenses and a.requires_grad: a.register_hook(_Follow(self._me, hook, axis, source))
+    if hook.grad_lenses and a.requires_grad: a.register_hook(self._follow(hook, source))
+    if again: return
+    comes_again = self._comes_again(hook, source, a)
+    if hook.lenses and self._lenses_now(hook): self._take_output(hook, source, axis, a, comes_again)
+    elif comes_again: self._remember(hook, a, None)
+
+@patch
+def _comes_again(self:Inspector, hook, source, a):
+    "Whether the module has given one tensor of this shape in two calls running."
+    key = (self.by_grad, self.phase, a.shape, a.dtype) if source == hook.name and not a.is_complex() else None
+    before, hook.before = hook.before, key
+    return key is not None and key == before
+
+@patch
+def _remember(self:Inspector, hook, a, place):
+    "Where outputs like `a` have their place: (tray, number), or None if only their gradient is wanted."
+    if len(hook.places) > 64: hook.places.clear()   # shapes that change all the time
+    hook.places[self.by_grad, self.phase, a.shape, a.dtype] = (place,)
 
 @patch
 def _axis_of(self:Inspector, hook, mod, source, a):
@@ -353,46 +433,69 @@ def _phase_of(self:Inspector, lens):
     return phase if phase == 'train' or lens.record_eval else None
 
 @patch
-def _take_output(self:Inspector, hook, source, axis, a):
-    lenses, a = self._lenses_now(hook), a.detach()
-    if not lenses: return
-    if a.ndim < 2: a = a.reshape(-1, 1)
-    if a.numel() <= self.small:
-        self._outputs.append(((lenses, axis, a.shape, a.dtype, a.device), source, a.clone()))
-    else: self._measure(lenses, [source], [a], axis)
+def _take_output(self:Inspector, hook, source, axis, a, comes_again):
+    self._fresh, lenses, full = True, self._lenses_now(hook), a.detach()
+    if a.ndim < 2: full = full.reshape(-1, 1)
+    if a.numel() > self.small: return self._measure(lenses, (source,), Look(_widen(full)[None], axis+1))
+    kind = lenses, axis, full.shape, full.dtype, full.device
+    self._outputs.append((kind, source, full.clone(), hook, comes_again and a.ndim > 1))
 
 @patch
-def _flush_outputs(self:Inspector):
-    "Measure the outputs that were copied."
-    if not self._outputs and not self._found: return
-    outputs, self._outputs = self._outputs, []
-    for group in _groups(outputs, itemgetter(0)):
-        (lenses, axis, *_), _, _ = group[0]
-        self._measure(lenses, [o[1] for o in group], [o[2] for o in group], axis)
-    self._write()
+def _end_outputs(self:Inspector):
+    "A forward is over: measure what was copied for the first or second time, and find room for it to come."
+    self._fresh, outputs, self._outputs = False, self._outputs, []
+    groups = list(groupby(outputs, itemgetter(0)).values())
+    for group in groups:
+        (lenses, axis, *_), *_ = group[0]
+        look = Look(_widen(torch.stack([o[2] for o in group])), axis+1)
+        self._measure(lenses, tuple(o[1] for o in group), look)
+    reel = self._reel('output', self.by_grad, self.phase)
+    reel.next(self._samples or 1, self.step)
+    groups = [group for group in groups if all(o[4] for o in group)]
+    if groups: self._make_trays(reel, groups)
+    if groups or reel.is_full(): self._develop('output', self.by_grad, self.phase)
 
 @patch
-def _measure(self:Inspector, lenses, names, tensors, axis):
-    "Ask `lenses` about outputs of one shape."
-    self._ask(lenses, tuple(names), Look(self._stacked(names, tensors), axis+1))
+def _make_trays(self:Inspector, reel, groups):
+    "What comes again and again in one shape gets a place of its own."
+    if len(reel.films) + len(groups) > 64: self._forget_trays(reel)
+    most = _moments_for([o[2] for group in groups for o in group])
+    for group in groups:
+        (lenses, axis, *_), _, like, *_ = group[0]
+        names = tuple(o[1] for o in group)
+        tray = reel.add((names, like.shape), Tray(like, len(group), axis, most), lenses, names)
+        for i,(_,_,a,hook,_) in enumerate(group):
+            self._remember(hook, a, (tray, i))
 
 @patch
-def _stacked(self:Inspector, names, tensors):
-    "One tensor of many, in memory that is used again: fresh memory is dearer than the copying."
-    if len(tensors) == 1 or tensors[0].dtype != torch.float32: return _stack(tensors)
-    shape, room = (len(tensors), *tensors[0].shape), self._rooms.get(names[0])
-    if room is None or room.shape != shape or room.device != tensors[0].device:
-        with torch.inference_mode(False): room = self._rooms[names[0]] = tensors[0].new_empty(shape)
-    return torch.stack(tensors, out=room)
+def _forget_trays(self:Inspector, reel):
+    "Too many shapes: begin anew."
+    self._develop('output', self.by_grad, self.phase)
+    reel.films = {}
+    for hook in self.hooks:
+        if hasattr(hook, 'places'): hook.places.clear()
+
+@patch
+def _measure(self:Inspector, lenses, names, look):
+    "Ask `lenses` now."
+    reel = self._reel('output', self.by_grad, self.phase)
+    for lens,values in self._ask(lenses, names, look): reel.keep(lens, names, values)
 
 # %% ../nbs/19_inspector.ipynb #34d4ee0b
 @patch
+def _reel(self:Inspector, *key):
+    reel = self._reels.get(key)
+    if reel is None: reel = self._reels[key] = _Reel()
+    return reel
+
+@patch
 def _ask(self:Inspector, lenses, names, look):
+    "[(lens, values)], without those that fail."
     for lens in lenses:
-        seen = look if not getattr(lens, 'channel_last', False) else Look(look.a, look.a.ndim-1)
-        try: values = _in_full_precision(lens.measure, seen)
+        seen = look
+        if getattr(lens, 'channel_last', False): seen, seen.there = Look(look.a, look.a.ndim-1), look.there
+        try: yield lens, look.masked(_in_full_precision(lens.measure, seen))
         except Exception as e: self._failed(lens, names, look, e)
-        else: self._found.setdefault(lens, []).append((names, look.masked(values)))
 
 @patch
 def _failed(self:Inspector, lens, names, look, e):
@@ -406,90 +509,116 @@ def _in_full_precision(measure, look):
     with torch.autocast(kind, enabled=False): return measure(look)
 
 @patch
-def _write(self:Inspector, weight=None):
-    "The answers so far become one row for each lens."
-    found, self._found = self._found, {}
-    for lens,parts in found.items():
-        names = parts[0][0] if len(parts) == 1 else sum((o for o,_ in parts), ())
-        values = parts[0][1] if len(parts) == 1 else torch.cat([o for _,o in parts], 1)
-        phase = 'train' if lens.tap in ('grad', 'update', 'output_grad') else self._phase_of(lens)
-        self._row(lens, phase, names, values, weight or self._samples or 1)
+def _develop(self:Inspector, *key):
+    "Measure what a reel holds; each lens gets a row for each moment."
+    reel, parts = self._reels[key], {}
+    if not len(reel): return
+    for lenses,names,look in reel.looks():
+        for lens,values in self._ask(lenses, names, look):
+            rows = values.view(len(values), len(reel), len(names)).transpose(0, 1)
+            parts.setdefault(lens, []).append((names, rows))
+    for lens,names,rows in reel.measured(): parts.setdefault(lens, []).append((names, rows))
+    for lens,found in parts.items(): self._rows(lens, self._phase_in(lens, key), found, reel.facts)
+    reel.clear()
 
 @patch
-def _row(self:Inspector, lens, phase, names, values, weight):
+def _phase_in(self:Inspector, lens, key):
+    if key[0] != 'output': return 'train'
+    return key[1] if lens.evaluation_from_grad else key[2]
+
+@patch
+def _rows(self:Inspector, lens, phase, found, facts):
+    names = found[0][0] if len(found) == 1 else sum((o for o,_ in found), ())
+    rows = found[0][1] if len(found) == 1 else torch.cat([o for _,o in found], 2)
+    weights = [weight if self.weighted else 1 for weight,_ in facts]
     window = self.windows.get((lens, phase))
     if window is None: window = self.windows[lens, phase] = Window()
-    window.add(names, values, weight if self.weighted else 1)
-    if not lens.inplace:
-        self.history.record_many(names, lens.stats, values, step=self.step, epoch=self.epoch, phase=phase,
+    window.add_rows(names, rows, weights)
+    if lens.inplace: return
+    for (weight,step),values in zip(facts, rows):
+        self._history.record_many(names, lens.stats, values, step=step, epoch=self.epoch, phase=phase,
                                  samples=weight)
+
+@patch
+def _develop_all(self:Inspector):
+    for key in self._reels: self._develop(*key)
 
 # %% ../nbs/19_inspector.ipynb #4350cb91
 class _Follow:
     "What hangs on an output tensor."
-    def __init__(self, inspector, *args): self.inspector, self.args = inspector, args
+    def __init__(self, inspector, hook, source): self.inspector, self.hook, self.source = inspector, hook, source
     def __call__(self, grad):
         inspector = self.inspector()
-        if inspector is not None and inspector.attached: inspector._grads.append((*self.args, grad))
+        if inspector is not None and inspector.attached: inspector._grads.append((self, grad))
+
+@patch
+def _follow(self:Inspector, hook, source):
+    return hook.follow if source == hook.name else _Follow(self._me, hook, source)
 
 @patch
 def _flush_grads(self:Inspector):
-    "Measure the gradients that have come in; a source's second one (gradient penalty) is a row of its own."
+    "Take the gradients that have come in; a source's second one (gradient penalty) is a moment of its own."
     if not self._grads: return
-    rounds, grads, self._grads = [], self._grads, []
-    for o in grads:
-        room = next((seen for seen in rounds if o[2] not in seen), None)
-        if room is None: rounds.append(room := {})
-        room[o[2]] = o
-    for seen in rounds:
-        for group in _groups(seen.values(), self._together):
-            self._guard(group[0][2], self._measure_grads, group)
-        self._write(self._samples)
+    grads, self._grads = self._grads, []
+    while grads:
+        now, later = {}, []
+        for o in grads:
+            if now.setdefault(o[0].source, o) is not o: later.append(o)
+        self._take_grads(list(now.values()))
+        grads = later
 
 @patch
-def _together(self:Inspector, o):
-    "Gradients are measured together that have the same key: small ones of the same lenses."
-    hook, _, source, grad = o
-    return hook.grad_lenses, grad.device, None if grad.numel() <= self.small else source
+def _take_grads(self:Inspector, grads):
+    "One moment of gradients by outputs: small ones go on film, those of the same lenses and device together."
+    reel, follows = self._reel('output_grad'), [o for o,_ in grads]
+    film = self._film_like(reel, follows, grads)
+    if film is not None: film.take([grad.detach() for _,grad in grads])
+    else: self._sort_grads(reel, grads)
+    self._follows = follows
+    reel.next(self._samples or 1, self.step)
+    if reel.is_full(): self._develop('output_grad')
 
 @patch
-def _measure_grads(self:Inspector, group):
-    (hook, axis, *_), names, grads = group[0], tuple(o[2] for o in group), [o[3].detach() for o in group]
-    if grads[0].numel() > self.small:
-        look, before = Look(_widen(grads[0])[None], axis+1), self._before.get(('output_grad', names))
-        if isinstance(before, Look) and before.a.shape == look.a.shape: look.before = before
-    else:
-        pool = self._pool_like(names, grads, [o[1] for o in group])
-        look = PooledLook(pool, grads, self._last_look('output_grad', names, pool))
-    self._keep('output_grad', hook.grad_lenses, names, look)
-    self._ask(hook.grad_lenses, names, look)
+def _film_like(self:Inspector, reel, follows, grads):
+    "The one film that takes these gradients, if they are like those of the last time, as they usually are."
+    if follows != self._follows or len(reel.films) != 1: return None
+    (film, _, names, _), = reel.films.values()
+    return film if film.pool.shapes == [grad.shape for _,grad in grads] and len(names) == len(follows) else None
 
 @patch
-def _pool_like(self:Inspector, names, tensors, axes):
-    "The pool for outputs of these shapes; a new one where they have changed."
-    shapes, pool = [o.shape for o in tensors], self._pools.get(('output_grad', names))
-    if pool is None or pool.shapes != shapes: pool = self._pools['output_grad', names] = Pool(tensors, axes)
-    return pool
+def _sort_grads(self:Inspector, reel, grads):
+    small = [o for o in grads if o[1].numel() <= self.small]
+    for group in groupby(small, lambda o: (o[0].hook.grad_lenses, o[1].device)).values():
+        self._guard(group[0][0].source, self._film_grads, reel, group)
+    for follow,grad in grads:
+        if grad.numel() > self.small: self._guard(follow.source, self._measure_grad, reel, follow, grad.detach())
 
 @patch
-def _pool(self:Inspector, tap, group, n_rooms=2):
-    "The pool for a group of parameters."
-    key = tap, group.names
-    if key not in self._pools: self._pools[key] = Pool([o.p for o in group.params], group.axes, n_rooms)
-    return self._pools[key]
+def _film_grads(self:Inspector, reel, group):
+    names, grads = tuple(o.source for o,_ in group), [grad.detach() for _,grad in group]
+    film = reel.films.get(names, (None,))[0]
+    if film is None or film.pool.shapes != [o.shape for o in grads]:
+        self._develop('output_grad')
+        lenses, axes = group[0][0].hook.grad_lenses, [self._axes[nm, o.ndim] for nm,o in zip(names, grads)]
+        film = self._new_film(reel, names, Pool(grads, axes, by_unit=False), grads, lenses, names)
+    film.take(grads)
 
 @patch
-def _last_look(self:Inspector, tap, names, pool):
-    "The look before this one, if it was at the same shapes."
-    before = self._before.get((tap, names))
-    return before if before is not None and getattr(before, 'pool', None) is pool else None
+def _new_film(self:Inspector, reel, key, pool, tensors, lenses, names):
+    if len(reel.films) > 64: reel.films = {}   # shapes that change all the time
+    film = Film(pool, _moments_for(tensors), any(o.before for o in lenses))
+    return reel.add(key, film, lenses, names)
 
 @patch
-def _keep(self:Inspector, tap, lenses, names, look):
-    "The look becomes the one before the next, if a lens wants to know it; it forgets the one before itself."
-    before = self._before.get((tap, names))
-    if before is not None: before.before = before.start = None
-    if any(o.before for o in lenses): self._before[tap, names] = look
+def _measure_grad(self:Inspector, reel, follow, grad):
+    "A large one is measured at once."
+    lenses, source = follow.hook.grad_lenses, follow.source
+    look = Look(_widen(grad)[None], self._axes[source, grad.ndim]+1)
+    before = self._before.get(source)
+    if before is not None and before.a.shape == look.a.shape: look.before = before
+    for lens,values in self._ask(lenses, (source,), look): reel.keep(lens, (source,), values)
+    look.before = None
+    if any(o.before for o in lenses): self._before[source] = look
 
 # %% ../nbs/19_inspector.ipynb #c0c48742
 @patch
@@ -501,7 +630,8 @@ def _find_parameters(self:Inspector):
     for o in self.params: self._rank.setdefault(o.name, (o.index, 0))
     self._by_id = {id(o.p) for o in self.params}
     self._selections = {tap: self._select(tap) for tap in ('grad', 'update', 'parameter')}
-    self._optimizers, self._known, self._pools = {}, {}, {}
+    self._optimizers, self._known = {}, {}
+    for key in [o for o in self._reels if o[0] in ('grad', 'update')]: self._develop(*key), self._reels.pop(key)
 
 @patch
 def _select(self:Inspector, tap):
@@ -509,7 +639,7 @@ def _select(self:Inspector, tap):
     lenses = [o for o in self.lenses if o.tap == tap]
     chosen = [(o, choose_parameters(self.params, o.parameters, type(o).__name__)) for o in lenses]
     return [(tuple(lens for lens,_ in group), group[0][1])
-            for group in _groups(chosen, lambda o: (o[1], id(o[0].optimizer)))]
+            for group in groupby(chosen, lambda o: (o[1], id(o[0].optimizer))).values()]
 
 # %% ../nbs/19_inspector.ipynb #66ce86fa
 @patch
@@ -531,17 +661,51 @@ def _before_step(self:Inspector, optimizer):
 
 @patch
 def _read_grads(self:Inspector, optimizer):
-    self._flush_outputs()
+    if self._fresh: self._end_outputs()
     self._flush_grads()
-    self._starts = []
-    for lenses,params in self._selections['grad']:
-        for group in self._groups_of(params, optimizer):
-            self._guard(group.names, self._look_at_grads, lenses, group, optimizer)
-    self._write(self._since_step)
-    for lenses,params in self._selections['update']:
-        if lenses[0].optimizer not in (None, optimizer): continue
-        for group in self._groups_of(params, optimizer):
-            self._guard(group.names, self._note_start, lenses, group)
+    scale = getattr(optimizer, 'grad_scale', None)   # a fused optimizer unscales in its step
+    for tap in 'grad', 'update':
+        for lenses,params in self._selections[tap]:
+            if tap == 'update' and lenses[0].optimizer not in (None, optimizer): continue
+            for group in self._groups_of(params, optimizer):
+                self._guard(group.names, self._film_group, tap, lenses, group, optimizer, scale)
+    self._end_step('grad', optimizer)
+
+@patch
+def _film_group(self:Inspector, tap, lenses, group, optimizer, scale):
+    "The gradients of a group, or the parameters before the step."
+    reel = self._reel(tap, id(optimizer))
+    known = reel.films.get(group.names)
+    if known is None: known = self._film_for(reel, tap, lenses, group, optimizer)
+    film, _, _, start = known
+    if tap == 'grad':
+        grads = group.grads()
+        film.take(grads if scale is None else [o if o is None else o/scale for o in grads])
+    else:
+        del start.there[len(film):]   # of a step that failed
+        tensors = group.changing()
+        start.take(tensors)
+        self._starts.append((film, tensors))
+
+@patch
+def _film_for(self:Inspector, reel, tap, lenses, group, optimizer):
+    "A new group; those it takes the place of are measured and dropped."
+    self._develop(tap, id(optimizer))
+    reel.films = {nm: o for nm,o in reel.films.items() if o[1] != lenses or not {*nm} & {*group.names}}
+    params = [o.p for o in group.params]
+    pool = Pool(params, group.axes)
+    self._new_film(reel, group.names, pool, params, lenses, group.names)
+    if tap == 'update':
+        film = reel.films[group.names][0]
+        reel.add(group.names, film, lenses, group.names, Film(pool, film.most, False))
+    return reel.films[group.names]
+
+@patch
+def _end_step(self:Inspector, tap, optimizer):
+    reel = self._reel(tap, id(optimizer))
+    if not reel.films: return
+    reel.next(self._since_step or 1, self.step)
+    if reel.is_full(): self._develop(tap, id(optimizer))
 
 @patch
 def _groups_of(self:Inspector, params, optimizer):
@@ -552,45 +716,22 @@ def _groups_of(self:Inspector, params, optimizer):
     if there == before: return groups
     held, old = self._held(optimizer), {o for group in groups for o in group.params}
     known = [o for o in params if (o in old or o.p.grad is not None) and id(o.p) in held]
-    if len(known) != len(old): groups = [ParameterGroup(o) for o in _groups(known, lambda o: o.p.device)]
+    if len(known) != len(old): groups = [ParameterGroup(o) for o in groupby(known, lambda o: o.p.device).values()]
     self._known[key] = there, groups
     return groups
-
-@patch
-def _look_at_grads(self:Inspector, lenses, group, optimizer):
-    grads, scale = group.grads(), getattr(optimizer, 'grad_scale', None)
-    # a fused optimizer unscales in its step
-    if scale is not None: grads = [o if o is None else o/scale for o in grads]
-    pool = self._pool('grad', group)
-    look = PooledLook(pool, grads, self._last_look('grad', group.names, pool))
-    self._keep('grad', lenses, group.names, look)
-    self._ask(lenses, group.names, look)
-
-@patch
-def _note_start(self:Inspector, lenses, group):
-    pool = self._pool('start', group, n_rooms=1)
-    self._starts.append((lenses, group, PooledLook(pool, group.changing())))
 
 # %% ../nbs/19_inspector.ipynb #22a2a943
 @patch
 def _after_step(self:Inspector, optimizer):
     if not self.active or not self._held(optimizer): return
-    if self._starts: self._watch('the updates', self._read_updates)
+    if self._starts: self._watch('the updates', self._read_updates, optimizer)
     self._since_step, self._starts = 0, []
     if not self._given: self.step = max(self._steps.values())
 
 @patch
-def _read_updates(self:Inspector):
-    for lenses,group,start in self._starts:
-        self._guard(group.names, self._look_at_updates, lenses, group, start)
-    self._write(self._since_step)
-
-@patch
-def _look_at_updates(self:Inspector, lenses, group, start):
-    pool = self._pool('update', group)
-    look = PooledLook(pool, group.changing(), self._last_look('update', group.names, pool), start)
-    self._keep('update', lenses, group.names, look)
-    self._ask(lenses, group.names, look)
+def _read_updates(self:Inspector, optimizer):
+    for film,tensors in self._starts: self._guard('the updates', film.take, tensors)
+    self._end_step('update', optimizer)
 
 # %% ../nbs/19_inspector.ipynb #5a974803
 @patch
@@ -615,7 +756,7 @@ def _push(self:Inspector, lens, name, value, phase, weight, keep=False):
     weight = (weight or 1) if self.weighted else 1
     self.windows[key].add((name,), value, weight)
     if keep or not lens.inplace:
-        self.history.record(name, name, value.reshape(()), step=self.step, epoch=self.epoch, phase=key[1],
+        self._history.record(name, name, value.reshape(()), step=self.step, epoch=self.epoch, phase=key[1],
                             samples=weight)
 
 @patch
@@ -651,7 +792,8 @@ def _loss_lenses(self:Inspector): return [o for o in self.lenses if o.tap == 'lo
 
 # %% ../nbs/19_inspector.ipynb #21472afd
 @patch
-def _pending(self:Inspector): return bool(self.windows or self._outputs or self._grads)
+def _pending(self:Inspector):
+    return bool(self.windows or self._fresh or self._grads or any(len(o) for o in self._reels.values()))
 
 @patch
 def tick_epoch(self:Inspector,
@@ -669,14 +811,16 @@ Inspector.tick = Inspector.tick_epoch
 
 @patch
 def _close_epoch(self:Inspector):
-    self._guard('the model', self._flush_outputs)
-    self._guard('the gradients', self._flush_grads)
+    with torch.no_grad():
+        if self._fresh: self._guard('the model', self._end_outputs)
+        self._guard('the gradients', self._flush_grads)
+        self._develop_all()
     self._share()
     for (who,phase),window in self.windows.items(): self._close(who, phase, window)
     if self.model is not None: self._read_parameters()
     for phase,sizes in self._batches.items():
         for stat,value in (('size', max(sizes, key=sizes.get)), ('count', sizes.total())):
-            self.history.record('batches', stat, float(value), **self._where(phase))
+            self._history.record('batches', stat, float(value), **self._where(phase))
     self._tell_silent()
     if _rank() == self.master_rank: self._draw()
 
@@ -689,9 +833,9 @@ def _close(self:Inspector, who, phase, window):
     lens, stats = who if isinstance(who, tuple) else (who, None)
     stats, summary = (stats,) if stats else lens.stats, window.summary()
     names = tuple(row_stat(stat, how) for how in aggregates for stat in stats)
-    self.history.record_many(window.names, names, summary.flatten(0, 1), **self._where(phase))
+    self._history.record_many(window.names, names, summary.flatten(0, 1), **self._where(phase))
     for name,value in lens.over_all(summary[0]).items():
-        self.history.record('all', name, value, **self._where(phase))
+        self._history.record('all', name, value, **self._where(phase))
 
 def _alike(o): return o.axis(), o.p.shape, o.p.dtype, o.p.device
 
@@ -701,12 +845,11 @@ def _read_parameters(self:Inspector):
     self._guard('the parameters', self._find_parameters)
     for lenses,params in self._selections['parameter']:
         there = [o for o in params if not isinstance(o.p, nn.parameter.UninitializedParameter)]
-        for group in _groups(there, _alike):
-            look = Look(_stack([o.p for o in group]), group[0].axis()+1)
-            self._ask(lenses, tuple(o.name for o in group), look)
-    found, self._found = self._found, {}
-    for lens,parts in found.items():
-        for names,values in parts: self.history.record_many(names, lens.stats, values, **self._where('train'))
+        for group in groupby(there, _alike).values():
+            look = Look(_widen(torch.stack([o.p.detach() for o in group])), group[0].axis()+1)
+            names = tuple(o.name for o in group)
+            for lens,values in self._ask(lenses, names, look):
+                self._history.record_many(names, lens.stats, values, **self._where('train'))
 
 @patch
 def _tell_silent(self:Inspector):
@@ -847,7 +990,7 @@ def state_dict(self:Inspector) -> dict: # tensors, numbers and text, for `torch.
 def load_state_dict(self:Inspector, state:dict):
     "Go on from there; attach first."
     if not self.attached: raise RuntimeError('Inspector.load_state_dict: attach the model first')
-    self.history = History(self.history.max_pending, self.history.max_bytes)
+    self._history = History(self.history.max_pending, self.history.max_bytes)
     for (phase, who, stat), facts, values in state['columns']:
         self.history.load_column((phase, who, stat), facts.tolist(), values.numpy())
     self.history.run, self.epoch, self._rank = state['run'], state['epoch'], dict(state['rank'])

@@ -94,7 +94,7 @@ class Learner:
         if self.iter is None: raise ValueError(self._no_batches())
 
     def one_epoch(self, training):
-        "One pass over the loader for training or for validation."
+        "One pass over the loader for training; if `training` is false, for validation."
         self.model.train(training)
         self._in_phase = training
         self.dl,self.iter = self._loader(training),None
@@ -119,6 +119,7 @@ class Learner:
         resume=None    # a file of `miniai.checkpoint`, or a folder of them: go on where that fit was
     ):
         "Train and validate; the mode (train or eval) of every module is afterwards what it was before."
+        self._check_fit()
         added = [o for o in as_cbs(cbs) if not any(o is cb for cb in self.cbs)]
         modes = [(self.model, self.model.training), *((m, m.training) for m in self.model.modules())]
         try:
@@ -139,10 +140,14 @@ class Learner:
         raise AttributeError(f'{type(self).__name__} has no attribute {name!r}')
 
     @property
-    def training(self): return self.model.training if self._in_phase is None else self._in_phase
+    def training(self):
+        "Whether this epoch trains."
+        return self.model.training if self._in_phase is None else self._in_phase
 
     @property
-    def phase(self): return 'train' if self.training else 'valid'
+    def phase(self):
+        "'train' or 'valid'"
+        return 'train' if self.training else 'valid'
 
 def _items(cbs): return getattr(cbs, 'items', cbs)
 
@@ -174,6 +179,17 @@ def _check_workers(self:Learner, train):
 def _names(cbs): return ', '.join(type(o).__name__ for o in cbs) or 'none'
 
 # %% ../nbs/09_learner.ipynb #d8344205
+@patch
+def _check_fit(self:Learner):
+    "What would end somewhere deep inside."
+    if not isinstance(self.model, nn.Module):
+        raise TypeError(f'fit: the model is {self.model!r} ({type(self.model).__name__}); it must be an '
+                        'nn.Module. A function goes into the forward of one')
+    if 'fit' in vars(self).get('_levels', ()):
+        raise RuntimeError('fit: this learner is in a fit. A callback that calls fit, lr_find, summary or '
+                           'capture_preds of its own learner would end what the others have begun; call '
+                           'them before or after, or with another Learner for copy.deepcopy(learn.model)')
+
 @patch
 def _start(self:Learner, n_epochs, train, valid, lr, reset_opt, resume):
     "Check what can be checked, make the optimizer, open a run in the history."
@@ -212,6 +228,7 @@ def _ready_opt(self:Learner, lr, reset_opt):
     if self.opt_func and (reset_opt or self.opt is None):
         lr = self.lr if lr is None else lr
         if lr is None: raise ValueError('fit: there is no learning rate; pass `lr` to the Learner or to fit')
+        if isinstance(lr, str): raise TypeError(f'fit: lr is the string {lr!r}; it must be a number')
         self.opt = self.opt_func(self.model.parameters(), lr)
         self._drop_grads()
     elif self.opt is None:
@@ -224,11 +241,12 @@ def _ready_opt(self:Learner, lr, reset_opt):
 @patch
 def _loader(self:Learner, training):
     nm = 'train' if training else 'valid'
-    try: return getattr(self.dls, nm)
-    except (AttributeError, IndexError) as e:
-        hint = '' if training else ', or fit with valid=False'
-        raise ValueError(f'fit: dls ({type(self.dls).__name__}) has no loader `.{nm}`; pass an object with '
-                         f'.train and .valid, such as miniai.datasets.DataLoaders{hint}') from e
+    try: dl,cause = getattr(self.dls, nm),None
+    except (AttributeError, IndexError) as e: dl,cause = None,e
+    if dl is not None: return dl
+    hint = '' if training else ', or fit with valid=False'
+    raise ValueError(f'fit: dls ({type(self.dls).__name__}) has no loader `.{nm}`; pass an object with '
+                     f'.train and .valid, such as miniai.datasets.DataLoaders{hint}') from cause
 
 @patch
 def _no_batches(self:Learner):
@@ -288,11 +306,16 @@ def _generators(dl):
     found = [getattr(o, 'generator', None) for o in parts]
     return [o for o in found if isinstance(o, torch.Generator)]
 
+def _all_generators(dls):
+    "Those of both loaders, each once."
+    found = [g for nm in ('train', 'valid') for g in _generators(getattr(dls, nm, None))]
+    return list({id(g): g for g in found}.values())
+
 def _rng_state(dls):
     "All random states that a fit draws from."
     return (random.getstate(), np.random.get_state(), torch.get_rng_state(),
             torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None,
-            [(g, g.get_state()) for g in _generators(getattr(dls, 'train', None))])
+            [(g, g.get_state()) for g in _all_generators(dls)])
 
 def _set_rng_state(state):
     python,numpy,cpu,cuda,gens = state
@@ -565,6 +588,7 @@ class ProgressCB(Callback):
 
     def before_fit(self, learn):
         self.notebook,self.terminal = _in_notebook() and is_main(),_in_terminal() and is_main()
+        self._draws = self.plot and self.notebook and not learn.trial
         self.rows,self._keys,self._table,self._picture = [],None,_Display(),_Display()
         self._smooth,self._late,self._mean = None,_LateValue(),RunningMean()
         self._next,self._next_draw = 0.,time.monotonic()+1
@@ -572,7 +596,7 @@ class ProgressCB(Callback):
 
     def before_epoch(self, learn):
         self._mean.reset()
-        if self.notebook or self.terminal: self._bar = self._make_bar(learn)
+        if self.notebook or self.terminal: self._begin_bar(learn)
 
     def after_batch(self, learn):
         loss = learn.loss.detach()
@@ -584,16 +608,14 @@ class ProgressCB(Callback):
         if self._bar is None: return
         self._bar.update()
         now = time.monotonic()
-        if now >= self._next: self._tick(now)
-        if self.plot and self.notebook and now >= self._next_draw: self._redraw(learn)
+        if learn.training and now >= self._next: self._tick(now)
+        if self._draws and now >= self._next_draw: self._redraw()
 
     def after_epoch(self, learn):
         if self._printer is None:   # no MetricsCB: tell the loss, read once an epoch
             self._log({'loss': _text(self._mean.compute()), 'epoch': learn.epoch,
                        'train': 'train' if learn.training else 'eval'})
-        if self.plot and self.notebook: self._redraw(learn)
-
-    def cleanup_epoch(self, learn): self._close_bar()
+        if self._draws: self._redraw()
 
     def state_dict(self):
         return dict(epoch=self.learn.epoch, mean=self._mean.state_dict(), smooth=self._smooth)
@@ -611,14 +633,25 @@ def _len(dl):
     try: return len(dl)
     except Exception: return None   # an iterable data set; the bar then counts without a goal
 
-@patch
-def _make_bar(self:ProgressCB, learn):
-    bar_type = tqdm
-    if self.notebook:
-        try: import ipywidgets; from tqdm.notebook import tqdm as bar_type
+def _bar_type(notebook):
+    if notebook:
+        try:
+            import ipywidgets  # noqa: F401
+            from tqdm.notebook import tqdm as widget
+            return widget
         except ImportError: pass   # without ipywidgets the bar is text
-    desc = f'epoch {learn.epoch} {"train" if learn.training else "eval"}'
-    return bar_type(total=_len(learn.dl), desc=desc, leave=False)
+    return tqdm
+
+@patch
+def _begin_bar(self:ProgressCB, learn):
+    "A bar for the pass that begins: the one that is there, from its start."
+    total,desc = _len(learn.dl),f'epoch {learn.epoch} {"train" if learn.training else "eval"}'
+    if self._bar is None: self._bar = _bar_type(self.notebook)(total=total, desc=desc, leave=False)
+    else:
+        self._bar.set_description_str(f'{desc}: ', refresh=False)
+        self._bar.set_postfix_str('', refresh=False)
+        if total is None: self._bar.total = None
+        self._bar.reset(total)
 
 @patch
 def _tick(self:ProgressCB, now):
@@ -630,8 +663,11 @@ def _tick(self:ProgressCB, now):
 
 @patch
 def _close_bar(self:ProgressCB):
-    if self._bar is not None: self._bar.close()
-    self._bar = None
+    bar,self._bar = self._bar,None
+    if bar is None: return
+    bar.close()
+    # one that has not come to its end would stay in the notebook, in red
+    if hasattr(bar, 'container'): bar.container.close()
 
 # %% ../nbs/09_learner.ipynb #20c93cc0
 @patch
@@ -655,6 +691,7 @@ def _log(self:ProgressCB, d):
     "One more row of the table."
     self.rows.append(d)
     if not is_main(): return
+    if self._draws and self._picture.handle is None: self._redraw()   # above the table
     if self.notebook: return self._table.show(_html(self.rows))
     if list(d) != self._keys: tqdm.write(_row(d), file=sys.stdout)
     self._keys = list(d)
@@ -685,8 +722,9 @@ def draw(self:ProgressCB,
     figsize=(6,3) # inches
 ): # a matplotlib Figure
     "The loss of every training batch of the last fit, smoothed, and the mean over each validation pass."
-    from matplotlib.figure import Figure
-    fig = Figure(figsize, layout='constrained')   # not one of pyplot's, so nobody has to close it
+    import matplotlib.pyplot as plt
+    fig = plt.figure(figsize=figsize, layout='constrained')
+    plt.close(fig)   # it is shown where it is returned, and nobody has to close it
     ax = fig.subplots()
     learn = getattr(self, 'learn', None)
     series = {o: _last_run(learn.history, o) for o in ('train', 'valid')} if learn else {}
@@ -707,7 +745,7 @@ def _say(fig, ax, text):
     return fig
 
 @patch
-def _redraw(self:ProgressCB, learn):
+def _redraw(self:ProgressCB):
     "Replace the live picture. It flushes the history: a wait for the device, about once a second."
     from IPython.display import Image
     start,png = time.monotonic(),io.BytesIO()

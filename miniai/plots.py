@@ -181,10 +181,9 @@ def plot_lines(
 
 # %% ../nbs/03_plots.ipynb #ee25957f
 def _edges(x):
-    "The borders [n+1] between cells whose middles are `x` [n]."
-    if len(x)==1: return np.array([x[0]-.5, x[0]+.5])
-    mid = (x[1:]+x[:-1])/2
-    return np.concatenate([[x[0]-(mid[0]-x[0])], mid, [x[-1]+(x[-1]-mid[-1])]])
+    "The borders [n+1] between cells around `x` [n]; the outermost half the smallest gap away."
+    half = np.diff(x).min()/2 if len(x) > 1 else .5
+    return np.concatenate([[x[0]-half], (x[1:]+x[:-1])/2, [x[-1]+half]])
 
 # %% ../nbs/03_plots.ipynb #9b4729ac
 def _with_gaps(cmap):

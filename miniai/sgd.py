@@ -7,9 +7,8 @@ __all__ = ['SGD', 'Momentum', 'RMSProp', 'Adam', 'HasLearnCB', 'RecorderCB', 'Ba
            'OneCycleCB', 'EMACB']
 
 # %% ../nbs/12_sgd.ipynb #0bdf4000
-import warnings
+import math, warnings
 from contextlib import contextmanager
-from functools import partial
 
 import numpy as np
 import torch
@@ -49,11 +48,11 @@ class SGD(optim.Optimizer):
         self.opt_step(p, group, self.state[p])
 
     def reg_step(self, p, group):
-        "Weight decay."
+        "Weight decay of parameter `p`, as its `group` says."
         if group['wd']: p.mul_(1 - group['lr']*group['wd'])
 
     def opt_step(self, p, group, state):
-        "The step; `state` is a dict for what is to be kept of `p`."
+        "The step of parameter `p`, as its `group` says; `state` is a dict for what is to be kept of it."
         p.sub_(p.grad, alpha=group['lr'])
 
 # %% ../nbs/12_sgd.ipynb #3c7883c8
@@ -187,11 +186,13 @@ class BaseSchedCB(Callback):
     "Makes a scheduler of the optimizer at the beginning of a fit; it is `schedo` then."
     order = MetricsCB.order+50   # after those who want to see the rate that was used
     schedo = _saved = None
+    _fitting = False
     def __init__(self,
         sched # called with the optimizer, returns the scheduler
     ): self.sched = sched
 
-    def before_fit(self, learn): self.schedo = None
+    def before_fit(self, learn): self.schedo,self._fitting = None,True
+    def cleanup_fit(self, learn): self._fitting = False
 
     def before_epoch(self, learn):
         if not learn.training or self.schedo is not None or getattr(learn, 'trial', False): return
@@ -199,29 +200,34 @@ class BaseSchedCB(Callback):
         if self._saved is not None: self.schedo.load_state_dict(self._saved)
         self._saved = None
 
-    def _make(self, learn): return self.sched(learn.opt)
+    def _make(self, learn):
+        if callable(self.sched): return self.sched(learn.opt)
+        raise TypeError(f'{type(self).__name__}: sched is a {type(self.sched).__name__}, made already; give '
+                        'what makes it of the optimizer, as `partial(StepLR, step_size=2)`')
 
     def _step(self, learn):
         if learn.training and self.schedo is not None: self.schedo.step()
 
 # %% ../nbs/12_sgd.ipynb #5ff3ed9b
 @patch
-def state_dict(self:BaseSchedCB) -> dict: # state of the scheduler; empty before the first training epoch
+def state_dict(self:BaseSchedCB) -> dict: # of the scheduler; before there is one what was loaded, or empty
     "How far the schedule has come."
-    return {} if self.schedo is None else self.schedo.state_dict()
+    return self._saved or {} if self.schedo is None else self.schedo.state_dict()
 
 @patch
 def load_state_dict(self:BaseSchedCB,
     state:dict # as `state_dict` gave it
 ):
     "Go on from there, at once or, before a fit, when its scheduler is made."
+    if self._fitting and self.schedo is None: return   # this fit was over when it was saved
     if self.schedo is None: self._saved = state or None
     elif state: self.schedo.load_state_dict(state)
 
 # %% ../nbs/12_sgd.ipynb #cf35453f
 class BatchSchedCB(BaseSchedCB):
-    "A scheduler's step after every training batch."
-    def after_batch(self, learn): self._step(learn)
+    "A scheduler's step after every step of the optimizer: after every training batch, unless some are held."
+    def after_batch(self, learn):
+        if not learn.hold: self._step(learn)
 
 # %% ../nbs/12_sgd.ipynb #3b4c4b79
 class EpochSchedCB(BaseSchedCB):
@@ -279,7 +285,7 @@ class OneCycleCB(BatchSchedCB):
     "The learning rate up and down again over the whole fit, the momentum down and up."
     def __init__(self,
         lr=None,          # highest rate, or a list with one for each group; default: the fit's
-        total_steps=None, # training steps of the fit; default: epochs times batches
+        total_steps=None, # optimizer steps of the fit; default: epochs times batches (by AccumulateCB's n)
         **kw              # for `torch.optim.lr_scheduler.OneCycleLR`, as pct_start
     ): self.lr,self.total_steps,self.kw = lr,total_steps,kw
 
@@ -292,7 +298,8 @@ class OneCycleCB(BatchSchedCB):
 # %% ../nbs/12_sgd.ipynb #71a21dda
 def _n_steps(learn):
     "Training steps of the fit that has begun."
-    try: return learn.n_epochs*len(learn.dls.train)
+    batches = max([getattr(cb, 'batches_per_step', 1) for cb in learn.cbs])
+    try: return learn.n_epochs*math.ceil(len(learn.dls.train)/batches)
     except TypeError as e:
         raise ValueError(f'OneCycleCB: the training loader ({type(learn.dls.train).__name__}) does not know '
                          'its length; give total_steps') from e
@@ -307,9 +314,10 @@ class EMACB(Callback):
     ):
         if not 0 <= decay < 1: raise ValueError(f'EMACB: decay is {decay!r}; it must be from 0 to below 1')
         self.decay,self.warmup = decay,warmup
-        self.averages,self.n,self._trained,self._loaded = {},0,None,False
+        self.averages,self.n,self._trained,self._loaded,self._begun = {},0,None,False,None
 
-    def before_fit(self, learn): self._begun = False
+    def before_fit(self, learn): self._begun = False   # None outside of a fit
+    def cleanup_fit(self, learn): self._begun = None
 
     def before_epoch(self, learn):
         if getattr(learn, 'trial', False): return
@@ -391,4 +399,5 @@ def load_state_dict(self:EMACB,
     state:dict # as `state_dict` gave it
 ):
     "Go on from there in the next fit."
-    self.averages,self.n,self._loaded = {k: v.clone() for k,v in state['averages'].items()},state['n'],True
+    self.averages,self.n = {k: v.clone() for k,v in state['averages'].items()},state['n']
+    self._loaded = self._begun is None   # in a fit: that one goes on, the next begins as ever

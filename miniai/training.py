@@ -19,7 +19,7 @@ def accuracy(
 
 # %% ../nbs/04_training.ipynb #63231e71
 def report(loss, preds, yb):
-    "Print the loss and the accuracy of a batch; this reads both from the device."
+    "Print `loss` and the accuracy of `preds` for the targets `yb`; this reads both from the device."
     print(f'{loss:.2f}, {accuracy(preds, yb):.2f}')
 
 # %% ../nbs/04_training.ipynb #538f3fd7

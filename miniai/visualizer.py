@@ -13,7 +13,6 @@ from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
-from fastcore.basics import patch
 
 from .history import History
 from .lens import Panel, ranges, row_stat

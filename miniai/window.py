@@ -46,11 +46,23 @@ class Window:
         weight:float=1       # such as the number of samples they were computed from
     ):
         "One more row; nothing is read from the device."
-        if names != self.names: values = self._placed(names, values)
-        if self.rows is None: self.rows = self._room(values)
-        self.rows[len(self.weights)].copy_(values)
-        self.weights.append(weight)
-        if len(self.weights) == self.size: self.fold()
+        self.add_rows(names, values[None], (weight,))
+
+    def add_rows(self,
+        names:tuple,       # of n sources
+        rows:torch.Tensor, # [steps, k, n]; NaN for a gap
+        weights            # of each step
+    ):
+        "One row for each of some steps."
+        if names != self.names: rows = self._placed(names, rows)
+        if self.rows is None: self.rows = self._room(rows[0])
+        for i in range(0, len(rows), self.size): self._put(rows[i:i+self.size], weights[i:i+self.size])
+
+    def _put(self, rows, weights):
+        n = len(self.weights)
+        if n + len(rows) > self.size: n = len(self.fold().weights)
+        self.rows[n:n+len(rows)].copy_(rows)
+        self.weights.extend(weights)
 
     def _room(self, values):
         with torch.inference_mode(False): return values.new_empty(self.size, *values.shape)
@@ -73,13 +85,13 @@ class Window:
         while sum(map(len, self.sample)) > self.kept:
             self.sample, self.stride = [torch.cat(self.sample)[::2]], self.stride*2
 
-    def _placed(self, names, values):
-        "`values` in the order of all names so far; those not among `names` are gaps."
+    def _placed(self, names, rows):
+        "`rows` in the order of all names so far; those not among `names` are gaps."
         new = tuple(o for o in names if o not in self.names)
         if new: self._grow(new)
-        if names == self.names: return values
-        at = torch.tensor([self.names.index(o) for o in names], device=values.device)
-        return values.new_full((len(values), len(self.names)), torch.nan).index_copy_(1, at, values)
+        if names == self.names: return rows
+        at = torch.tensor([self.names.index(o) for o in names], device=rows.device)
+        return rows.new_full((*rows.shape[:-1], len(self.names)), torch.nan).index_copy_(-1, at, rows)
 
     def _grow(self, new):
         "More sources: what has gone by was a gap for them."

@@ -10,7 +10,7 @@ of the same moment; the tables show the median of their ratios, and the quartile
 programs disturb less than the clock on the wall; on a GPU by the clock, waiting for the device at the end of each step. The
 page `nbs/explanations/cost.ipynb` runs this file and keeps what it found.
 """
-import argparse, ctypes, platform, sys, threading, time, tracemalloc
+import argparse, ctypes, importlib.util, platform, sys, threading, time, tracemalloc
 from functools import partial
 
 import numpy as np
@@ -153,10 +153,7 @@ def output_lenses():
     return [OutputActivation(), OutputNorm()]
 
 
-def has_monitorch():
-    try: import monitorch
-    except ImportError: return False
-    return True
+def has_monitorch(): return importlib.util.find_spec('monitorch') is not None
 
 
 # --- tables ---

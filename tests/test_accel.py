@@ -1,5 +1,5 @@
 "Room 15: mixed precision, accumulation, clipping, compilation, and several processes that equal one."
-import importlib.util, os, subprocess, sys, warnings
+import importlib.util, os, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,12 @@ from shared import HandSGD
 
 from miniai.accel import AccelerateCB, AccumulateCB, CompileCB, DDPCB, GradClipCB, MixedPrecision, Share, half_type
 from miniai.activations import ActivationStats
-from miniai.callback import Callback, CancelBatchException, CancelEpochException, CancelFitException, events
+from miniai.callback import Callback, CancelBatchException, events
 from miniai.conv import conv
 from miniai.datasets import DataLoaders, MemoryLoader, fashion_mnist
 from miniai.device import set_seed
 from miniai.hooks import count_hooks
-from miniai.learner import (DeviceCB, Learner, MetricsCB, MomentumLearner, ProgressCB, SingleBatchCB, TrainCB,
-                            TrainLearner)
+from miniai.learner import (DeviceCB, Learner, MetricsCB, SingleBatchCB, TrainCB)
 from miniai.sgd import EMACB, OneCycleCB
 from miniai.training import accuracy
 
@@ -80,7 +79,7 @@ def test_no_context_stays_open(event, error):
         worker = type('Failing', (MixedPrecision,), {event: lambda self, learn: (_ for _ in ()).throw(e)})()
         cbs = [worker]
     else: cbs = [MixedPrecision(), RaiseAt(event, e)]
-    learn = learner(*cbs, AccumulateCB(2), GradClipCB(), CompileCB(backend='eager'), stats := ActivationStats())
+    learn = learner(*cbs, AccumulateCB(2), GradClipCB(), CompileCB(backend='eager'), ActivationStats())
     with pytest.raises(type(e)) as found: learn.fit(1)
     assert not torch.is_autocast_enabled('cpu') and not count_hooks(learn.model)
     assert learn.model._compiled_call_impl is None and not learn.hold
@@ -153,6 +152,22 @@ def test_accumulation_equals_the_large_batch(n, k, opt_func):
     losses = many.history.series('batch', 'loss')
     assert losses.values.max() < 5 and set(losses.samples) <= {4, n % 4}   # not scaled
 
+def test_a_schedule_steps_when_the_optimizer_does(recwarn):
+    "Accumulation with a schedule equals the large batch with one: the same rates, and as many."
+    def fit(bs, *more):
+        learn = fitted(learner(*quiet(*more, OneCycleCB(pct_start=.3), cb), dls=small_dls(bs), opt_func=optim.AdamW), 3, valid=False)
+        return weights(learn), rates
+    for n in 2, 3, 4:
+        found = []
+        for bs, more in ((8, [AccumulateCB(n)]), (8*n, [])):
+            rates = []
+            cb = Callback()
+            cb.after_step = lambda learn: rates.append(learn.opt.param_groups[0]['lr'])
+            found.append(fit(bs, *more))
+        (many, lrs), (one, expected) = found
+        assert lrs == expected and len(lrs) == 3*-(-40//(8*n)) and torch.allclose(many, one, atol=1e-6)
+    assert not [o for o in recwarn if 'lr_scheduler.step()' in str(o.message)]
+
 def test_held_batches_do_not_clip_or_step():
     seen = []
     class Look(Callback):
@@ -217,6 +232,14 @@ def test_clipping_before_and_after(kind):
     np.testing.assert_allclose(h.series('gradient', 'norm').values, seen[::2], rtol=1e-5)
     np.testing.assert_allclose(h.series('gradient', 'norm clipped').values, seen[1::2], rtol=1e-5)
     assert max(seen[1::2]) <= .05001 < min(seen[::2])
+
+def test_clipping_where_nothing_has_a_gradient():
+    learn = learner(*quiet(GradClipCB()))
+    learn.opt = optim.SGD(learn.model.parameters(), lr=.1)
+    learn.cbs[1].after_backward(learn)
+    assert not len(learn.history.series('gradient', 'norm'))
+    for bad in (0, -1., float('nan')):
+        with pytest.raises(ValueError, match='max_norm'): GradClipCB(bad)
 
 def test_a_nan_gradient_is_recorded_as_nan():
     learn = learner(*quiet(GradClipCB()))

@@ -1,6 +1,5 @@
 "The activation-function lab: values, networks on disk, the instruments and what they leave behind, training."
-import copy, io, json, os, pickle, random, warnings
-from pathlib import Path
+import copy, json, os, random
 
 import numpy as np
 import pytest
@@ -16,11 +15,10 @@ from miniai import datasets
 from miniai.actfns import (ActivationFunction, BaseNetwork, BestEpochCB, LeakyReLU, PatienceCB, act_fn_by_name, compare_act_fns,
                            fashion_splits, get_act_fn, get_grads, load_model, load_notes, measure_number_dead_neurons, plot_act_fn,
                            plot_act_fns, save_model, six_act_fns, train_act_fns, visualize_activations, visualize_gradients)
-from miniai.conv import conv
+from miniai.checkpoint import CheckpointCB
 from miniai.datasets import DataLoaders, fashion_mnist, idx_folder
 from miniai.hooks import count_hooks
 from miniai.learner import Callback, Learner, MetricsCB, TrainCB
-from miniai.training import accuracy
 
 realdata = pytest.mark.skipif(bool(datasets._missing_idx(idx_folder)), reason='dataset-fashion-mnist is not installed')
 names = list(act_fn_by_name)
@@ -748,3 +746,76 @@ def test_channels_are_kept_through_a_change_of_length(between):
     net = nn.Sequential(conv, between, nn.ReLU())
     table = measure_number_dead_neurons(net, torch.randn(20, 1, 9), verbose=False, progress=False)
     assert table.units[0] == 6 and 2 in table.indices[0]
+
+
+# --- what goes on, what is paired, what is left alone ---
+
+def test_comparison_pairs_each_function_with_the_matrix_in_front_of_it(batch):
+    def make_net(act_fn):
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, 20), nn.BatchNorm1d(20), copy.deepcopy(act_fn),
+                             nn.Linear(20, 20), nn.Linear(20, 20), copy.deepcopy(act_fn), nn.Linear(20, 10))
+    _, table = compare_act_fns(nn.PReLU(), batch, make_net)
+    assert table.weight.tolist() == [f'{i}.weight' for i in (1, 4, 5, 7)]
+    assert table.layer.fillna('').tolist() == ['3', '', '6', '']
+    assert table.grad_norm.notna().all()
+
+
+def test_best_epoch_is_kept_when_a_fit_goes_on(batch, tmp_path):
+    class Told(Callback):
+        def after_epoch(self, learn):
+            if not learn.training: learn.record('epoch', 'accuracy', [.9, .5, .4, .95][learn.epoch])
+    class Stop(Callback):
+        def before_epoch(self, learn):
+            if learn.epoch == 2: raise KeyboardInterrupt
+    dl = DataLoader(TensorDataset(*batch), 64)
+    def learner(*cbs):
+        torch.manual_seed(1)
+        best, patience = BestEpochCB(), PatienceCB(3)
+        learn = Learner(BaseNetwork('relu', hidden_sizes=[8]), DataLoaders(dl, dl), F.cross_entropy, lr=.1,
+                        cbs=[TrainCB(), Told(), best, patience, CheckpointCB(tmp_path), *cbs])
+        return learn, best, patience
+    learn, *_ = learner(Stop())
+    with pytest.raises(KeyboardInterrupt): learn.fit(3)
+    learn, best, patience = learner()
+    learn.fit(3, resume=tmp_path)
+    assert (best.best_epoch, round(best.best, 4), patience.waited) == (0, .9, 2)
+    torch.manual_seed(1)
+    once = Learner(BaseNetwork('relu', hidden_sizes=[8]), DataLoaders(dl, dl), F.cross_entropy, lr=.1, cbs=TrainCB())
+    once.fit(1)
+    for a,b in zip(learn.model.parameters(), once.model.parameters()): assert torch.equal(a, b)   # of epoch 0
+    learn.fit(1, reset_opt=False)
+    assert (best.best_epoch, round(best.best, 4)) == (3, .95)
+
+
+def test_inputs_and_targets_in_a_list_are_one_batch(batch):
+    net = seeded('relu')
+    want = measure_number_dead_neurons(net, [batch], verbose=False)
+    table = measure_number_dead_neurons(net, list(batch), verbose=False)
+    assert table.indices.tolist() == want.indices.tolist() and table.samples[0] == len(batch[0])
+
+
+def test_a_function_with_memory_is_not_shown_the_trial_numbers():
+    class Largest(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('seen', torch.zeros(()))
+        def forward(self, x):
+            self.seen.copy_(torch.maximum(self.seen, x.max()))
+            return x.tanh()
+    net, x = nn.Sequential(nn.Linear(4, 4), Largest()), torch.randn(5, 4)
+    fig, table = visualize_activations(net, x, what=Largest)
+    assert net[1].seen < 100 and table.saturated.notna().all()
+
+
+def test_doubles_come_back_as_doubles(tmp_path):
+    net = seeded('relu').double()
+    save_model(net, tmp_path, 'double')
+    back = load_model(tmp_path, 'double')
+    for a,b in zip(net.parameters(), back.parameters()): assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_a_config_of_which_no_network_can_be_made(tmp_path):
+    save_model(seeded('relu'), tmp_path, 'odd')
+    path = tmp_path/'odd.config'
+    path.write_text(json.dumps({**json.loads(path.read_text()), 'hidden_sizes': 'many'}))
+    with pytest.raises(ValueError, match="no network can be made of .*odd.config.*many"): load_model(tmp_path, 'odd')

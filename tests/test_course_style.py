@@ -205,7 +205,7 @@ def test_levels_of_ones_own(flat_dls):
 def test_one_list_of_callbacks_for_ten_learners(flat_dls, capsys):
     metrics = MetricsCB(accuracy=MulticlassAccuracy())
     cbs = [TrainCB(), DeviceCB(), metrics, ProgressCB(plot=True)]
-    for i in range(10):
+    for _ in range(10):
         learn = Learner(mlp(), flat_dls, F.cross_entropy, lr=0.2, cbs=cbs)
         learn.fit(1)
         assert len(learn.history.series('epoch', 'accuracy', 'valid')) == 1 and len(cbs) == 4

@@ -1,5 +1,5 @@
 "Code as users of the course library have it in their notebooks on initialisation, schedules, ResNets and augmentation."
-import io, math, random
+import io
 from functools import partial
 
 import fastcore.all as fc
@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
-from torch.nn import init
 from torch.optim import lr_scheduler
 from torcheval.metrics import MulticlassAccuracy
 
@@ -282,7 +281,7 @@ def test_summary_by_hand_and_by_ours(dls):
     def _print_shape(hook, mod, inp, outp): shapes.append((type(mod).__name__, inp[0].shape, outp.shape))
     shapes, model = [], resnet_of(ResBlock)
     learn = TrainLearner(model, dls, F.cross_entropy, lr=0., cbs=[DeviceCB()])
-    with Hooks(model, _print_shape) as hooks: learn.fit(1, cbs=SingleBatchCB())
+    with Hooks(model, _print_shape): learn.fit(1, cbs=SingleBatchCB())
     table = TrainLearner(model, dls, F.cross_entropy, cbs=DeviceCB()).summary('?')
     assert len(table.rows) == len(model) == 7
     for row, (kind, inp, out) in zip(table.rows, shapes):

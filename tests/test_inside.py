@@ -13,9 +13,9 @@ from miniai.activations import ActivationStats, HooksCallback, append_stats, get
 from miniai.callback import Callback, CancelBatchException, CancelEpochException, CancelFitException, events, run_cbs
 from miniai.conv import conv
 from miniai.datasets import DataLoaders
-from miniai.hooks import Hook, Hooks, count_hooks, select_modules
-from miniai.learner import DeviceCB, Learner, MetricsCB, ProgressCB, SingleBatchCB, TrainCB, TrainLearner
-from miniai.stats import abs_hist, mean_std, unit_dead
+from miniai.hooks import Hooks, count_hooks, select_modules
+from miniai.learner import DeviceCB, Learner, MetricsCB, ProgressCB, TrainCB, TrainLearner
+from miniai.stats import abs_hist, mean_std
 from miniai.training import accuracy
 
 
@@ -60,7 +60,6 @@ def test_no_sync_on_a_gpu():
         order = -1000
         def before_batch(self, learn): torch.cuda.set_sync_debug_mode('error')
         def cleanup_batch(self, learn): torch.cuda.set_sync_debug_mode('default')
-    from torcheval.metrics import MulticlassAccuracy
     dls = DataLoaders(batches(200, device='cuda'), batches(2, device='cuda'))
     learn, astats = watched_learner(five_convs(), dls, MetricsCB(acc=accuracy), ProgressCB(plot=True), Strict(), device='cuda')
     learn.fit(1, valid=False)

@@ -182,7 +182,7 @@ def test_plain_loop_learner_and_activation_stats_agree():
     plain, learned = seeded(small_net), seeded(small_net)
     loss_fn, opt = nn.CrossEntropyLoss(), torch.optim.SGD(plain.parameters(), .1)
     inspector = Inspector(all_lenses(loss_fn), module=plain, visualizer=None)
-    for epoch in range(2):
+    for _ in range(2):
         for xb,yb in batches():
             loss_fn(plain(xb), yb).backward()
             opt.step()
@@ -235,7 +235,7 @@ def test_no_grad_validation_without_eval():
     def validate():
         for xb,yb in batches(3, seed=5): loss_fn(model(100*xb), yb)
 
-    for epoch in inspector.range(2):
+    for _ in inspector.range(2):
         for xb,yb in batches():
             loss_fn(model(xb), yb).backward()
             opt.step()
@@ -382,7 +382,6 @@ def test_in_place_resnet_block():
     for a,b in zip(watched.parameters(), alone.parameters()): torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert len(values(inspector, 'relu', 'norm')) == len(values(inspector, 'relu (call 2)', 'norm')) == 3
     assert len(values(inspector, 'conv1', 'output_grad_norm')) == 3
-    with torch.no_grad(): bn = alone.bn1(alone.conv1(x))
     # the norm of bn1's output is not that of what the ReLU made of it in place
     lens = Lens('output', nn.BatchNorm2d, low=lambda a: a.min())
     assert values(measured(watched, lambda _: train(watched, x), [lens]), 'bn1', 'low mean')[0] < -1
@@ -451,7 +450,6 @@ def test_sparse_embedding():
 def test_lazy_layers():
     model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(3))
     def loop(_):
-        opt = None
         x = torch.randn(8, 4)
         model(x)
         train(model, x)

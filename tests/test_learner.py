@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn, optim
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from torcheval.metrics import Mean, MulticlassAccuracy, MulticlassAUROC
+from torcheval.metrics import MulticlassAccuracy
 
 from shared import CountReads
 
 from miniai import learner as module
 from miniai.callback import CancelBatchException, CancelEpochException, CancelFitException, events
+from miniai.hooks import count_hooks
 from miniai.learner import (Callback, DeviceCB, LRFinderCB, Learner, MetricsCB, MomentumLearner, ProgressCB, SingleBatchCB,
                             TrainCB, TrainLearner, with_cbs)
 from miniai.learner import _batch_size as batch_size
@@ -597,8 +598,38 @@ def test_notebook_display(monkeypatch):
     table, = [o for o in shown if isinstance(o[0], display.HTML)]
     picture, = [o for o in shown if isinstance(o[0], display.Image)]
     assert len(table) == 4 and table[-1].data.count('<tr>') == 5 and '<th>accuracy</th>' in table[-1].data
-    assert len(picture) == 4 and picture[-1].data[:4] == b'\x89PNG'   # at each end of an epoch; one output, replaced
+    # above the table, then at each end of an epoch; one output, replaced
+    assert len(picture) == 5 and picture[-1].data[:4] == b'\x89PNG' and shown.index(picture) < shown.index(table)
     assert plt.get_fignums() == figures
+
+def test_one_bar_for_the_whole_fit(monkeypatch):
+    "It begins anew with each pass, whatever the loader knows of its length, and is gone however the fit ends."
+    bars, seen = [], []
+    class Bar(module.tqdm):
+        def __init__(self, *args, **kw):
+            super().__init__(*args, **kw, file=io.StringIO())
+            self.container = SimpleNamespace(close=lambda: seen.append('gone'))   # as tqdm's in a notebook
+            bars.append(self)
+        def reset(self, total=None):
+            super().reset(total)
+            seen.append((self.desc, self.total, self.n))
+    monkeypatch.setattr(module, 'tqdm', Bar)
+    monkeypatch.setattr(module, '_in_terminal', lambda: True)
+    learn = get_learner([ProgressCB()])
+    learn.dls.valid = iter_only(learn.dls.valid)
+    learn.fit(2)
+    n = len(learn.dls.train)
+    assert len(bars) == 1
+    assert seen == [('epoch 0 eval: ', None, 0), ('epoch 1 train: ', n, 0), ('epoch 1 eval: ', None, 0), 'gone']
+    class Stop(Callback):
+        def after_batch(self, learn): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=Stop())
+    assert len(bars) == 2 and seen[-1] == 'gone' and learn.cbs[-1]._bar is None
+
+class iter_only:
+    "A loader that does not know its length."
+    def __init__(self, dl): self.dl = dl
+    def __iter__(self): return iter(self.dl)
 
 def test_draw_before_and_after():
     cb = ProgressCB(plot=True)
@@ -746,3 +777,30 @@ def test_misplaced_cancel_names_who_raised_it():
     x, y = torch.randn(8, 3), torch.randn(8, 1)
     learn = TrainLearner(nn.Linear(3, 1), SimpleNamespace(train=[(x, y)], valid=[(x, y)]), F.mse_loss, lr=.1, cbs=Late())
     with pytest.raises(RuntimeError, match='raised in callback Late at event `after_fit`'): learn.fit(1)
+
+
+# ---- refused at once
+
+@pytest.mark.parametrize('inner', ['fit', 'lr_find', 'summary', 'capture_preds'])
+def test_a_fit_within_a_fit_is_refused(inner):
+    import miniai.augment   # noqa: F401  which gives the Learner `summary` and `capture_preds`
+    from miniai.activations import ActivationStats
+    class Inner(Callback):
+        def after_epoch(self, learn):
+            if learn.training: getattr(learn, inner)()
+    model, stats = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), ActivationStats(nn.ReLU)
+    batches = [(torch.randn(4, 3), torch.randint(0, 2, (4,))) for _ in range(3)]
+    learn = Learner(model, SimpleNamespace(train=batches, valid=batches), F.cross_entropy, cbs=[TrainCB(), stats, Inner()])
+    with pytest.raises(RuntimeError, match='in a fit'): learn.fit(2)
+    assert not learn.trial and len(learn.history.series('batch', 'loss')) == 3 and not count_hooks(model)
+    learn.cbs.pop()
+    learn.fit(1)   # it is over
+    assert len(learn.history.series('batch', 'loss', 'valid')) == 3
+
+@pytest.mark.parametrize('change, text', [(dict(model=lambda x: x), 'the model is .*function.*nn.Module'), (dict(lr='0.1'), "lr is the string '0.1'"),
+                                          (dict(dls=SimpleNamespace(train=[1], valid=None)), 'no loader `.valid`')])
+def test_what_cannot_be_fitted(change, text):
+    batches = [(torch.randn(4, 3), torch.randint(0, 2, (4,)))]
+    learn = Learner(nn.Linear(3, 2), SimpleNamespace(train=batches, valid=batches), F.cross_entropy, cbs=TrainCB())
+    vars(learn).update(change)
+    with pytest.raises((TypeError, ValueError), match=text): learn.fit(1)

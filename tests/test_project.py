@@ -84,14 +84,29 @@ def test_room_defines_a_name_once(room):
 def patched(node): return any(isinstance(o, ast.Name) and o.id == 'patch' for o in node.decorator_list)
 
 
+def imported(room):
+    "The modules of ours that a room imports, wherever in it and however it is written."
+    for o in ast.walk(tree(room)):
+        if isinstance(o, ast.ImportFrom) and o.level: yield from [o.module] if o.module else [a.name for a in o.names]
+        elif isinstance(o, ast.ImportFrom) and o.module.split('.')[0] == 'miniai':
+            yield from o.module.split('.')[1:2] or [a.name for a in o.names]
+        elif isinstance(o, ast.Import): yield from [a.name.split('.')[1] for a in o.names if a.name.startswith('miniai.')]
+
+
 @by_room
 def test_imports_go_to_smaller_numbers(room):
-    used = {o.module.split('.')[-1] for o in ast.walk(tree(room)) if isinstance(o, ast.ImportFrom) and o.level}
-    used |= {o.module.split('.')[1] for o in ast.walk(tree(room)) if isinstance(o, ast.ImportFrom) and not o.level
-             and o.module.startswith('miniai.')}
+    "So there are no cycles either, whatever else is done about them."
+    used = {o.split('.')[0] for o in imported(room)}
     assert used <= set(numbers)
     larger = [o for o in used if numbers[o] >= numbers[room.stem[3:]]]
     assert not larger, f'{room.stem} imports {larger}'
+
+
+def test_loop_and_inspector_do_not_know_each_other():
+    "What watches any loop needs no Learner, and neither statistics nor hooks know of epochs or plots."
+    def needs(name): return {o for used in imported(root/'nbs'/f'{numbers[name]}.ipynb') for o in {used, *needs(used)}}
+    assert 'learner' not in needs('inspector') and 'inspector' not in needs('learner')
+    assert not needs('stats') & {'history', 'plots', 'learner'} and not needs('hooks') & {'history', 'plots', 'learner'}
 
 
 @by_room
@@ -140,12 +155,54 @@ def test_public_names_have_docstrings(room):
     assert not bare
 
 
-@pytest.mark.parametrize('module', ['device', 'stats', 'hooks', 'history', 'callback', 'learner'])
-def test_light_rooms_import_lightly(module):
-    heavy = 'datasets', 'matplotlib', 'pandas', 'nbdev'
-    code = f"import sys, miniai.{module}; print([o for o in {heavy} if o in sys.modules])"
-    res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-    assert res.stdout.strip() == '[]'
+def test_imports_are_light():
+    "Of every module: what is heavy, or wanted by few, is imported by the function that needs it."
+    heavy = 'datasets', 'matplotlib', 'pandas', 'PIL', 'torcheval', 'nbdev', 'IPython', 'accelerate', 'tensorboard', 'plotly'
+    code = f"""import importlib, sys
+for nm in {list(numbers)}:
+    importlib.import_module(f'miniai.{{nm}}')
+    print([f'{{o}} by {{nm}}' for o in {heavy} if sys.modules.pop(o, None)])"""
+    res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert res.returncode == 0, res.stderr
+    assert set(res.stdout.splitlines()) == {'[]'}
+
+
+def test_ruff_finds_nothing():
+    pytest.importorskip('ruff')
+    res = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--no-cache', '--output-format', 'concise'], cwd=root,
+                         capture_output=True, text=True)
+    assert res.returncode == 0, res.stdout + res.stderr
+
+
+@by_page
+def test_cells_that_do_not_run_say_why(page):
+    "nbdev_test leaves out cells marked `slow`, and the page tells its reader so; no cell is left out in another way."
+    skipped = [o for c in code_cells(page) for o in c.source.splitlines() if re.match(r'#\|\s*(eval: *false|skip|cuda)', o)]
+    assert not skipped
+    cells = code_cells(page)
+    slow = [c for c in cells if re.search(r'^#\|\s*slow', c.source, re.M)]
+    told = any('--flags slow' in c.source for c in nbformat.read(page, 4).cells if c.cell_type == 'markdown')
+    assert told or not slow
+    assert len(slow) < len(cells)/2 or page.parent.name == 'explanations'
+
+
+@by_page
+def test_page_has_no_errors_and_no_bars(page):
+    "In the outputs that are kept."
+    for output in [o for c in code_cells(page) for o in c.get('outputs', [])]:
+        assert output.output_type != 'error', output.evalue
+        text = output.get('text', '') + str(output.get('data', {}).get('text/plain', ''))
+        assert 'Traceback' not in text and '\r' not in text and not re.search(r'\d+%\|', text), text
+        assert not [o for o in output.get('data', {}) if 'widget' in o]
+        if output.output_type == 'stream': assert output.name != 'stderr' or 'arning' not in text, text
+
+
+@by_page
+def test_figures_are_small(page):
+    "At most 40 KB each, so that a notebook can be read as a diff and cloned fast."
+    sizes = [len(o.data['image/png'])*3//4 for c in code_cells(page) for o in c.get('outputs', [])
+             if 'image/png' in o.get('data', {})]
+    assert max(sizes, default=0) <= 40_000
 
 
 def settings():

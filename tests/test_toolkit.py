@@ -1,5 +1,5 @@
 "Rooms 11 to 14 on odd models and at odd moments: initialisation, schedules, averaged weights, summaries, predictions."
-import copy, gc, math, pickle, random
+import copy, math, pickle, random
 from functools import partial
 
 import numpy as np
@@ -21,7 +21,7 @@ from miniai.device import set_seed
 from miniai.hooks import Hook, Hooks, count_hooks
 from miniai.init import (BatchNorm, BatchTransformCB, GeneralRelu, LayerNorm, conv, get_model, init_weights, kaiming_init,
                          lsuv, lsuv_init, plot_func, undisturbed)
-from miniai.learner import DeviceCB, Learner, MetricsCB, ProgressCB, SingleBatchCB, TrainCB, TrainLearner
+from miniai.learner import DeviceCB, Learner, MetricsCB, SingleBatchCB, TrainCB, TrainLearner
 from miniai.resnet import ResBlock, act_gr, get_resnet
 from miniai.sgd import BatchSchedCB, EMACB, EpochSchedCB, OneCycleCB, RecorderCB
 from miniai.stats import mean_std
@@ -272,6 +272,14 @@ def test_what_lsuv_cannot_help_is_said_and_left(harm, bias):
     table = lsuv(model, x)
     assert (table.note != '').any() or harm == 'zero weights'
 
+@pytest.mark.parametrize('f', [lsuv, kaiming_init, lambda m, x: lsuv_init(m, m[0], m[0], x)])
+@pytest.mark.parametrize('xb', [[[1.]], None, np.ones((4, 3)), DataLoaders([(torch.ones(4, 3), 1)], [])])
+def test_an_input_without_a_tensor_is_refused(f, xb):
+    model = nn.Sequential(nn.Linear(3, 2))
+    before = model[0].weight.clone()
+    with pytest.raises(TypeError, match=f'xb is a {type(xb).__name__} .*next.iter.loader'): f(model, xb)
+    assert model[0].weight.equal(before) and not count_hooks(model)
+
 def test_lsuv_ends(): # a deviation of 1 is out of reach
     model, x = nn.Sequential(nn.Linear(8, 16), nn.Sigmoid()), torch.randn(50, 8)
     calls = []
@@ -374,10 +382,15 @@ def test_schedule_state_can_be_carried_over():
     state = copy.deepcopy(sched.state_dict())
     other = BatchSchedCB(partial(lrs.CosineAnnealingLR, T_max=32))
     other.load_state_dict(state)
+    assert other.state_dict() == state   # also while it waits for its scheduler
     learn.cbs = [other, rec]
     learn.fit(2, reset_opt=False)
     assert np.allclose(rec.recs['lr'], rates_by_hand(partial(lrs.CosineAnnealingLR, T_max=32), 32)[16:], rtol=1e-5)
     assert other.state_dict()['last_epoch'] == 32 and BatchSchedCB(sched).state_dict() == {}
+
+def test_a_scheduler_that_is_made_already_is_refused():
+    with pytest.raises(TypeError, match='sched is a StepLR, made already'):
+        line_learner([BatchSchedCB(lrs.StepLR(optim.SGD([torch.zeros(1)], .1), 2))]).fit(1)
 
 def test_one_cycle_in_one_line():
     rec = RecorderCB(lr=lambda cb: cb.pg['lr'], mom=lambda cb: cb.pg['betas'][0])
