@@ -191,7 +191,7 @@ class _Tables:
 
     def _called(self):
         "Layers in the order of calls."
-        if self.ranges: return dict.fromkeys(source for _,source,_ in self.ranges.history.keys())
+        if self.ranges is not None: return dict.fromkeys(source for _,source,_ in self.ranges.history.keys())
         return getattr(self.acts, 'axes', {})   # filled as layers are called
 
     def series(self, cb, source, stat, phase='train'):
@@ -200,8 +200,9 @@ class _Tables:
 
     def row(self, cb, source, stat, step, phase):
         "The value of one step, or None."
-        s = self.series(cb, source, stat, phase) if cb else None
-        return next(iter(s.values[s.steps == step]), None) if cb else None
+        if cb is None: return None
+        s = self.series(cb, source, stat, phase)
+        return next(iter(s.values[s.steps == step]), None)
 
     def place(self, source):
         "Of a layer, or of a parameter's layer."
@@ -215,7 +216,7 @@ class _Tables:
     def layer_rows(self, source, phase):
         "The best there is of a layer."
         for cb,stat in ((self.ranges, 'range'), (self.acts, 'mean'), (self.acts, 'std')):
-            if cb and (phase, source, stat) in cb.history.keys(): return self.series(cb, source, stat, phase)
+            if cb is not None and (phase, source, stat) in cb.history.keys(): return self.series(cb, source, stat, phase)
 
     def loss(self, phase):
         history = self.learn.history
@@ -413,6 +414,7 @@ class Watcher(Callback):
             raise AttributeError(f'Watcher: {nm} belongs to {part}, which is not watched')
         return getattr(self.parts[part], nm)
 
+    def __getstate__(self): return {**vars(self), 'learn': None}
     def __dir__(self): return [*super().__dir__(), *_views]
 
     def __repr__(self):
@@ -442,13 +444,16 @@ def watch(self:Learner,
                 gradients=(GradientStats, gradients, pace), updates=(UpdateStats, updates, pace),
                 ranks=(RankStats, ranks, dict(mod_filter=mod_filter)),
                 ranges=(RangeStats, ranges, dict(mod_filter=mod_filter)), tracer=(NanTracer, tracer, {}))
-    parts = {nm: _existing(self, cls) or cls(**args) for nm,(cls,wanted,args) in make.items() if wanted}
+    parts = {nm: _existing(self, cls, args) for nm,(cls,wanted,args) in make.items() if wanted}
     watcher = Watcher(**parts)
     for o in (*parts.values(), watcher):
         if not any(o is cb for cb in self.cbs): self.cbs.append(o)
     return watcher
 
-def _existing(learn, cls): return next((cb for cb in learn.cbs if type(cb) is cls), None)
+def _existing(learn, cls, args):
+    "The callback of that class in `cbs`, else a new one."
+    found = [cb for cb in learn.cbs if type(cb) is cls]
+    return found[0] if found else cls(**args)
 
 @patch
 def unwatch(self:Learner):
