@@ -22,7 +22,8 @@ def plain_frame(
     "The table with one type to a column."
     frame = history.frame()
     arrays = [np.ndim(o) > 0 for o in frame['value']]
-    lists = [np.asarray(o).ravel().astype(float).tolist() if a else None for o,a in zip(frame['value'], arrays)]
+    lists = [np.asarray(o).ravel().astype(float).tolist() if a else None for o,
+             a in zip(frame['value'], arrays)]
     numbers = [np.nan if a else float(o) for o,a in zip(frame['value'], arrays)]
     return frame.assign(value=numbers, values=lists)
 
@@ -49,7 +50,8 @@ def _write_lines(frame, path, facts):
 
 def _write_events(frame, path, facts):
     writer = TensorBoardVisualizer(str(path))
-    for (stat,phase,step),rows in frame[frame['values'].isna()].groupby(['stat', 'phase', 'step'], sort=False):
+    for (stat,phase,step),rows in frame[frame['values'].isna()].groupby(['stat', 'phase', 'step'],
+                                                                        sort=False):
         writer._scalars(Panel(stat, (stat,)), stat, phase, dict(zip(rows.source, rows.value)), step)
     writer.close()
 
@@ -63,8 +65,8 @@ def write_table(
     "Write the table of a run."
     suffix = Path(path).suffix
     if suffix not in _writers:
-        raise ValueError(f"write_table: path is {str(path)!r}; let it end in .parquet, .csv or .jsonl, or be a folder's "
-                         'name for TensorBoard')
+        raise ValueError(f'write_table: path is {str(path)!r}; let it end in .parquet, .csv or .jsonl, or be '
+                         "a folder's name for TensorBoard")
     _writers[suffix](frame, path, facts or {})
 
 # %% ../nbs/21_archive.ipynb #a59914c6
@@ -103,11 +105,13 @@ def read_table(
     "The table of a run, from its file."
     suffix = Path(path).suffix
     if suffix not in _readers:
-        raise ValueError(f'read_table: path is {str(path)!r}; it reads files that end in {", ".join(_readers)}')
+        raise ValueError(f'read_table: path is {str(path)!r}; it reads files that end in '
+                         + ', '.join(_readers))
     rows, facts = _readers[suffix](path)
     found, history = {}, History()
     for row in rows: found.setdefault((row['phase'], row['source'], row['stat']), []).append(row)
     for key,own in found.items():
-        history.load_column(key, [tuple(int(row[nm]) for nm in _columns) for row in own], _stacked([_value(row) for row in own]))
+        history.load_column(key, [tuple(int(row[nm]) for nm in _columns) for row in own],
+                            _stacked([_value(row) for row in own]))
     history.run = max((int(row['run']) for row in rows), default=-1)
     return history, facts

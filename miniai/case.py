@@ -37,22 +37,28 @@ class Facts:
     silent:tuple = ()         # layers that were watched, and never called
     unreached:tuple = None    # parameters that were to be trained, were watched, and never had a gradient
     params:dict = field(default_factory=dict)  # name -> `Param`
-    twins:dict = field(default_factory=dict)   # layer -> share of its units whose weights another unit has, too
-    since:dict = field(default_factory=dict)   # name in the table -> for each unit the step it is dead from, -1 alive
+    twins:dict = field(default_factory=dict)   # layer -> share of its units that have another one's weights
+    since:dict = field(default_factory=dict)   # source -> for each unit the step it is dead from; -1: alive
     constant:bool = None      # whether the model gave the last batch one and the same answer for all samples
     looked:dict = field(default_factory=dict)  # phase -> (batches looked at, batches that went by)
 
-    def layer(self, source):
-        "Name of the layer that `source`, a name in the table, belongs to."
+    def layer(self,
+        source:str # a name in the table
+    ) -> str: # name of a layer
+        "The layer that it belongs to."
         return self.sources.get(source, source)
 
-    def kind(self, source):
-        "Type of the layer that `source` belongs to; '' if it is not known."
+    def kind(self,
+        source:str # a name in the table
+    ) -> str: # 'Linear', say; '' if it is not known
+        "Type of the layer that it belongs to."
         return self.layers.get(self.layer(source), '')
 
-    def named(self, source):
+    def named(self,
+        source:str # a name in the table
+    ) -> str: # 'layer fc1 (Linear)'
         "Name and type, for a sentence."
-        return f'{source} ({self.kind(source)})' if self.kind(source) else source
+        return f'layer {source}' + (f' ({self.kind(source)})' if self.kind(source) else '')
 
     def to_dict(self):
         "Text, numbers, lists and dictionaries."
@@ -63,7 +69,8 @@ def facts_of_dict(
 ) -> Facts:
     "Facts that were kept in a file."
     known = {nm: v for nm,v in o.items() if nm in Facts.__dataclass_fields__}
-    params = {nm: Param(tuple(p['shape']), p['trained'], p['held']) for nm,p in known.get('params', {}).items()}
+    params = {nm: Param(tuple(p['shape']), p['trained'], p['held']) for nm,
+              p in known.get('params', {}).items()}
     looked = {nm: tuple(v) for nm,v in known.get('looked', {}).items()}
     tuples = {nm: tuple(known[nm]) for nm in ('silent', 'unreached') if known.get(nm) is not None}
     return Facts(**known | tuples | dict(params=params, looked=looked))
@@ -152,12 +159,15 @@ def sources(self:Evidence,
 ) -> list: # names of layers or parameters
     "Who has this statistic, in model order."
     stats = stat, row_stat(stat, how)
-    found = list(dict.fromkeys(who for p,who,what in self.keys() if p == phase and what in stats and who not in _loop))
+    found = list(dict.fromkeys(who for p,who,what in self.keys() if p == phase and what in stats
+                               and who not in _loop))
     order = {nm: i for i,nm in enumerate([*self.facts.sources, *self.facts.layers, *self.facts.params])}
     return sorted(found, key=lambda nm: order.get(nm, len(order)))
 
 @patch
-def loss(self:Evidence, phase:str='train') -> Track:
+def loss(self:Evidence,
+    phase:str='train' # 'train' or 'valid'
+) -> Track:
     "The loss of every batch where that was kept, else of every epoch."
     for key in (('batch', 'loss'), ('loss', 'loss'), ('epoch', 'loss')):
         found = self.track(*key, phase)
@@ -165,7 +175,9 @@ def loss(self:Evidence, phase:str='train') -> Track:
     return _no_rows
 
 @patch
-def epoch_loss(self:Evidence, phase:str='train') -> Track:
+def epoch_loss(self:Evidence,
+    phase:str='train' # 'train' or 'valid'
+) -> Track:
     "The loss of every epoch; from the batches, where only those are known."
     for key in (('epoch', 'loss'), ('loss', 'loss')):
         found = self.track(*key, phase)
@@ -186,7 +198,10 @@ def metrics(self:Evidence) -> list: # of names
     return list(dict.fromkeys(own + pushed))
 
 @patch
-def metric(self:Evidence, name:str, phase:str='valid') -> Track:
+def metric(self:Evidence,
+    name:str,          # one of `metrics`
+    phase:str='valid'  # 'train' or 'valid'
+) -> Track:
     "The values of one of `metrics`, epoch by epoch."
     found = self.track('epoch', name, phase)
     return found if len(found) else self.track(name, name, phase)
@@ -234,8 +249,10 @@ def _unreached(cb):
 
 def _dead_since(cb):
     "For each unit that was watched in training the step since which it has been dead, -1 if it is alive."
-    trackers = [(names, o.since) for (phase,names),o in getattr(cb, 'trackers', {}).items() if phase == 'train']
-    return {nm: row for names,since in trackers if since is not None for nm,row in zip(names, since.tolist())}  # a read, after the fit
+    trackers = [(names, o.since) for (phase,names),o in getattr(cb, 'trackers', {}).items()
+                if phase == 'train']
+    return {nm: row for names,since in trackers if since is not None for nm,
+            row in zip(names, since.tolist())}  # a read, after the fit
 
 def _n_classes(learn, loss):
     "The number of classes, if the last predictions look like a classification by cross entropy."
@@ -267,11 +284,13 @@ def twins(
         weight = m.weight.detach().transpose(0, int(getattr(m, 'transposed', False)))
         if not m.weight.requires_grad or len(weight) < 2: continue
         rows = weight.flatten(1).float()
-        if m.bias is not None and len(m.bias) == len(rows): rows = torch.cat([rows, m.bias.detach()[:, None]], 1)
+        if m.bias is not None and len(m.bias) == len(rows): rows = torch.cat([rows, m.bias.detach()[:, None]],
+                                                                             1)
         found[name] = 1 - len(rows.unique(dim=0))/len(rows)   # reads from the device, after the fit
     return found
 
-def _has_units(model): return any(isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) for m in model.modules())
+def _has_units(model): return any(isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))
+                                  for m in model.modules())
 
 # %% ../nbs/21_case.ipynb #bd2ebdb9
 def _evidence_of_learner(learn):
@@ -282,12 +301,18 @@ def _evidence_of_learner(learn):
         facts = _with(facts, known if isinstance(known, dict) else vars(known))
     return Evidence([learn.history, *_cb_histories(learn.cbs)], facts)
 
+def _evidence_of_watcher(watcher):
+    "By the learner it watches, once that has been fitted."
+    learn = getattr(watcher, 'learn', None)
+    if learn is not None: return _evidence_of_learner(learn)
+    return _together([evidence_of(o) for o in watcher.parts.values()])
+
 def _with(facts, known):
     "`facts` with what `known` has besides."
     return replace(facts, **{nm: v for nm,v in known.items() if v or nm == 'unreached' and v is not None})
 
 def evidence_of(
-    x # History, Learner, Inspector, Watcher, a watching callback, Recording, path of a file, or a list of these
+    x # History, Learner, Inspector, Watcher, a watching callback, Recording, path of a file; a list of them
 ) -> Evidence:
     "Everything that `x` knows of its last run."
     if isinstance(x, Evidence): return x
@@ -297,11 +322,11 @@ def evidence_of(
     if isinstance(x, Recording): return _evidence_of_recording(x)
     if hasattr(x, 'lenses') and hasattr(x, 'kinds'): return Evidence(x.history, _inspector_facts(x))
     if hasattr(x, 'loss_func') and hasattr(x, 'cbs'): return _evidence_of_learner(x)
-    if hasattr(x, 'histories'): return Evidence(x.histories)
+    if hasattr(x, 'parts') and hasattr(x, 'histories'): return _evidence_of_watcher(x)
     if isinstance(getattr(x, 'history', None), History):
         return Evidence(x.history, _with(Facts(), _watched(x) | _unreached(x)))
-    raise TypeError(f'diagnose: got {type(x).__name__}; give a History, a Learner, an Inspector, a Watcher, a '
-                    'callback with a history, a recording or its file, or a list of these')
+    raise TypeError(f'diagnose: got {type(x).__name__}; give a History, a Learner, an Inspector, a Watcher, '
+                    'a callback with a history, a recording, its file, or a list of these')
 
 def _inspector_facts(inspector, alone=True):
     "What an inspector knows of its last run; its loss only where there is no Learner."
@@ -316,10 +341,11 @@ def _inspector_facts(inspector, alone=True):
     return replace(facts, params=params, loss=losses[0] if losses else '', model=model)
 
 def _without_rows(inspector):
-    "Parameters whose gradients an inspector was to look at, and which had none; None if there were none of those."
+    "Parameters whose gradients an inspector was to look at, and which had none; None if it looks at none."
     wanted = [pattern for lens in inspector.lenses if lens.tap == 'grad' for pattern in lens.parameters]
     seen = {source for _,source,stat in inspector.history.keys() if stat.startswith('grad_')}
-    names = [o.name for o in inspector.params if o.p.requires_grad and any(parameter_matches(o.name, p) for p in wanted)]
+    names = [o.name for o in inspector.params if o.p.requires_grad
+             and any(parameter_matches(o.name, p) for p in wanted)]
     return tuple(nm for nm in names if nm not in seen) if wanted and seen else None
 
 def _evidence_of_file(path):
@@ -338,7 +364,8 @@ def frame(self:Evidence): # pandas.DataFrame, as `miniai.archive.plain_frame`
     "The rows of this run, of all tables; its number is 0."
     import pandas as pd
     frames = [plain_frame(h) for h in self.histories]
-    return pd.concat([o[o.run == _last_run(h)] for o,h in zip(frames, self.histories)], ignore_index=True).assign(run=0)
+    return pd.concat([o[o.run == _last_run(h)] for o,h in zip(frames, self.histories)],
+                     ignore_index=True).assign(run=0)
 
 @patch
 def save(self:Evidence,
@@ -364,13 +391,17 @@ class Chart:
     guides:tuple = ()    # values of y that are limits
     ticks:tuple = ()     # names for x = 0, 1, ...
 
+    def changed(self, **kw): # the fields to change
+        "A copy."
+        return replace(self, **kw)
+
     def draw(self,
         ax=None # matplotlib axes; default those of a new figure
     ): # the axes
         "As lines."
         from miniai.plots import plot_lines, subplots
         if ax is None: ax = subplots(figsize=(6, 3))[1]
-        for name,(x,y) in self.lines.items(): plot_lines(ax, x, {name: y}, legend=len(self.lines) > 1, lw=1.2)
+        for name,(x,y) in self.lines.items(): plot_lines(ax, x, {name: y}, lw=1.2)
         for y in self.guides: ax.axhline(y, color='0.4', lw=.8, ls='--')
         if self.log and any((line.get_ydata() > 0).any() for line in ax.lines): ax.set_yscale('log')
         if self.ticks: ax.set_xticks(range(len(self.ticks)), self.ticks, rotation=45, ha='right', fontsize=7)
@@ -421,7 +452,8 @@ class Finding:
     def _details(self): return [('likely', self.causes), ('try', self.tries), ('but', self.caveats)]
 
     def __str__(self):
-        head = '  '.join(o for o in (f'{self.level:<7}', self.rule, self.layer, self._when(), self._number()) if o)
+        head = '  '.join(o for o in (f'{self.level:<7}', self.rule, self.layer, self._when(), self._number())
+                         if o)
         body = [_wrapped(self.text, 9)] + [_wrapped('; '.join(o), 18, f'{nm:<9}'.rjust(18))
                                            for nm,o in self._details() if o]
         return '\n'.join([head, *body])
@@ -435,8 +467,13 @@ def _wrapped(text, indent, first=None):
 
 # %% ../nbs/21_case.ipynb #a26768f6
 class Findings(list):
-    "Findings, worst first; `checked` names the rules that were asked, `unchecked` says why some could not be."
-    def __init__(self, found=(), checked=(), unchecked=None, evidence=None):
+    "Findings, worst first; `checked`: the rules that were asked; `unchecked`: why others could not be."
+    def __init__(self,
+        found=(),       # `Finding`s, in their order
+        checked=(),     # names of the rules that were asked
+        unchecked=None, # name of a rule -> why it could not be
+        evidence=None   # what they were asked about
+    ):
         super().__init__(found)
         self.checked, self.unchecked, self.evidence = tuple(checked), dict(unchecked or {}), evidence
 
@@ -446,13 +483,15 @@ class Findings(list):
 
     def to_dict(self) -> dict: # findings, checked, unchecked
         "For a file."
-        return dict(findings=[o.to_dict() for o in self], checked=list(self.checked), unchecked=self.unchecked)
+        return dict(findings=[o.to_dict() for o in self], checked=list(self.checked),
+                    unchecked=self.unchecked)
 
     def summary(self) -> str:
         "One line."
         counts = [f'{len(self.of(o))} {o}{"s"*(len(self.of(o)) != 1)}' for o in levels if self.of(o)]
-        return (', '.join(counts) or 'Nothing found') + f'. {len(self.checked)} rules were checked' + (
-            f', {len(self.unchecked)} could not be: {", ".join(self.unchecked)}.' if self.unchecked else '.')
+        text = f'{", ".join(counts) or "Nothing found"}. Rules checked: {len(self.checked)}.'
+        if not self.unchecked: return text
+        return text + f' Not checked, for want of records: {len(self.unchecked)} (see `unchecked`).'
 
     def __str__(self): return '\n\n'.join([self.summary(), *map(str, self)])
     __repr__ = __str__
@@ -468,4 +507,5 @@ def _html_row(o):
     cells = [html.escape(c) for c in (o.level, o.rule, o.layer, o._when(), o._number())]
     details = ''.join(f'<br><i>{nm}</i> {html.escape("; ".join(v))}' for nm,v in o._details() if v)
     cells.append(html.escape(o.text) + details)
-    return '<tr>' + ''.join(f'<td style="text-align:left;vertical-align:top">{c}</td>' for c in cells) + '</tr>'
+    return '<tr>' + ''.join(f'<td style="text-align:left;vertical-align:top">{c}</td>'
+                            for c in cells) + '</tr>'

@@ -39,12 +39,14 @@ class Comparison:
         layers, stats = ([o] if isinstance(o, str) else o for o in (layers, stats))
         found = {(who, what): None for o in self.runs.values() for p,who,what in o.keys() if p == phase
                  and _asked(who, layers) and _asked(what, stats)}
-        self.keys = [key for key in found if any(np.isfinite(_end(o.track(*key, phase))) for o in self.runs.values())]
-        if not self.keys: raise ValueError(f'compare: no run has numbers of layers {layers or "(all)"}, statistics '
-                                           f'{stats or "(all)"}, phase {phase!r}')
+        self.keys = [key for key in found if any(np.isfinite(_end(o.track(*key, phase)))
+                                                 for o in self.runs.values())]
+        if not self.keys:
+            raise ValueError(f'compare: no run has numbers of layers {layers or "(all)"}, statistics '
+                             f'{stats or "(all)"}, phase {phase!r}')
 
     @property
-    def table(self): # pandas.DataFrame: layer, stat, a column for each run, and for each but the first its ratio
+    def table(self): # pandas.DataFrame: layer, stat, a column for each run, its ratio for each but the first
         "How each quantity ends, largest difference first."
         import pandas as pd
         ends = np.array([[_end(o.track(*key, self.phase)) for o in self.runs.values()] for key in self.keys])
@@ -69,27 +71,33 @@ def compare(
 # %% ../nbs/21_compare.ipynb #c0567e32
 def _some(names, n):
     "At most `n` of them, the first and the last among them."
-    return [names[i] for i in np.unique(np.linspace(0, len(names)-1, n).round().astype(int))] if len(names) > n else names
+    return [names[i]
+            for i in np.unique(np.linspace(0, len(names)-1,
+                                           n).round().astype(int))] if len(names) > n else names
 
 @patch
 def plot(self:Comparison,
-    stats=None,   # names of statistics, a row of panels each; default loss, std, death_rate, grad_norm, update_ratio
+    stats=None,   # statistics, a row of panels each; default loss, std, death_rate, grad_norm, update_ratio
     max_layers=5, # panels in a row
     log=('grad_norm', 'update_ratio', 'update_norm'), # statistics with a logarithmic axis
-    width=2.6     # of a panel, in inches
+    width=2.2     # of a panel, in inches
 ): # the figure
     "Runs overlaid, layer by layer."
     from miniai.plots import caption, subplots
     there = list(dict.fromkeys(what for _,what in self.keys))
-    stats = [stats] if isinstance(stats, str) else stats or [o for o in _first_stats if o in there] or there[:5]
-    rows = [(stat, _some([who for who,what in self.keys if what == stat and who != 'epoch'], max_layers)) for stat in stats]
+    stats = [stats] if isinstance(stats, str) else stats or [o for o in _first_stats
+                                                             if o in there] or there[:5]
+    rows = [(stat, _some([who for who,what in self.keys if what == stat and who != 'epoch'], max_layers))
+            for stat in stats]
     n = max(len(names) for _,names in rows) or 1
-    fig, axs = subplots(len(rows), n, figsize=(width*n, 1.9*len(rows)+.4), squeeze=False)
+    fig, axs = subplots(len(rows), n, figsize=(width*n, 1.6*len(rows)+.4), squeeze=False)
     for (stat,names),own in zip(rows, axs):
         for ax,name in zip(own, names): self._draw(ax, name, stat, stat in log)
         for ax in own[len(names):]: ax.set_visible(False)
-    fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside upper right', ncols=len(self.runs), fontsize=8)
-    caption(fig, f'{"Training" if self.phase == "train" else "Validation"}, by step; the runs may have had different numbers of steps.')
+    fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside upper right', ncols=len(self.runs),
+               fontsize=8)
+    caption(fig,
+            f'{"Training" if self.phase == "train" else "Validation"}, by step.')
     return fig
 
 @patch

@@ -21,7 +21,8 @@ from .inspector import Inspector
 from .learner import Learner
 
 # %% ../nbs/21_diagnose.ipynb #f4ccef33
-_all_ = ['Chart', 'Evidence', 'Facts', 'Finding', 'Findings', 'Param', 'Track', 'evidence_of', 'Missing', 'rule', 'rules']
+_all_ = ['Chart', 'Evidence', 'Facts', 'Finding', 'Findings', 'Param', 'Track', 'evidence_of', 'Missing',
+         'rule', 'rules']
 
 # %% ../nbs/21_diagnose.ipynb #c9c71d27
 def _thresholds(f, given):
@@ -35,7 +36,8 @@ def _chosen(names, given):
     if wrong: raise ValueError(f'diagnose: there is no rule {wrong[0]!r}; there are {", ".join(rules)}')
     known = {nm for f in rules.values() for nm in list(inspect.signature(f).parameters)[1:]}
     wrong = [nm for nm in given if nm not in known]
-    if wrong: raise TypeError(f'diagnose: no rule has the limit {wrong[0]!r}; there are {", ".join(sorted(known))}')
+    if wrong:
+        raise TypeError(f'diagnose: no rule has the limit {wrong[0]!r}; there are {", ".join(sorted(known))}')
     return {nm: rules[nm] for nm in names or rules}
 
 def _asked(nm, f, evidence, given):
@@ -47,7 +49,7 @@ def _asked(nm, f, evidence, given):
         return [], f'it failed ({type(e).__name__}: {e})'
 
 def diagnose(
-    x,           # History, Learner, Inspector, Watcher, callback, Recording, path of a file; or a list of these
+    x,           # History, Learner, Inspector, Watcher, callback, Recording, path of a file; a list of them
     rules=None,  # name or names of the rules to ask; default all
     **limits     # of the rules, by their names, such as max_dead=.9
 ) -> Findings: # a list, worst first
@@ -88,7 +90,8 @@ def assert_healthy(
     **limits         # of the rules, by their names
 ) -> Findings: # all of them, if none fails
     "An AssertionError that says what is wrong, if anything is."
-    if level not in levels: raise ValueError(f'assert_healthy: level is {level!r}; it is one of {", ".join(levels)}')
+    if level not in levels:
+        raise ValueError(f'assert_healthy: level is {level!r}; it is one of {", ".join(levels)}')
     findings = diagnose(x, **limits)
     failing = [o for o in findings.of(*levels[:levels.index(level)+1]) if o.rule not in allow]
     if failing: raise AssertionError('The training is not healthy.\n\n' + '\n\n'.join(map(str, failing)))
@@ -107,20 +110,22 @@ class _Condition:
         found = _pattern.fullmatch(text) if isinstance(text, str) else None
         try: stat, sign, limit, self.layer = found.groups(); self.limit = float(limit)
         except (AttributeError, ValueError):
-            raise ValueError(f"StopOnCB: got the condition {text!r}; give 'nan', a number as in 'dead>0.5', 'loss>20' or "
-                             f"'grad_norm>1e3 at all', or the name of a rule ({', '.join(rules)})") from None
+            raise ValueError(f"StopOnCB: got the condition {text!r}; give 'nan', a number as in 'dead>0.5' "
+                             f"or 'grad_norm>1e3 at all', or a rule ({', '.join(rules)})") from None
         self.stat, self.holds = _short_names.get(stat, stat), _comparisons[sign]
 
     def why(self, learn, bad):
         "What is the case, in words; None if it is not."
         if self.text == 'nan': return 'the loss was NaN or infinite' if bad else None
-        if self.stat is None: return next((o.text for o in learn.diagnose(self.text).of('error', 'warning')), None)
+        if self.stat is None: return next((o.text for o in learn.diagnose(self.text).of('error', 'warning')),
+                                          None)
         for source,value in _last_values(learn, self.stat, self.layer):
             if self.holds(value, self.limit): return f'{self.stat} of {source} is {value:.3g} ({self.text})'
 
 def _last_values(learn, stat, layer):
     "(who, last number) of each that has the statistic."
-    for h in [learn.history, *(o.history for o in learn.cbs if isinstance(getattr(o, 'history', None), History))]:
+    for h in [learn.history,
+              *(o.history for o in learn.cbs if isinstance(getattr(o, 'history', None), History))]:
         for phase,source,what in h.keys():
             if what != stat or phase != 'train' or layer not in (None, source): continue
             last = h.series(source, stat, phase, h.run).values[-1:]
@@ -154,7 +159,7 @@ class StopOnCB(Callback):
         if self._on and learn.training and self._n % self.every: self._look(learn)
 
     def _look(self, learn):
-        "Waits for the device: one read of the flag, and a flush of the tables if there is a condition on them."
+        "Waits for the device: one read of the flag, a flush of the tables if a condition asks for them."
         bad = self._bad is not None and bool(self._bad)
         reasons = (o.why(learn, bad) for o in self.conditions)
         self.reason = _of_all(next((o for o in reasons if o), None))

@@ -62,7 +62,7 @@ class _Room:
 class _AtSteps(Callback):
     "Looks at parameters around the optimizer's step."
     order = TrainCB.order-10   # before those who clip or change gradients, after those who add them up
-    known_stats = ()
+    known_stats, _tells = (), True
 
     def __init__(self, parameters, every, budget, stats, max_bytes):
         who = type(self).__name__
@@ -116,7 +116,7 @@ class _AtSteps(Callback):
 
 # %% ../nbs/10_gradients.ipynb #77c9ab3f
 _why = dict(frozen='is frozen (requires_grad is False)',
-            unused='has had no gradient, since the loss was not computed from it',
+            unused='has had no gradient in the steps looked at: the loss was not computed from it',
             other='is not among the parameters of the optimizer',
             complex='has complex numbers, which are not measured')
 
@@ -137,7 +137,7 @@ def _rooms_now(self:_AtSteps, learn):
     if there == self._there: return self._rooms
     self._there, self._held, known = there, _held(learn), self._known()
     chosen = [o for o in self.params if (o in known or o.p.grad is not None) and not self._left_out(o)]
-    if len(chosen) != len(known):
+    if set(chosen) != known:
         n_looks = 1 + any(o.endswith('correlation') for o in self.stats)
         self._rooms = [_Room(o, n_looks) for o in groupby(chosen, lambda o: o.p.device).values()]
     return self._rooms
@@ -180,9 +180,8 @@ def _watch(self:_AtSteps, f, *args):
 @patch
 def _tell(self:_AtSteps, who, what):
     "Warn once."
-    if (who, what) in self._told: return
-    self._told.add((who, what))
-    warnings.warn(f'{type(self).__name__}: {who} {what}', stacklevel=3)
+    if what not in self._told: warnings.warn(f'{type(self).__name__}: {who} {what}', stacklevel=3)
+    self._told.add(what)
 
 @patch
 def cleanup_epoch(self:_AtSteps, learn):
@@ -203,7 +202,13 @@ def _note_gaps(self:_AtSteps):
     self._tell_unused([nm for nm,key in why.items() if key == 'unused'])
 
 @patch
-def _tell_unused(self:_AtSteps, names): pass   # one of the two is enough to say it
+def _tell_unused(self:_AtSteps, names):
+    "One warning for all that are new."
+    new = [nm for nm in names if nm not in self._told]
+    self._told |= set(new)
+    if not new or not self._tells: return
+    more = f' and {len(new)-3} more' if len(new) > 3 else ''
+    warnings.warn(f"{type(self).__name__}: {', '.join(new[:3])}{more} {_why['unused']}", stacklevel=4)
 
 # %% ../nbs/10_gradients.ipynb #deaa6873
 gradient_stat_names = 'grad_norm', 'grad_hist', 'grad_correlation', 'grad_activation_rate', 'grad_death_rate'
@@ -301,14 +306,6 @@ def _norms_by_device(tensors):
     full = [o if o.dtype in (torch.float32, torch.float64) else o.float() for o in tensors]
     return [torch._foreach_norm(o) for o in groupby(full, lambda o: (o.device, o.dtype)).values()]
 
-@patch
-def _tell_unused(self:GradientStats, names):
-    new = [nm for nm in names if (nm, _why['unused']) not in self._told]
-    self._told |= {(nm, _why['unused']) for nm in new}
-    if not new: return
-    more = f' and {len(new)-3} more' if len(new) > 3 else ''
-    warnings.warn(f"GradientStats: {', '.join(new[:3])}{more} {_why['unused']}", stacklevel=4)
-
 # %% ../nbs/10_gradients.ipynb #e5f1d38c
 update_stat_names = 'update_norm', 'update_ratio', 'update_correlation', 'param_norm'
 
@@ -327,6 +324,11 @@ class UpdateStats(_AtSteps):
         max_bytes=56_000_000   # memory for the rows; the largest series are thinned when it is full
     ):
         super().__init__(parameters, every, budget, stats, max_bytes)
+
+    def before_fit(self, learn):
+        super().before_fit(learn)
+        self._starts = []   # and one of the two is enough to say which parameters are not used
+        self._tells = not any(isinstance(cb, GradientStats) for cb in getattr(learn, 'cbs', ()))
 
     def after_backward(self, learn):
         self._starts = []
@@ -379,7 +381,7 @@ def cost(self:_AtSteps) -> Cost: # seconds, bytes, parameters as `layers`, steps
 def state_dict(self:_AtSteps) -> dict: # history, pace, gaps
     "What is needed to go on."
     return dict(history=self.history.state_dict(), pace=self.pace.state_dict(), first_run=self.first_run,
-                gaps=self.gaps, told=[list(o) for o in sorted(self._told)])
+                gaps=self.gaps, told=sorted(self._told))
 
 @patch
 def load_state_dict(self:_AtSteps,
@@ -389,7 +391,7 @@ def load_state_dict(self:_AtSteps,
     self.history.load_state_dict(state['history'])
     self.pace.load_state_dict(state['pace'])
     self.first_run, self.gaps = state['first_run'], dict(state['gaps'])
-    self._told = {tuple(o) for o in state['told']}
+    self._told = set(state['told'])
 
 # %% ../nbs/10_gradients.ipynb #150e1fab
 def _sample_rows(a, axis, n):
@@ -479,7 +481,11 @@ def _measure(self:RankStats):
     self.pace.end_watch()
 
 @patch
-def rows(self:RankStats, source:str, stat:str='effective_rank', phase:str='train'): # `Series`
+def rows(self:RankStats,
+    source:str,                  # name of a layer
+    stat:str='effective_rank',   # the only one
+    phase:str='train'            # 'train' or 'valid'
+): # `Series`
     "The rows of the model that is watched now."
     return self.history.series(source, stat, phase, self.first_run)
 
@@ -527,7 +533,7 @@ def _each(o): return (o,) if isinstance(o, str) else tuple(o)
 
 @patch
 def _nothing(self:_AtSteps, stat, figsize):
-    who, fix = type(self).__name__, f'Put this {type(self).__name__} into the cbs of a Learner and fit.'
+    fix = f'Put this {type(self).__name__} into the cbs of a Learner and fit.'
     if stat not in self.stats: fix = f'{stat!r} is not among stats={self.stats}.'
     elif len(self.history): fix = 'No parameter of that name has rows.'
     return _empty(figsize, f'Nothing to draw. {fix}')

@@ -32,7 +32,8 @@ def mlp(
 ): # flatten, fc1, act1, fc2, act2, ...; no activation at the end
     "Linear layers with activations between them."
     parts = [('flatten', nn.Flatten())]
-    for i,(ni,nf) in enumerate(zip(sizes, sizes[1:]), 1): parts += [(f'fc{i}', nn.Linear(ni, nf)), (f'act{i}', act())]
+    for i,(ni,nf) in enumerate(zip(sizes, sizes[1:]), 1): parts += [(f'fc{i}', nn.Linear(ni, nf)),
+                                                                    (f'act{i}', act())]
     return nn.Sequential(OrderedDict(parts[:-1]))
 
 def cnn():
@@ -46,7 +47,8 @@ def cnn():
 def resnet():
     "A convolution and two residual blocks with BatchNorm."
     block = partial(ResBlock, stride=2, act=nn.ReLU, norm=nn.BatchNorm2d)
-    return nn.Sequential(OrderedDict(stem=nn.Conv2d(1, 8, 3, stride=2, padding=1), block1=block(8, 16), block2=block(16, 32),
+    return nn.Sequential(OrderedDict(stem=nn.Conv2d(1, 8, 3, stride=2, padding=1), block1=block(8, 16),
+                                     block2=block(16, 32),
                                      pool=GlobalAvgPool(), head=nn.Linear(32, 10)))
 
 # %% ../nbs/21_planted.ipynb #62231be4
@@ -68,7 +70,8 @@ class RowTransformer(nn.Module):
         super().__init__()
         self.embed, self.places = nn.Linear(28, nh), nn.Parameter(torch.randn(28, nh)*.02)
         layer = nn.TransformerEncoderLayer(nh, 4, 2*nh, dropout=.1, batch_first=True)
-        self.encoder, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(nh, 10)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2,
+                                                        enable_nested_tensor=False), nn.Linear(nh, 10)
     def forward(self, x): return self.head(self.encoder(self.embed(x.squeeze(1)) + self.places).mean(1))
 
 # %% ../nbs/21_planted.ipynb #1a277501
@@ -87,7 +90,8 @@ class _Quiet(MetricsCB):
 def _learner(net, lr=.1, opt=optim.SGD, cbs=(), metric=accuracy, n=None):
     "Makes a Learner from DataLoaders, of which it takes the first `n` images."
     cbs = [TrainCB(), _Quiet(accuracy=metric), *cbs]
-    return lambda dls: Learner(net(), dls if n is None else first_images(dls, n), F.cross_entropy, lr, cbs, opt)
+    return lambda dls: Learner(net(), dls if n is None else first_images(dls, n), F.cross_entropy, lr, cbs,
+                               opt)
 
 def first_images(
     dls,  # `DataLoaders.in_memory`
@@ -95,7 +99,8 @@ def first_images(
 ) -> DataLoaders:
     "The same with the first `n` training images only."
     columns = {nm: o[:n] for nm,o in dls.train.columns.items()}
-    return DataLoaders(MemoryLoader(dls.train.dataset, columns, dls.train.batch_size, dls.train.shuffle), dls.valid)
+    return DataLoaders(MemoryLoader(dls.train.dataset, columns, dls.train.batch_size, dls.train.shuffle),
+                       dls.valid)
 
 # %% ../nbs/21_planted.ipynb #38845ca6
 _sizes = 784, 64, 64, 10
@@ -168,45 +173,55 @@ faults = {
     'lr 1e-9 with Adam': Case(_learner(cnn, 1e-9, optim.Adam), 'learning_rate_low'),
     'all weights zero': Case(_learner(_with(lambda: mlp(*_sizes), _fill(0.))), 'identical_units', 'fc1'),
     'all weights 0.01': Case(_learner(_with(lambda: mlp(*_sizes), _fill(.01))), 'identical_units', 'fc1'),
-    'weights x 12, 9 deep': Case(_learner(_with(lambda: mlp(*_deep), _scale(12.)), 1e-3), 'exploding_activations', step=0),
-    'weights / 5, 9 deep': Case(_learner(_with(lambda: mlp(*_deep), _scale(.2))), 'vanishing_activations', step=0),
-    'sigmoid, 11 deep': Case(_learner(lambda: mlp(784, *[64]*10, 10, act=nn.Sigmoid)), 'vanishing_gradients', 'fc1.weight'),
-    'tanh, weights x 50': Case(_learner(_with(lambda: mlp(*_sizes, act=nn.Tanh), _scale(50.)), .001), 'saturated', step=0),
+    'weights x 12, 9 deep': Case(_learner(_with(lambda: mlp(*_deep), _scale(12.)), 1e-3),
+                                 'exploding_activations', step=0),
+    'weights / 5, 9 deep': Case(_learner(_with(lambda: mlp(*_deep), _scale(.2))), 'vanishing_activations',
+                                step=0),
+    'sigmoid, 11 deep': Case(_learner(lambda: mlp(784, *[64]*10, 10, act=nn.Sigmoid)), 'vanishing_gradients',
+                             'fc1.weight'),
+    'tanh, weights x 50': Case(_learner(_with(lambda: mlp(*_sizes, act=nn.Tanh), _scale(50.)), .001),
+                               'saturated', step=0),
     'bias -10 before ReLU': Case(_learner(_with(lambda: mlp(*_sizes), _low_bias)), 'dead_units', 'act2', 0),
-    'recurrent weights x 4': Case(_learner(_with(lambda: ByRows(nn.RNN), _large_recurrent), .01), 'exploding_gradients', step=0),
+    'recurrent weights x 4': Case(_learner(_with(lambda: ByRows(nn.RNN), _large_recurrent), .01),
+                                  'exploding_gradients', step=0),
     'frozen layer': Case(_learner(_with(lambda: mlp(*_sizes), _freeze)), 'not_trained', 'fc2'),
     'layer never called': Case(_learner(_Unused), 'never_called', 'extra'),
     'layer outside the graph': Case(_learner(_Detached), 'no_gradient', 'stem.fc1'),
     'NaN at step 40': Case(_learner(_with_nan), 'not_finite', 'act2.scale', 40),
     'labels shuffled': Case(_learner(cnn, .05, _momentum, [_ShuffleCB()]), 'at_chance'),
     '64 images, 60 epochs': Case(_learner(cnn, 2e-3, optim.Adam, n=64), 'overfitting', epochs=60),
-    'metric of the wrong axis': Case(_learner(lambda: mlp(*_sizes), metric=_wrong_axis, n=640), 'metric_stuck', epochs=5),
+    'metric of the wrong axis': Case(_learner(lambda: mlp(*_sizes), metric=_wrong_axis, n=640),
+                                     'metric_stuck', epochs=5),
 }
 
 # %% ../nbs/21_planted.ipynb #3db028f6
-_nets = {'MLP': lambda: mlp(*_sizes), 'CNN': cnn, 'ResNet, BatchNorm': resnet, 'LSTM': ByRows, 'transformer': RowTransformer}
+_nets = {'MLP': lambda: mlp(*_sizes), 'CNN': cnn, 'ResNet, BatchNorm': resnet, 'LSTM': ByRows,
+         'transformer': RowTransformer}
 _opts = {'SGD, momentum': (.05, _momentum), 'Adam': (2e-3, optim.Adam), 'AdamW': (2e-3, optim.AdamW)}
 
-healthy = {f'{net}; {opt}': Case(_learner(_nets[net], *_opts[opt], n=2048), epochs=3) for net in _nets for opt in _opts}
+healthy = {f'{net}; {opt}': Case(_learner(_nets[net], *_opts[opt], n=2048), epochs=3) for net in _nets
+           for opt in _opts}
 
 # %% ../nbs/21_planted.ipynb #28edae30
 def train(
-    case:Case,
+    case:Case, # one of `faults` or `healthy`
     dls,       # `DataLoaders.in_memory` of images [1, 28, 28] and classes
-    seed:int=0 # of the weights and of the order of the images
-) -> Learner: # fitted, with watchers of outputs, gradients and updates
+    seed:int=0,# of the weights and of the order of the images
+    watch=None # function of the Learner that adds watchers; default outputs, gradients, updates at each step
+) -> Learner: # fitted
     "Do the training of a case."
     import warnings
     set_seed(seed)
     learn = case.make(dls)
-    learn.cbs += [ActivationStats(), GradientStats(), UpdateStats()]
+    if watch is None: learn.cbs += [ActivationStats(), GradientStats(), UpdateStats()]
+    else: watch(learn)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')   # they say what the findings say, too
         learn.fit(case.epochs)
     return learn
 
 def is_right(
-    case:Case,
+    case:Case,        # with what should come first
     findings:Findings # of its training
 ) -> bool: # of a healthy run: nothing above 'note'
     "Whether the diagnosis says first what it should."
@@ -218,11 +233,13 @@ def is_right(
 def score(
     cases:dict,  # name -> `Case`, such as `faults` or `healthy`
     dls,         # as for `train`
-    seeds=(0,)   # one training each
+    seeds=(0,),  # one training each
+    watch=None   # as for `train`
 ): # pandas.DataFrame: case, seed, right, first (rule, layer, step), errors, warnings, notes
     "Train every case, and see what its diagnosis says."
     import pandas as pd
-    found = [(nm, seed, case, diagnose(train(case, dls, seed))) for nm,case in cases.items() for seed in seeds]
+    found = [(nm, seed, case, diagnose(train(case, dls, seed, watch))) for nm,case in cases.items()
+             for seed in seeds]
     rows = [dict(case=nm, seed=seed, right=is_right(case, o), first=_first_line(o), errors=len(o.of('error')),
                  warnings=len(o.of('warning')), notes=len(o.of('note'))) for nm,seed,case,o in found]
     return pd.DataFrame(rows)
@@ -230,4 +247,5 @@ def score(
 def _first_line(findings):
     if not findings: return ''
     o = findings[0]
-    return '  '.join(part for part in (o.level, o.rule, o.layer, f'from step {o.steps[0]}' if o.steps else '') if part)
+    return '  '.join(part for part in (o.level, o.rule, o.layer, f'from step {o.steps[0]}' if o.steps else '')
+                     if part)

@@ -367,8 +367,9 @@ def _machine(learn):
 # %% ../nbs/22_report.ipynb #11d73203
 def _costs(watchers):
     "A table of what each watcher has cost."
-    found = [(o, o.cost()) for o in watchers if callable(getattr(o, 'cost', None))]
-    rows = [[type(o).__name__, f'{c.share:.1%}', f'{c.seconds:.2f} s', f'{c.run_seconds:.2f} s', c.layers, c.steps_seen,
+    found = [(o, o.cost()) for o in watchers]
+    name = lambda o: type(o).__name__ + (', all its parts together' if hasattr(o, 'parts') else '')
+    rows = [[name(o), f'{c.share:.1%}', f'{c.seconds:.2f} s', f'{c.run_seconds:.2f} s', c.layers, c.steps_seen,
              c.steps_sampled, f'{c.bytes/1e6:.1f} MB'] for o,c in found if isinstance(c, Cost)]
     if not rows: return tag('p', 'No watcher that knows its cost.', class_='muted')
     head = ['watcher', 'share of the time', 'watching', 'the whole loop', 'layers', 'steps seen', 'steps looked at', 'memory']
@@ -467,9 +468,9 @@ def _header(title, line, written, live):
 def _watchers_of(x):
     "Whoever recorded, to be asked for bins and cost."
     if isinstance(x, (list, tuple)): return [o for part in x for o in _watchers_of(part)]
-    found = list(getattr(x, 'cbs', ())) or [getattr(x, nm, None) for nm in ('activations', 'gradients', 'updates')] + [x]
-    own = [getattr(o, 'inspector', o) for o in found if o is not None]
-    return [o for o in own if hasattr(o, 'history') and hasattr(o, 'cost')]
+    found = list(getattr(x, 'cbs', ())) or [*getattr(x, 'parts', {}).values(), x]
+    own = [getattr(o, 'inspector', o) for o in found]
+    return [o for o in own if callable(getattr(o, 'cost', None))]
 
 def _learner_in(x):
     if isinstance(x, (list, tuple)): return next((o for o in map(_learner_in, x) if o is not None), None)

@@ -194,7 +194,7 @@ def test_page_has_no_errors_and_no_bars(page):
         text = output.get('text', '') + str(output.get('data', {}).get('text/plain', ''))
         assert 'Traceback' not in text and '\r' not in text and not re.search(r'\d+%\|', text), text
         assert not [o for o in output.get('data', {}) if 'widget' in o]
-        if output.output_type == 'stream': assert output.name != 'stderr' or 'arning' not in text, text
+        assert output.get('name') != 'stderr', text
 
 
 @by_page
