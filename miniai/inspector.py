@@ -542,10 +542,21 @@ def _phase_in(self:Inspector, lens, key):
     if key[0] != 'output': return 'train'
     return key[1] if lens.evaluation_from_grad else key[2]
 
+def _side_by_side(found):
+    "(names, rows) of all parts; a source that is in two (batches of two sizes) is there in one at a time."
+    if len(found) == 1: return found[0]
+    parts = tuple(nm for names,_ in found for nm in names)
+    names, rows = tuple(dict.fromkeys(parts)), torch.cat([o for _,o in found], 2)
+    if len(names) == len(parts): return names, rows
+    res = rows.new_full((*rows.shape[:2], len(names)), torch.nan)
+    for i,nm in enumerate(parts):
+        column = res[..., names.index(nm)]
+        column.copy_(torch.where(rows[..., i].isnan(), column, rows[..., i]))
+    return names, res
+
 @patch
 def _rows(self:Inspector, lens, phase, found, facts):
-    names = found[0][0] if len(found) == 1 else sum((o for o,_ in found), ())
-    rows = found[0][1] if len(found) == 1 else torch.cat([o for _,o in found], 2)
+    names, rows = _side_by_side(found)
     weights = [weight if self.weighted else 1 for weight,_ in facts]
     window = self.windows.get((lens, phase))
     if window is None: window = self.windows[lens, phase] = Window()
