@@ -277,7 +277,8 @@ def not_finite(evidence:Evidence # of a run
 ):
     """NaN or infinity: the first step at which it was seen, and at that step the first layer.
 
-    A warning if the loss was finite again in the end. Source: IEEE 754: arithmetic with NaN gives NaN."""
+    A warning if the loss is finite again in the end, a note if it always was. Source: IEEE 754: arithmetic with
+    NaN gives NaN."""
     track, found = evidence.loss(), [*_bad_outputs(evidence), *_bad_grads(evidence), *_traced(evidence)]
     row = _first_bad(track)
     if row is not None: found.append((int(track.steps[row]), 10**7, '', 'loss'))
@@ -285,7 +286,7 @@ def not_finite(evidence:Evidence # of a run
     step, _, layer, what = min(found)
     bad = track.steps[~np.isfinite(track.values)] if len(track) else np.zeros(0, int)
     return [Finding(
-        'not_finite', 'warning' if len(track) and np.isfinite(track.values[-1]) else 'error', layer,
+        'not_finite', _how_bad(track, bad), layer,
         (step, max([step, *bad.tolist()[-1:]])), float(len(bad)), 0.,
         f'NaN or infinity is seen at step {step} first, in the {what}'
         + (f' of {evidence.facts.named(layer)}' if layer and what != 'loss' else '')
@@ -293,8 +294,15 @@ def not_finite(evidence:Evidence # of a run
         _nan_causes[what], ['look at the batch of that step',
                             f'look at the {what} there: `learn.watch()` traces it',
                             'a small number inside log, root or division', 'clip the gradients (GradClipCB)'],
-        _caveats(evidence, track), tuple(dict.fromkeys(o[2] for o in sorted(found) if o[2])),
+        _caveats(evidence, track, not len(bad) and len(track) and _by_design),
+        tuple(dict.fromkeys(o[2] for o in sorted(found) if o[2])),
         _bad_chart(evidence, layer, what, track))]
+
+def _how_bad(loss, bad):
+    if not len(loss) or not np.isfinite(loss.values[-1]): return 'error'
+    return 'warning' if len(bad) else 'note'
+
+_by_design = 'the loss was finite at every recorded step: a mask by design, or gradients that a scaler left out'
 
 _nan_causes = dict(
     output=['log, root or division in that layer', 'numbers that have grown too large', 'NaN in the data'],
