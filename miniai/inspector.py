@@ -682,6 +682,7 @@ def _held(self:Inspector, optimizer):
     if known is None or known[0]() is not optimizer or known[1] != size:
         held = {id(p) for group in optimizer.param_groups for p in group['params']} & self._by_id
         if self.optimizer is not None and optimizer is not self.optimizer: held = set()
+        if known is None or known[0]() is not optimizer: self._steps.pop(id(optimizer), 0)   # an id anew
         known = self._optimizers[id(optimizer)] = weakref.ref(optimizer), size, held
     return known[2]
 
