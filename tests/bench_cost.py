@@ -25,9 +25,11 @@ from shared import CountReads, ReadsPerStep
 from miniai.activations import ActivationStats
 from miniai.datasets import DataLoaders, fashion_mnist
 from miniai.demo import five_convs
+from miniai.gradients import GradientStats, UpdateStats
 from miniai.history import History
 from miniai.learner import DeviceCB, Learner, MetricsCB, TrainCB
 from miniai.stats import abs_hist, layer_stats, mean_std, unit_dead
+from miniai.watch import RangeStats
 
 
 # --- measuring ---
@@ -187,6 +189,19 @@ def watching_table(blocks, device='cpu'):
     return compared(variants, image_batches(1024, 12, device), blocks, device=device)
 
 
+def around_table(blocks, device='cpu'):
+    "GradientStats, UpdateStats, RangeStats and learn.watch over the Learner."
+    def watched(clock):
+        torch.manual_seed(1)
+        learn = Learner(five_convs(), DataLoaders(clock, clock), F.cross_entropy, lr=.1, cbs=[TrainCB(), DeviceCB(device)])
+        learn.watch(every=10)
+        learn.fit(1, valid=False)
+    makes = {o.__name__: ours(o, device=device) for o in (GradientStats, UpdateStats, RangeStats, ActivationStats)}
+    variants = {'Learner': ours(device=device), **makes, 'learn.watch(every=10)': watched}
+    return pd.concat({f'batch {bs}': compared(variants, image_batches(bs, 12, device), blocks*turn, turn, device)
+                      for bs,turn in ((64, 10), (512, 1))})
+
+
 def floor_table(shape=(1024, 8, 14, 14), repeats=30):
     "Milliseconds for each statistic of one output, and for the operations it cannot do without."
     a = torch.randn(shape)*3
@@ -323,6 +338,7 @@ def main(argv=None):
     say('Machine', machine(args.device))
     say('The Learner', learner_table(blocks, args.device))
     say('Watching, batch 1024', watching_table(blocks, args.device))
+    say('Gradients and updates', around_table(blocks, args.device))
     say('Parts of it', floor_table())
     say('Budgets', budget_table(epochs=2 if args.quick else 20, device=args.device))
     say('Host reads in 50 steps', host_reads())

@@ -14,10 +14,9 @@ from miniai.activations import ActivationStats
 from miniai.callback import Callback, CancelFitException
 from miniai.checkpoint import CheckpointCB
 from miniai.datasets import DataLoaders
-from miniai.gradients import GradientStats, RankStats, UpdateStats
 from miniai.hooks import count_hooks
-from miniai.learner import Learner, TrainCB, TrainLearner
-from miniai.watch import NanTracer, RangeStats, Watcher, stages
+from miniai.learner import Learner, TrainCB
+from miniai.watch import NanTracer, stages
 
 
 class Backward(torch.autograd.Function):
