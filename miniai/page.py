@@ -34,13 +34,13 @@ def _attribute(nm, value):
 _void = 'meta', 'br', 'input'
 
 def tag(
-    name:str, /, # of the element
+    element:str, # its name
     *children, # texts, which are escaped, and `Html`, which is not
     **attrs    # `class_` for class, `data_x` for data-x; True for one without value; None or False for none
 ) -> Html:
     "One element."
-    start = f'<{name}{"".join(_attribute(*o) for o in attrs.items())}>'
-    return Html(start if name in _void else f'{start}{"".join(map(as_html, children))}</{name}>')
+    start = f'<{element}{"".join(_attribute(*o) for o in attrs.items())}>'
+    return Html(start if element in _void else f'{start}{"".join(map(as_html, children))}</{element}>')
 
 # %% ../nbs/22_page.ipynb #39bf519e
 def fact_list(
@@ -114,7 +114,7 @@ def _lines(i, label, x, y, dash, gaps=False):
 def _thinned(lines, most):
     "The lines with fewer rows; those at the same steps keep the same ones."
     groups = {}
-    for nm,(x,y) in lines.items(): groups.setdefault(np.asarray(x).tobytes(), []).append(nm)
+    for nm,(x,_) in lines.items(): groups.setdefault(np.asarray(x).tobytes(), []).append(nm)
     rows = {nm: kept_rows(np.stack([np.asarray(lines[o][1], dtype=float) for o in names]), most)
             for names in groups.values() for nm in names}
     return {nm: (np.asarray(x)[rows[nm]], np.asarray(y)[rows[nm]]) for nm,(x,y) in lines.items()}
@@ -184,7 +184,8 @@ def _nth(n): return {2: 'second', 3: 'third'}.get(n, f'{n}th')
 def sparkline(
     values,     # [n]
     label='',   # whose line, for those who cannot see it
-    width=120, height=24 # pixels
+    width=120,  # in pixels
+    height=24   # in pixels
 ) -> Html: # '' if there is no finite value
     "A small line without axes; NaN is a gap."
     values = np.asarray(values, dtype=float)
