@@ -151,7 +151,7 @@ class ReportCB(Callback):
 
     def __init__(self,
         path='report.html',  # where to; folders are made
-        every:int=1,         # write after each n-th epoch
+        every:int=1,         # write in each n-th epoch, after training and after validation
         seconds:float=None,  # within an epoch, too, so often; each time it waits for the device
         title:str=None       # above the page; default names the model
     ):
