@@ -42,15 +42,21 @@ class Facts:
     constant:bool = None      # whether the model gave the last batch one and the same answer for all samples
     looked:dict = field(default_factory=dict)  # phase -> (batches looked at, batches that went by)
 
-    def layer(self, source):
-        "Name of the layer that `source`, a name in the table, belongs to."
+    def layer(self,
+        source:str # a name in the table
+    ) -> str: # name of a layer
+        "The layer that it belongs to."
         return self.sources.get(source, source)
 
-    def kind(self, source):
-        "Type of the layer that `source` belongs to; '' if it is not known."
+    def kind(self,
+        source:str # a name in the table
+    ) -> str: # 'Linear', say; '' if it is not known
+        "Type of the layer that it belongs to."
         return self.layers.get(self.layer(source), '')
 
-    def named(self, source):
+    def named(self,
+        source:str # a name in the table
+    ) -> str: # 'layer fc1 (Linear)'
         "Name and type, for a sentence."
         return f'layer {source}' + (f' ({self.kind(source)})' if self.kind(source) else '')
 
@@ -63,8 +69,8 @@ def facts_of_dict(
 ) -> Facts:
     "Facts that were kept in a file."
     known = {nm: v for nm,v in o.items() if nm in Facts.__dataclass_fields__}
-    params = {nm: Param(tuple(p['shape']), p['trained'], p['held']) for nm,
-              p in known.get('params', {}).items()}
+    params = {nm: Param(tuple(p['shape']), p['trained'], p['held'])
+              for nm,p in known.get('params', {}).items()}
     looked = {nm: tuple(v) for nm,v in known.get('looked', {}).items()}
     tuples = {nm: tuple(known[nm]) for nm in ('silent', 'unreached') if known.get(nm) is not None}
     return Facts(**known | tuples | dict(params=params, looked=looked))
@@ -159,7 +165,9 @@ def sources(self:Evidence,
     return sorted(found, key=lambda nm: order.get(nm, len(order)))
 
 @patch
-def loss(self:Evidence, phase:str='train') -> Track:
+def loss(self:Evidence,
+    phase:str='train' # 'train' or 'valid'
+) -> Track:
     "The loss of every batch where that was kept, else of every epoch."
     for key in (('batch', 'loss'), ('loss', 'loss'), ('epoch', 'loss')):
         found = self.track(*key, phase)
@@ -167,7 +175,9 @@ def loss(self:Evidence, phase:str='train') -> Track:
     return _no_rows
 
 @patch
-def epoch_loss(self:Evidence, phase:str='train') -> Track:
+def epoch_loss(self:Evidence,
+    phase:str='train' # 'train' or 'valid'
+) -> Track:
     "The loss of every epoch; from the batches, where only those are known."
     for key in (('epoch', 'loss'), ('loss', 'loss')):
         found = self.track(*key, phase)
@@ -188,12 +198,14 @@ def metrics(self:Evidence) -> list: # of names
     return list(dict.fromkeys(own + pushed))
 
 @patch
-def metric(self:Evidence, name:str, phase:str='valid') -> Track:
+def metric(self:Evidence,
+    name:str,          # one of `metrics`
+    phase:str='valid'  # 'train' or 'valid'
+) -> Track:
     "The values of one of `metrics`, epoch by epoch."
     found = self.track('epoch', name, phase)
     return found if len(found) else self.track(name, name, phase)
 
-# %% ../nbs/21_case.ipynb #0a614ec7
 @patch
 def n_steps(self:Evidence) -> int:
     "Training steps that the run took, as far as the tables show."
@@ -211,7 +223,7 @@ def _params(model, optimizer=None):
     groups = getattr(optimizer, 'param_groups', None)
     held = None if groups is None else {id(p) for group in groups for p in group['params']}
     return {nm: Param(tuple(p.shape), p.requires_grad, None if held is None else id(p) in held)
-            for nm,p in unwrap(model).named_parameters()}
+            for nm,p in unwrap(model).named_parameters() if _is_ready(p)}
 
 def _lr(optimizer):
     groups = getattr(optimizer, 'param_groups', None) or [{}]
@@ -238,8 +250,8 @@ def _dead_since(cb):
     "For each unit that was watched in training the step since which it has been dead, -1 if it is alive."
     trackers = [(names, o.since) for (phase,names),o in getattr(cb, 'trackers', {}).items()
                 if phase == 'train']
-    return {nm: row for names,since in trackers if since is not None for nm,
-            row in zip(names, since.tolist())}  # a read, after the fit
+    return {nm: row for names,since in trackers if since is not None
+            for nm,row in zip(names, since.tolist())}   # reads from the device, after the fit
 
 def _n_classes(learn, loss):
     "The number of classes, if the last predictions look like a classification by cross entropy."
@@ -252,6 +264,7 @@ def _constant(learn):
     "Whether the last batch had one answer for all samples."
     preds = getattr(learn, 'preds', None)
     if not isinstance(preds, torch.Tensor) or preds.ndim < 2 or len(preds) < 2: return None
+    if not preds.is_floating_point(): return None
     a = preds.detach().float()
     return bool((a - a[:1]).abs().amax() <= 1e-6*a.abs().amax())   # reads from the device, after the fit
 
@@ -262,38 +275,52 @@ def _learner_facts(learn):
                  _lr(learn.opt), None, _n_classes(learn, loss), layers, params=_params(model, learn.opt),
                  constant=_constant(learn), twins=twins(model))
 
+def _rows(m):
+    "[units, weights and bias] of a layer; of many weights 64 to the unit will do."
+    weight = m.weight.detach().transpose(0, int(getattr(m, 'transposed', False))).flatten(1).float()
+    weight = weight[:, ::max(1, weight.shape[1]//64)]
+    has_bias = m.bias is not None and len(m.bias) == len(weight)
+    return torch.cat([weight, m.bias.detach().float()[:, None]], 1) if has_bias else weight
+
+def _is_ready(p): return not isinstance(p, nn.parameter.UninitializedParameter)
+
 def twins(
     model:nn.Module # any
 ) -> dict: # layer -> share of its units that have the weights (and bias) of another one, 0 to 1
     "Units of linear layers and convolutions that are the same, and so will stay the same."
-    found = {}
-    for name,m in select_modules(model, (nn.Linear, nn.modules.conv._ConvNd)) if _has_units(model) else ():
-        weight = m.weight.detach().transpose(0, int(getattr(m, 'transposed', False)))
-        if not m.weight.requires_grad or len(weight) < 2: continue
-        rows = weight.flatten(1).float()
-        if m.bias is not None and len(m.bias) == len(rows): rows = torch.cat([rows, m.bias.detach()[:, None]],
-                                                                             1)
-        found[name] = 1 - len(rows.unique(dim=0))/len(rows)   # reads from the device, after the fit
-    return found
+    kinds = nn.Linear, nn.modules.conv._ConvNd
+    rows = {name: _rows(m) for name,m in select_modules(model)
+            if isinstance(m, kinds) and _is_ready(m.weight) and m.weight.requires_grad}
+    # reads from the device, after the fit
+    return {name: 1 - len(o.unique(dim=0))/len(o) for name,o in rows.items() if len(o) > 1}
 
-def _has_units(model): return any(isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))
-                                  for m in model.modules())
-
-# %% ../nbs/21_case.ipynb #bd2ebdb9
+# %% ../nbs/21_case.ipynb #51efe648
 def _evidence_of_learner(learn):
     facts = _learner_facts(learn)
     for cb in learn.cbs:
         inspector = getattr(cb, 'inspector', None)
         known = _inspector_facts(inspector, False) if inspector is not None else _watched(cb) | _unreached(cb)
         facts = _with(facts, known if isinstance(known, dict) else vars(known))
-    return Evidence([learn.history, *_cb_histories(learn.cbs)], facts)
+    return _sized(Evidence([learn.history, *_cb_histories(learn.cbs)], facts))
+
+def _sized(evidence):
+    "With the batch size, which the rows of the loss know."
+    samples = evidence.loss().samples
+    if len(samples): evidence.facts.batch_size = int(np.bincount(samples).argmax()) or None
+    return evidence
+
+def _evidence_of_watcher(watcher):
+    "By the learner it watches, once that has been fitted."
+    learn = getattr(watcher, 'learn', None)
+    if learn is not None: return _evidence_of_learner(learn)
+    return _together([evidence_of(o) for o in watcher.parts.values()])
 
 def _with(facts, known):
     "`facts` with what `known` has besides."
     return replace(facts, **{nm: v for nm,v in known.items() if v or nm == 'unreached' and v is not None})
 
 def evidence_of(
-    x # History, Learner, Inspector, Watcher, a watching callback, Recording, path of a file; or a list of them
+    x # History, Learner, Inspector, Watcher, a watching callback, Recording, path of a file; a list of them
 ) -> Evidence:
     "Everything that `x` knows of its last run."
     if isinstance(x, Evidence): return x
@@ -303,7 +330,7 @@ def evidence_of(
     if isinstance(x, Recording): return _evidence_of_recording(x)
     if hasattr(x, 'lenses') and hasattr(x, 'kinds'): return Evidence(x.history, _inspector_facts(x))
     if hasattr(x, 'loss_func') and hasattr(x, 'cbs'): return _evidence_of_learner(x)
-    if hasattr(x, 'histories'): return Evidence(x.histories)
+    if hasattr(x, 'parts') and hasattr(x, 'histories'): return _evidence_of_watcher(x)
     if isinstance(getattr(x, 'history', None), History):
         return Evidence(x.history, _with(Facts(), _watched(x) | _unreached(x)))
     raise TypeError(f'diagnose: got {type(x).__name__}; give a History, a Learner, an Inspector, a Watcher, '
@@ -449,7 +476,12 @@ def _wrapped(text, indent, first=None):
 # %% ../nbs/21_case.ipynb #a26768f6
 class Findings(list):
     "Findings, worst first; `checked`: the rules that were asked; `unchecked`: why others could not be."
-    def __init__(self, found=(), checked=(), unchecked=None, evidence=None):
+    def __init__(self,
+        found=(),       # `Finding`s, in their order
+        checked=(),     # names of the rules that were asked
+        unchecked=None, # name of a rule -> why it could not be
+        evidence=None   # what they were asked about
+    ):
         super().__init__(found)
         self.checked, self.unchecked, self.evidence = tuple(checked), dict(unchecked or {}), evidence
 

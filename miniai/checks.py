@@ -96,7 +96,7 @@ def _by_depth(evidence):
 def _sizes(evidence, names, stat, read): return np.array([read(evidence.track(o, stat)) for o in names])
 
 @rule
-def exploding_activations(evidence:Evidence,
+def exploding_activations(evidence:Evidence, # of a run
     *, max_growth:float=1e3 # largest deviation of an output at the first step, in units of the first layer's
 ):
     """Outputs that grow from layer to layer, at the first step.
@@ -118,7 +118,7 @@ def exploding_activations(evidence:Evidence,
 
 # %% ../nbs/21_checks.ipynb #f266407e
 @rule
-def vanishing_activations(evidence:Evidence,
+def vanishing_activations(evidence:Evidence, # of a run
     *, min_share:float=1e-3 # smallest deviation of a hidden layer's output, in units of the first layer's
 ):
     """Outputs that shrink from layer to layer, at the first step (an error) or at the end (a warning).
@@ -128,12 +128,13 @@ def vanishing_activations(evidence:Evidence,
     stat, names = _by_depth(evidence)
     if len(names) < 3: return []
     found = {when: _sizes(evidence, names, stat, read) for when,read in (('first', _first), ('last', _late))}
-    small = [(when, sizes) for when,sizes in found.items() if np.nanmin(sizes) < min_share*sizes[0]]
+    small = [(when, v) for when,v in found.items()
+             if ((v > 0) & (v < min_share*v[0])).any()]   # 0: other rules
     return [_shrunk(evidence, stat, names, *small[0], min_share, found)] if small else []
 
 def _shrunk(evidence, stat, names, when, sizes, limit, found):
-    layers = tuple(nm for nm,size in zip(names, sizes) if size < limit*sizes[0])
-    share, track = float(np.nanmin(sizes)/sizes[0]), evidence.track(layers[0], stat)
+    layers = tuple(nm for nm,size in zip(names, sizes) if 0 < size < limit*sizes[0])
+    share, track = float(sizes[sizes > 0].min()/sizes[0]), evidence.track(layers[0], stat)
     cause = dict(first='weights that are too small at the start',
                  last='too high a learning rate early on')[when]
     rows = track[:1] if when == 'first' else track[-max(1, len(track)//4):]
@@ -161,7 +162,7 @@ def _rms(evidence, names, read):
     return _sizes(evidence, names, 'grad_norm', read)/np.sqrt(entries)
 
 @rule
-def exploding_gradients(evidence:Evidence,
+def exploding_gradients(evidence:Evidence, # of a run
     *, max_gradient:float=1e3, # largest gradient of a weight at the first step, in units of the last layer's
     max_jump:float=1e3         # largest norm of all gradients, in units of its median
 ):
@@ -212,17 +213,18 @@ def _jumping(evidence, limit):
 
 # %% ../nbs/21_checks.ipynb #4a3d246a
 @rule
-def learning_rate_high(evidence:Evidence,
-    *, max_rise:float=3. # largest loss, in units of the first
+def learning_rate_high(evidence:Evidence, # of a run
+    *, max_rise:float=3., # largest loss, in units of the first
+    max_fall:float=8.     # by which factor an output may shrink within three rows while the loss jumps
 ):
-    """A loss that rises far above where it began, and does not come back (an error) or does (a warning).
+    """A loss that rises far above where it began, or jumps while outputs collapse; a warning if it recovers.
 
     Source: Smith, "Cyclical learning rates for training neural networks" (2017): from some rate on the loss
     rises. A new network's loss is that of guessing; several times as much takes steps that are too large."""
     track = _loss(evidence)
     first, high, late = _first(track), _finite(track.values).max(initial=-np.inf), _late(track)
     limit = first + (max_rise-1)*abs(first)
-    if not high > limit: return []
+    if not high > limit: return _collapses(evidence, track, max_fall)
     lost, layers = not np.isfinite(track.values[-1]) or late > first, _collapsed(evidence)
     return [Finding(
         'learning_rate_high', 'error' if lost else 'warning', '', _span(track, track.values > limit),
@@ -234,6 +236,38 @@ def learning_rate_high(evidence:Evidence,
         ['a tenth of it', '`learn.lr_find()`', 'clip the gradients (GradClipCB)'], _caveats(evidence, track),
         layers,
         _steps_chart('Training loss', dict(loss=track), log=first > 0, guides=(limit,)))]
+
+def _falls(track):
+    "At each row by which factor the values have fallen within three rows."
+    v = track.values.astype(float)
+    before = np.max([np.r_[np.full(k, np.nan_to_num(v[0])), v[:-k]] for k in (1, 2, 3)], axis=0)
+    with np.errstate(all='ignore'): return np.nan_to_num(before/v, nan=0., posinf=0.)
+
+def _jump(loss, step):
+    "The highest loss around `step`, in units of the lowest shortly before."
+    before = loss.values[(loss.steps >= step-6) & (loss.steps < step)]
+    now = loss.values[(loss.steps >= step-1) & (loss.steps <= step+2)]
+    return _finite(now).max(initial=0.)/before.min() if len(before) and before.min() > 0 else 0.
+
+def _collapses(evidence, loss, limit):
+    "Steps at which outputs shrink to nearly nothing and the loss jumps by half or more."
+    tracks = {nm: o for nm,o in _tracks(evidence, evidence.sources('std'), 'std').items() if o.per == 'step'
+              and len(o) > 3}
+    found = [(int(o.steps[row]), nm, float(_falls(o)[row])) for nm,o in tracks.items()
+             for row in np.flatnonzero(_falls(o) > limit) if _jump(loss, o.steps[row]) > 1.5]
+    if not found: return []
+    (first, layer, _), last = min(found), max(found)[0]
+    before, late = loss.values[loss.steps < first].min(), _late(loss)
+    layers = tuple(nm for nm in tracks if any(nm == o[1] for o in found))
+    return [Finding(
+        'learning_rate_high', 'error' if late > before else 'warning', layer, (first, last),
+        max(o[2] for o in found), limit,
+        f'At step {first} the output of {evidence.facts.named(layer)} collapses and the loss jumps from '
+        f'{before:.3g}; it ends at {late:.3g}.',
+        ['too high a learning rate' + _rate(evidence), 'no warm-up', 'weights that began small'],
+        ['a third of it', '`learn.lr_find()`', 'Kaiming initialisation', 'clip the gradients (GradClipCB)'],
+        _caveats(evidence, tracks[layer]), layers,
+        _steps_chart('Deviation of outputs', {nm: tracks[nm] for nm in layers}))]
 
 def _rate(evidence): return f' (it was {evidence.facts.lr:g})' if evidence.facts.lr else ''
 
@@ -269,14 +303,16 @@ _stages = 'weights', 'output', 'loss', 'gradient', 'update'   # of a step, in th
 def _traced(evidence):
     "Likewise what a tracer has seen, which knows the order within a step."
     rows = [(who, evidence.track(who, what)) for _,who,what in evidence.keys() if what == 'nonfinite']
-    return [(int(o.steps[0]), -1, '' if who == 'loss' else who, _stages[int(o.values[0])])
+    return [(int(o.steps[0]), *((10**7, '') if who == 'loss' else (-1, who)), _stages[int(o.values[0])])
             for who,o in rows if len(o)]
 
 @rule
-def not_finite(evidence:Evidence):
+def not_finite(evidence:Evidence # of a run
+):
     """NaN or infinity: the first step at which it was seen, and at that step the first layer.
 
-    A warning if the loss was finite again in the end. Source: IEEE 754: arithmetic with NaN gives NaN."""
+    A warning if the loss is finite again in the end, a note if it always was. Source: IEEE 754: arithmetic
+    with NaN gives NaN."""
     track, found = evidence.loss(), [*_bad_outputs(evidence), *_bad_grads(evidence), *_traced(evidence)]
     row = _first_bad(track)
     if row is not None: found.append((int(track.steps[row]), 10**7, '', 'loss'))
@@ -284,7 +320,7 @@ def not_finite(evidence:Evidence):
     step, _, layer, what = min(found)
     bad = track.steps[~np.isfinite(track.values)] if len(track) else np.zeros(0, int)
     return [Finding(
-        'not_finite', 'warning' if len(track) and np.isfinite(track.values[-1]) else 'error', layer,
+        'not_finite', _how_bad(track, bad), layer,
         (step, max([step, *bad.tolist()[-1:]])), float(len(bad)), 0.,
         f'NaN or infinity is seen at step {step} first, in the {what}'
         + (f' of {evidence.facts.named(layer)}' if layer and what != 'loss' else '')
@@ -292,8 +328,15 @@ def not_finite(evidence:Evidence):
         _nan_causes[what], ['look at the batch of that step',
                             f'look at the {what} there: `learn.watch()` traces it',
                             'a small number inside log, root or division', 'clip the gradients (GradClipCB)'],
-        _caveats(evidence, track), tuple(dict.fromkeys(o[2] for o in sorted(found) if o[2])),
+        _caveats(evidence, track, not len(bad) and len(track) and _by_design),
+        tuple(dict.fromkeys(o[2] for o in sorted(found) if o[2])),
         _bad_chart(evidence, layer, what, track))]
+
+def _how_bad(loss, bad):
+    if not len(loss) or not np.isfinite(loss.values[-1]): return 'error'
+    return 'warning' if len(bad) else 'note'
+
+_by_design = 'the loss was finite at every recorded step: a mask by design, or gradients left out by a scaler'
 
 _nan_causes = dict(
     output=['log, root or division in that layer', 'numbers that have grown too large', 'NaN in the data'],
@@ -312,7 +355,8 @@ def _layer_of(param): return param.rpartition('.')[0]
 def _layers_of(params): return tuple(dict.fromkeys(map(_layer_of, params)))
 
 @rule
-def never_called(evidence:Evidence):
+def never_called(evidence:Evidence # of a run
+):
     """Layers that were watched and never ran: a warning if they have weights, else a note.
 
     Source: PyTorch, "Modules": only a call of a module runs its hooks; one that is an attribute and is not
@@ -331,11 +375,12 @@ def never_called(evidence:Evidence):
         ['call it in `forward`, or remove it'], [], layers)]
 
 @rule
-def no_gradient(evidence:Evidence):
+def no_gradient(evidence:Evidence # of a run
+):
     """Parameters that are to be trained, and to which no gradient ever came.
 
-    Source: PyTorch, "Autograd mechanics": what comes out of `.detach()`, `.data`, `.item()`, numpy or `no_grad`
-    is not in the graph."""
+    Source: PyTorch, "Autograd mechanics": what comes out of `.detach()`, `.data`, `.item()`, numpy or
+    `no_grad` is not in the graph."""
     facts = evidence.facts
     if facts.unreached is None: raise Missing(f'no gradients were recorded; watch with GradientStats, {_or}')
     known = {nm for nm,p in facts.params.items() if p.held is False
@@ -352,11 +397,12 @@ def no_gradient(evidence:Evidence):
         [], layers)]
 
 @rule
-def not_trained(evidence:Evidence):
+def not_trained(evidence:Evidence # of a run
+):
     """Layers whose weights are frozen, or are missing from the optimizer; most of all layers: a note.
 
-    Source: PyTorch, `torch.optim`: an optimizer changes the parameters it was given, and of those the ones with
-    a gradient. Who fine-tunes freezes most of a model on purpose."""
+    Source: PyTorch, `torch.optim`: an optimizer changes the parameters it was given, and of those the ones
+    with a gradient. Who fine-tunes freezes most of a model on purpose."""
     params = evidence.facts.params
     if not params: raise Missing('the parameters are not known; diagnose the Learner or the Inspector')
     frozen = _layers_of(nm for nm,p in params.items() if not p.trained and len(p.shape) > 1)
@@ -378,7 +424,7 @@ def _untrained(evidence, layers, why, causes, tries):
 
 # %% ../nbs/21_checks.ipynb #d00b09d7
 @rule
-def identical_units(evidence:Evidence,
+def identical_units(evidence:Evidence, # of a run
     *, max_twins:float=.5 # share of a layer's units that have another one's weights
 ):
     """Units of a layer with the same weights: they get the same gradient, and stay the same for ever.
@@ -393,7 +439,7 @@ def identical_units(evidence:Evidence,
                          share=list(twins.values()))
     return [Finding(
         'identical_units', 'error', layers[0], _span(evidence.loss()), twins[layers[0]], max_twins,
-        f'{twins[layers[0]]:.0%} of the units of {evidence.facts.named(layers[0])} have the weights of another'
+        f'{twins[layers[0]]:.0%} of the units of {evidence.facts.named(layers[0])} are copies of another one'
         f'{_and(layers)}. Such a layer is worth one unit.',
         ['weights that are all zero, or all the same, at the start'],
         ['random weights: PyTorch\'s own, or Kaiming\'s (`miniai.init.kaiming_init`)'],
@@ -414,7 +460,7 @@ def _dead_share(evidence, source):
     return float(np.mean([0 <= o <= last_quarter for o in since])), 'every batch of the last quarter'
 
 @rule
-def dead_units(evidence:Evidence,
+def dead_units(evidence:Evidence, # of a run
     *, max_dead:float=.5 # share of a layer's units
 ):
     """Units that are zero whatever comes in: no gradient goes through them, so they stay so.
@@ -456,7 +502,7 @@ def _mean_slope(evidence, source):
     return mean[:n].changed(values=_slopes[evidence.facts.kind(source)](m, m**2 + s**2).clip(0, 1))
 
 @rule
-def saturated(evidence:Evidence,
+def saturated(evidence:Evidence, # of a run
     *, min_slope:float=.1 # mean slope of the activation, in units of its steepest
 ):
     """Sigmoid or tanh layers that work at the flat ends of their range.
@@ -483,13 +529,13 @@ def saturated(evidence:Evidence,
 
 # %% ../nbs/21_checks.ipynb #5f0c5e1b
 @rule
-def vanishing_gradients(evidence:Evidence,
-    *, min_gradient:float=1e-3 # smallest gradient of a weight, in units of the last layer's, at first or at last
+def vanishing_gradients(evidence:Evidence, # of a run
+    *, min_gradient:float=1e-3 # smallest gradient of a weight, in units of the last layer's, first or late
 ):
     """Gradients that shrink on their way back to the first layers; a tenth of the limit is an error.
 
-    Gradients that are exactly zero are the business of other rules. Source: Hochreiter, "The vanishing gradient
-    problem during learning recurrent neural nets" (1998); Glorot and Bengio (2010)."""
+    Gradients that are exactly zero are the business of other rules. Source: Hochreiter, "The vanishing
+    gradient problem during learning recurrent neural nets" (1998); Glorot and Bengio (2010)."""
     _grads(evidence)
     names = _weights(evidence, 'grad_norm')
     sizes = dict(first=_rms(evidence, names, _first), last=_rms(evidence, names, _late))
@@ -512,11 +558,12 @@ def vanishing_gradients(evidence:Evidence,
 
 # %% ../nbs/21_checks.ipynb #0587a199
 @rule
-def constant_output(evidence:Evidence):
+def constant_output(evidence:Evidence # of a run
+):
     """A model that gives the same answer whatever comes in.
 
-    Source: Karpathy, "A recipe for training neural networks" (2019): compare with a baseline that does not see
-    its input."""
+    Source: Karpathy, "A recipe for training neural networks" (2019): compare with a baseline that does not
+    see its input."""
     names, constant = evidence.sources('std'), evidence.facts.constant
     if constant is None and not names: raise Missing('neither predictions nor outputs of layers are known')
     flat = tuple(o for o in names if _late(evidence.track(o, 'std')) == 0)
@@ -548,7 +595,7 @@ def _fall(track):
     return (first-last)/abs(first) if first else 0.
 
 @rule
-def learning_rate_low(evidence:Evidence,
+def learning_rate_low(evidence:Evidence, # of a run
     *, min_ratio:float=1e-6, # largest update:weight ratio of all weights (nine steps in ten are below it)
     min_fall:float=.03,      # share by which the loss should fall over the run
     min_lr:float=1e-7        # learning rate that counts as low where updates were not recorded
@@ -584,14 +631,14 @@ def _low(evidence, track, value, limit, text, chart, *caveats):
 
 # %% ../nbs/21_checks.ipynb #f913214d
 @rule
-def update_ratio(evidence:Evidence,
+def update_ratio(evidence:Evidence, # of a run
     *, ratios:tuple=(1e-4, 1e-2), # lowest and highest median of a weight over the second half of the run
     max_ratio:float=.1            # from here on it is a warning
 ):
     """Weights that change by too much or too little in a step, measured against themselves.
 
-    Source: CS231n, "Neural networks 3": the ratio should be somewhere around 1e-3. Good runs leave that range,
-    so this is mostly a note."""
+    Source: CS231n, "Neural networks 3": the ratio should be somewhere around 1e-3. Good runs leave that
+    range, so this is mostly a note."""
     tracks = _ratios(evidence)
     usual = {nm: _median(o.values[len(o)//2:]) for nm,o in tracks.items()}
     high = sorted((nm for nm in usual if usual[nm] > ratios[1]), key=usual.get, reverse=True)
@@ -612,7 +659,7 @@ def _ratio(evidence, tracks, names, value, limit, word, max_ratio, guides):
 
 # %% ../nbs/21_checks.ipynb #714de948
 @rule
-def at_chance(evidence:Evidence,
+def at_chance(evidence:Evidence, # of a run
     *, min_gain:float=.03, # by which share the loss must be below that of guessing
     min_steps:int=50       # before that it is only a note
 ):
@@ -636,7 +683,7 @@ def at_chance(evidence:Evidence,
 
 # %% ../nbs/21_checks.ipynb #ec49df6a
 @rule
-def metric_stuck(evidence:Evidence,
+def metric_stuck(evidence:Evidence, # of a run
     *, min_epochs:int=3 # with one and the same value
 ):
     """A metric that does not move while the loss does.
@@ -662,7 +709,7 @@ def _stuck(name, phase, track):
 
 # %% ../nbs/21_checks.ipynb #c3d9218e
 @rule
-def overfitting(evidence:Evidence,
+def overfitting(evidence:Evidence, # of a run
     *, max_worse:float=.25, # by which share the validation loss may stay above its best; 2/5 of it is a note
     patience:int=3          # epochs in a row: a single one may be chance, or BatchNorm's running values
 ):
@@ -689,7 +736,7 @@ def overfitting(evidence:Evidence,
 
 # %% ../nbs/21_checks.ipynb #9a79b7d5
 @rule
-def little_data(evidence:Evidence,
+def little_data(evidence:Evidence, # of a run
     *, min_steps:int=50 # training steps from which on the other rules are meant
 ):
     """Too few steps for most rules to say anything.

@@ -80,7 +80,7 @@ def plot(self:Comparison,
     stats=None,   # statistics, a row of panels each; default loss, std, death_rate, grad_norm, update_ratio
     max_layers=5, # panels in a row
     log=('grad_norm', 'update_ratio', 'update_norm'), # statistics with a logarithmic axis
-    width=2.6     # of a panel, in inches
+    width=2.2     # of a panel, in inches
 ): # the figure
     "Runs overlaid, layer by layer."
     from miniai.plots import caption, subplots
@@ -90,7 +90,7 @@ def plot(self:Comparison,
     rows = [(stat, _some([who for who,what in self.keys if what == stat and who != 'epoch'], max_layers))
             for stat in stats]
     n = max(len(names) for _,names in rows) or 1
-    fig, axs = subplots(len(rows), n, figsize=(width*n, 1.9*len(rows)+.4), squeeze=False)
+    fig, axs = subplots(len(rows), n, figsize=(width*n, 1.6*len(rows)+.4), squeeze=False)
     for (stat,names),own in zip(rows, axs):
         for ax,name in zip(own, names): self._draw(ax, name, stat, stat in log)
         for ax in own[len(names):]: ax.set_visible(False)

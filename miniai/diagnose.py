@@ -110,8 +110,8 @@ class _Condition:
         found = _pattern.fullmatch(text) if isinstance(text, str) else None
         try: stat, sign, limit, self.layer = found.groups(); self.limit = float(limit)
         except (AttributeError, ValueError):
-            raise ValueError(f"StopOnCB: got the condition {text!r}; give 'nan', a number as in 'dead>0.5' or "
-                             f"'grad_norm>1e3 at all', or the name of a rule ({', '.join(rules)})") from None
+            raise ValueError(f"StopOnCB: got the condition {text!r}; give 'nan', a number as in 'dead>0.5' "
+                             f"or 'grad_norm>1e3 at all', or a rule ({', '.join(rules)})") from None
         self.stat, self.holds = _short_names.get(stat, stat), _comparisons[sign]
 
     def why(self, learn, bad):

@@ -204,22 +204,24 @@ healthy = {f'{net}; {opt}': Case(_learner(_nets[net], *_opts[opt], n=2048), epoc
 
 # %% ../nbs/21_planted.ipynb #28edae30
 def train(
-    case:Case,
+    case:Case, # one of `faults` or `healthy`
     dls,       # `DataLoaders.in_memory` of images [1, 28, 28] and classes
-    seed:int=0 # of the weights and of the order of the images
-) -> Learner: # fitted, with watchers of outputs, gradients and updates
+    seed:int=0,# of the weights and of the order of the images
+    watch=None # function of the Learner that adds watchers; default outputs, gradients, updates at each step
+) -> Learner: # fitted
     "Do the training of a case."
     import warnings
     set_seed(seed)
     learn = case.make(dls)
-    learn.cbs += [ActivationStats(), GradientStats(), UpdateStats()]
+    if watch is None: learn.cbs += [ActivationStats(), GradientStats(), UpdateStats()]
+    else: watch(learn)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')   # they say what the findings say, too
         learn.fit(case.epochs)
     return learn
 
 def is_right(
-    case:Case,
+    case:Case,        # with what should come first
     findings:Findings # of its training
 ) -> bool: # of a healthy run: nothing above 'note'
     "Whether the diagnosis says first what it should."
@@ -231,11 +233,12 @@ def is_right(
 def score(
     cases:dict,  # name -> `Case`, such as `faults` or `healthy`
     dls,         # as for `train`
-    seeds=(0,)   # one training each
+    seeds=(0,),  # one training each
+    watch=None   # as for `train`
 ): # pandas.DataFrame: case, seed, right, first (rule, layer, step), errors, warnings, notes
     "Train every case, and see what its diagnosis says."
     import pandas as pd
-    found = [(nm, seed, case, diagnose(train(case, dls, seed))) for nm,case in cases.items()
+    found = [(nm, seed, case, diagnose(train(case, dls, seed, watch))) for nm,case in cases.items()
              for seed in seeds]
     rows = [dict(case=nm, seed=seed, right=is_right(case, o), first=_first_line(o), errors=len(o.of('error')),
                  warnings=len(o.of('warning')), notes=len(o.of('note'))) for nm,seed,case,o in found]

@@ -1,0 +1,313 @@
+"Findings: planted faults are named first, healthy runs are left alone; evidence of every kind; nothing is read in a step."
+import json, warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from shared import CountReads, HandSGD, ReadsPerStep
+from torch import nn, optim
+
+from miniai.activations import ActivationStats
+from miniai.compare import compare
+from miniai.datasets import DataLoaders, fashion_mnist
+from miniai.demo import train_run
+from miniai.device import set_seed
+from miniai.diagnose import Finding, Findings, StopOnCB, assert_healthy, diagnose, evidence_of, rule, rules
+from miniai.gradients import GradientStats, UpdateStats
+from miniai.history import History
+from miniai.hooks import count_hooks
+from miniai.inspector import Inspector, InspectorCB
+from miniai.learner import Learner, TrainCB
+from miniai.lens import LossMetrics, OutputActivation, OutputNorm, ParameterGradientGeometry, ParameterUpdateGeometry
+from miniai.planted import faults, healthy, is_right, mlp, train
+from miniai.visualizer import open_recording
+from miniai.watch import Watcher
+
+
+@pytest.fixture(scope='module')
+def dls(): return DataLoaders.in_memory(fashion_mnist('small'), batch_size=64)
+
+
+@pytest.fixture(scope='module')
+def dead(dls): return train(faults['bias -10 before ReLU'], dls)   # read by several tests, changed by none
+
+
+@pytest.mark.parametrize('name', faults)
+def test_planted_fault_comes_first(name, dls):
+    "A seed that the page about it does not use."
+    findings = diagnose(train(faults[name], dls, seed=11))
+    assert is_right(faults[name], findings), findings
+
+
+@pytest.mark.parametrize('name', ['MLP; Adam', 'CNN; SGD, momentum', 'ResNet, BatchNorm; AdamW', 'LSTM; Adam',
+                                  'transformer; SGD, momentum'])
+def test_healthy_run_raises_no_alarm(name, dls): assert_healthy(train(healthy[name], dls, seed=11))
+
+
+def test_the_demos_failing_net():
+    "Outputs collapse and the loss jumps, though never far above where it began; the same net cured is left alone."
+    dls = DataLoaders.in_memory(fashion_mnist('small'), batch_size=512)
+    failing, cured = (train_run(nm, dls, nm == 'cured', cbs=[GradientStats(), UpdateStats()]).learn.diagnose()
+                      for nm in ('failing', 'cured'))
+    assert failing[0].rule == 'learning_rate_high' and 'collapses' in failing[0].text
+    assert not cured.of('error', 'warning')
+
+
+def test_every_rule_has_a_planted_fault_or_is_tested_by_name():
+    elsewhere = {'constant_output', 'update_ratio', 'at_chance', 'little_data'}
+    assert set(rules) == {o.rule for o in faults.values()} | elsewhere
+
+
+def test_findings_say_where_when_and_by_how_much(dead):
+    first = dead.diagnose()[0]
+    assert (first.rule, first.level, first.layer, first.steps, first.value) == ('dead_units', 'error', 'act2', (0, 93), 1.)
+    assert first.causes and first.tries and 'act2 (ReLU)' in first.text and 'since the first step' in first.text
+    assert first.chart.lines['act2'][1].tolist() == [1.]*94
+    json.dumps(dead.diagnose().to_dict())   # a file can hold it
+
+
+def test_worst_first(dead):
+    levels = [o.level for o in dead.diagnose()]
+    assert levels == sorted(levels, key=['error', 'warning', 'note'].index)
+
+
+def test_plot_shows_the_limit(dead):
+    ax, = dead.diagnose()[0].plot().axes
+    assert ax.lines[0].get_ydata().tolist() == [1.]*94 and ax.lines[-1].get_ydata() == [.5, .5]
+
+
+def test_diagnosis_changes_nothing(dead):
+    weights, rng = [p.clone() for p in dead.model.parameters()], torch.get_rng_state()
+    before = len(dead.history), dead.n_steps, dead.model.training
+    dead.diagnose()
+    assert before == (len(dead.history), dead.n_steps, dead.model.training)
+    assert all(torch.equal(a, b) for a, b in zip(weights, dead.model.parameters()))
+    assert torch.equal(rng, torch.get_rng_state()) and count_hooks(dead.model) == 0
+
+
+def test_names_are_escaped():
+    name = '<script>alert(1)</script>'
+    text = Findings([Finding('dead_units', 'error', name, text=f'{name} & co', causes=[name])])._repr_html_()
+    assert '<script>' not in text and text.count('&lt;script&gt;') == 3 and '&amp; co' in text
+
+
+# what it can be asked about
+
+def test_parts_alone_say_what_they_know(dead):
+    acts, grads, _ = dead.cbs[-3:]
+    assert diagnose(acts)[0].layer == 'act2' and diagnose(acts.history)[0].rule == 'dead_units'
+    alone = diagnose(grads)
+    assert 'dead_units' in alone.unchecked and 'no_gradient' in alone.checked
+    together = diagnose([acts, grads, dead.history])
+    assert {'dead_units', 'exploding_gradients', 'learning_rate_high'} <= set(together.checked)
+
+
+@pytest.mark.parametrize('ending', ['parquet', 'jsonl', 'csv'])
+def test_file_says_the_same(dead, ending, tmp_path):
+    findings = dead.diagnose()
+    findings.evidence.save(tmp_path/f'run.{ending}')
+    again = diagnose(tmp_path/f'run.{ending}')
+    if ending == 'csv': assert (again[0].rule, again[0].layer) == ('dead_units', 'act2')   # which keeps no facts
+    else: assert [o.to_dict() for o in again] == [o.to_dict() for o in findings]
+
+
+def test_nan_survives_a_file(dls, tmp_path):
+    learn = train(faults['NaN at step 40'], dls)
+    evidence_of(learn).save(tmp_path/'run.jsonl')
+    for line in (tmp_path/'run.jsonl').read_text().splitlines(): json.loads(line, parse_constant=pytest.fail)   # JSON has no NaN
+    first = diagnose(tmp_path/'run.jsonl')[0]
+    assert (first.rule, first.layer, first.steps[0]) == ('not_finite', 'act2.scale', 40)
+
+
+@pytest.fixture(scope='module')
+def inspected(dls):
+    "A loop of one's own, with the bias of -10, and an inspector."
+    set_seed(0)
+    model, loss_fn = mlp(784, 64, 64, 10), nn.CrossEntropyLoss()
+    with torch.no_grad(): model.fc2.bias.fill_(-10)
+    opt = optim.SGD(model.parameters(), .1)
+    lenses = [LossMetrics(loss_fn=loss_fn), OutputActivation(), OutputNorm(normalize_by_size=True), ParameterGradientGeometry(),
+              ParameterUpdateGeometry()]
+    inspector = Inspector(lenses, module=model, visualizer=None)
+    for _ in inspector.range(2):
+        for xb, yb in dls.train:
+            loss_fn(model(xb), yb).backward()
+            opt.step()
+            opt.zero_grad()
+    return inspector.detach()
+
+
+def test_inspector(inspected):
+    first = inspected.diagnose()[0]
+    assert (first.rule, first.layer) == ('dead_units', 'act2') and any('means over epochs' in o for o in first.caveats)
+
+
+def test_recording_and_its_file(inspected, tmp_path):
+    inspected.to_parquet(tmp_path/'run.parquet')
+    for o in (tmp_path/'run.parquet', open_recording(tmp_path/'run.parquet')):
+        assert (diagnose(o)[0].rule, diagnose(o)[0].layer) == ('dead_units', 'act2')
+
+
+def test_inspector_in_a_learner(dls):
+    set_seed(0)
+    model = mlp(784, 32, 32, 10)
+    with torch.no_grad(): model.fc2.bias.fill_(-10)
+    lenses = [OutputActivation(inplace=False), ParameterGradientGeometry(inplace=False)]
+    learn = Learner(model, dls, F.cross_entropy, cbs=[TrainCB(), InspectorCB(lenses, visualizer=None)])
+    learn.fit(1)
+    first = learn.diagnose()[0]
+    assert (first.rule, first.layer, first.steps) == ('dead_units', 'act2', (0, 93))   # by step, and no mean
+
+
+def test_watcher(dls):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn = train(faults['layer outside the graph'], dls, watch=lambda learn: learn.watch(every=5))
+    watcher = learn.watch()
+    assert isinstance(watcher, Watcher)
+    for findings in (learn.diagnose(), diagnose(watcher)):
+        assert (findings[0].rule, findings[0].layer) == ('no_gradient', 'stem.fc1')
+
+
+def test_sampled_steps_do_not_name_a_wrong_layer(dls):
+    "The NaN is at step 40, which is not looked at; at step 42 every layer is NaN. The loss knows the step."
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn = train(faults['NaN at step 40'], dls, watch=lambda learn: learn.cbs.append(ActivationStats(every=7)))
+    first = learn.diagnose()[0]
+    assert (first.rule, first.layer, first.steps[0]) == ('not_finite', '', 40)
+    dying = train(faults['bias -10 before ReLU'], dls, watch=lambda learn: learn.cbs.append(ActivationStats(every=7)))
+    assert any('14 of 94 steps' in o for o in dying.diagnose()[0].caveats)
+
+
+def test_any_learner(dls):
+    "An optimizer without groups, an output that is no tensor, a loss without classes."
+    class Two(nn.Module):
+        def __init__(self): super().__init__(); self.fc = nn.Linear(784, 1)
+        def forward(self, x): return dict(out=self.fc(x.flatten(1)))
+    loss = lambda preds, targets: F.mse_loss(preds['out'][:, 0], targets.float())
+    learn = Learner(Two(), dls, loss, lr=.001, cbs=[TrainCB(), ActivationStats()], opt_func=HandSGD)
+    assert 'little_data' in learn.diagnose().checked   # before any fit
+    learn.fit(1)
+    assert learn.diagnose().unchecked['at_chance'].startswith('the number of classes')
+
+
+def test_part_of_the_parameters_in_the_optimizer(dls):
+    learn = Learner(mlp(784, 32, 10), dls, F.cross_entropy, cbs=[TrainCB(), GradientStats()],
+                    opt_func=lambda params, lr: optim.SGD(list(params)[2:], lr))
+    learn.fit(1)
+    first = learn.diagnose()[0]
+    assert (first.rule, first.layer) == ('not_trained', 'fc1') and 'optimizer' in first.text
+
+
+def test_binary_cross_entropy_has_two_classes(dls):
+    loss = lambda preds, targets: F.binary_cross_entropy_with_logits(preds, F.one_hot(targets, 10).float())
+    loss.__name__ = 'binary_cross_entropy'
+    learn = Learner(mlp(784, 32, 10), dls, loss, cbs=[TrainCB()])
+    learn.fit(1)
+    assert evidence_of(learn).facts.n_classes == 2
+
+
+# runs
+
+def two_runs(): # the loss of the first is NaN, of the second fine
+    history = History()
+    for values in ([2., float('nan')]*40, np.linspace(2., 1., 80)):
+        history.start_run()
+        for i, v in enumerate(values): history.record('batch', 'loss', float(v), step=history.run*80+i)
+    return history
+
+
+def test_the_last_run_is_judged():
+    evidence = evidence_of(two_runs())
+    assert not diagnose(evidence) and evidence.n_steps() == 80 and evidence.loss().steps[0] == 80
+
+
+def test_a_later_validation_does_not_hide_it():
+    history = two_runs()
+    history.start_run()
+    history.record('batch', 'loss', 1., step=160, phase='valid')
+    assert len(evidence_of(history).loss()) == 80
+
+
+def test_little_data_is_said(dls):
+    learn = Learner(mlp(784, 16, 10), dls, F.cross_entropy, lr=1e-9, cbs=[TrainCB(), StopOnCB('loss>0', every=5)])
+    learn.fit(1)
+    found = {o.rule: o for o in learn.diagnose()}
+    assert found['little_data'].value == 5 and found['at_chance'].level == 'note'
+
+
+def test_empty_history_is_no_error():
+    findings = diagnose(History())
+    assert [o.rule for o in findings] == ['little_data'] and not findings.of('error') and findings.unchecked
+
+
+# stopping
+
+def test_stop_reads_nothing_between_two_looks(dls):
+    with CountReads() as counter:
+        reads = ReadsPerStep(counter)
+        cbs = [TrainCB(), ActivationStats(), StopOnCB('nan', 'dead>0.99', every=10), reads]
+        Learner(mlp(784, 16, 10), dls, F.cross_entropy, cbs=cbs).fit(1, valid=False)
+    looked = [i for i, n in enumerate(reads.per_step) if n and i]   # before step 0 the loader draws its order
+    assert set(looked) <= {9+10*i for i in range(10)} and looked
+
+
+def test_stop_is_out_of_lr_find(dls):
+    stop = StopOnCB('loss>0', every=1)
+    learn = Learner(mlp(784, 16, 10), dls, F.cross_entropy, cbs=[TrainCB(), stop])
+    learn.lr_find(plot=False)
+    assert stop.reason is None
+    for _ in range(2):   # and can be fitted twice
+        learn.fit(1)
+        assert stop.reason.startswith('loss of batch')
+    assert len(learn.history.series('batch', 'loss')) == 2
+
+
+def test_stop_by_a_rule(dls):
+    learn = train(faults['lr 30'], dls, watch=lambda learn: learn.cbs.append(StopOnCB('learning_rate_high', every=10)))
+    assert len(learn.history.series('batch', 'loss')) == 10 and 'rises' in learn.cbs[-1].reason
+
+
+def test_stop_at_one_layer(dls):
+    watch = lambda at: lambda learn: learn.cbs.extend([ActivationStats(), StopOnCB(f'dead>=1 at {at}', every=10)])
+    assert len(train(faults['bias -10 before ReLU'], dls, watch=watch('act2')).history.series('batch', 'loss')) == 10
+    assert len(train(faults['bias -10 before ReLU'], dls, watch=watch('act1')).history.series('batch', 'loss')) == 94
+
+
+@pytest.mark.parametrize('text', ['nam', 'dead', '>3', 'dead>>3', 'dead>x', 3, ''])
+def test_stop_refuses_what_it_cannot_read(text):
+    with pytest.raises(ValueError, match='StopOnCB: got the condition'): StopOnCB(text)
+
+
+# rules of one's own
+
+def test_rule_of_ones_own(dead):
+    @rule
+    def too_long(evidence, *, max_steps=10): return [Finding('too_long', 'error')]*(evidence.n_steps() > max_steps)
+    try:
+        assert diagnose(dead, 'too_long')[0].rule == 'too_long' and not diagnose(dead, ['too_long'], max_steps=1000)
+    finally: del rules['too_long']
+
+
+def test_assert_healthy(dead):
+    with pytest.raises(AssertionError, match='act2'): assert_healthy(dead)
+    assert_healthy(dead, allow={o.rule for o in dead.diagnose()})
+
+
+# side by side
+
+def test_compare_reads_files_too(dead, dls, tmp_path):
+    fine = train(healthy['MLP; Adam'], dls)
+    evidence_of(fine).save(tmp_path/'fine.parquet')
+    table = compare(dict(dead=dead, fine=tmp_path/'fine.parquet'), stats=['death_rate', 'loss']).table.set_index(['layer', 'stat'])
+    assert table.loc[('act2', 'death_rate'), 'dead'] == 1 and table.loc[('act2', 'death_rate'), 'fine'] < .5
+    assert table.loc[('batch', 'loss'), 'fine/dead'] < .8
+
+
+def test_compare_leaves_gaps(dead):
+    bare = History()
+    bare.record('batch', 'loss', 1., step=0)
+    table = compare(dict(bare=bare, dead=dead)).table.set_index(['layer', 'stat'])
+    assert np.isnan(table.loc[('act2', 'std'), 'bare']) and table.loc[('batch', 'loss'), 'bare'] == 1
