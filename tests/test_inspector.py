@@ -439,7 +439,7 @@ def test_batches_of_two_sizes_are_one_series():
     model = seeded(small_net)
     lenses = [OutputNorm(record_eval=True, inplace=False), OutputGradientGeometry(inplace=False), ParameterGradientGeometry(inplace=False)]
     inspector, wants = Inspector(lenses, module=model, visualizer=None), []
-    for epoch in inspector.range(4):
+    for _ in inspector.range(4):
         for n in 16, 16, 16, 5:
             x = torch.randn(n, 4, generator=torch.Generator().manual_seed(len(wants)))
             wants.append(F.linear(x, model[0].weight, model[0].bias).relu().norm(dim=1).mean().item())
