@@ -22,8 +22,8 @@ def plain_frame(
     "The table with one type to a column."
     frame = history.frame()
     arrays = [np.ndim(o) > 0 for o in frame['value']]
-    lists = [np.asarray(o).ravel().astype(float).tolist() if a else None for o,
-             a in zip(frame['value'], arrays)]
+    lists = [np.asarray(o, dtype=float).ravel().tolist() if a else None
+             for o,a in zip(frame['value'], arrays)]
     numbers = [np.nan if a else float(o) for o,a in zip(frame['value'], arrays)]
     return frame.assign(value=numbers, values=lists)
 

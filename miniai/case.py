@@ -69,8 +69,8 @@ def facts_of_dict(
 ) -> Facts:
     "Facts that were kept in a file."
     known = {nm: v for nm,v in o.items() if nm in Facts.__dataclass_fields__}
-    params = {nm: Param(tuple(p['shape']), p['trained'], p['held']) for nm,
-              p in known.get('params', {}).items()}
+    params = {nm: Param(tuple(p['shape']), p['trained'], p['held'])
+              for nm,p in known.get('params', {}).items()}
     looked = {nm: tuple(v) for nm,v in known.get('looked', {}).items()}
     tuples = {nm: tuple(known[nm]) for nm in ('silent', 'unreached') if known.get(nm) is not None}
     return Facts(**known | tuples | dict(params=params, looked=looked))
@@ -206,7 +206,6 @@ def metric(self:Evidence,
     found = self.track('epoch', name, phase)
     return found if len(found) else self.track(name, name, phase)
 
-# %% ../nbs/21_case.ipynb #0a614ec7
 @patch
 def n_steps(self:Evidence) -> int:
     "Training steps that the run took, as far as the tables show."
@@ -224,7 +223,7 @@ def _params(model, optimizer=None):
     groups = getattr(optimizer, 'param_groups', None)
     held = None if groups is None else {id(p) for group in groups for p in group['params']}
     return {nm: Param(tuple(p.shape), p.requires_grad, None if held is None else id(p) in held)
-            for nm,p in unwrap(model).named_parameters()}
+            for nm,p in unwrap(model).named_parameters() if _is_ready(p)}
 
 def _lr(optimizer):
     groups = getattr(optimizer, 'param_groups', None) or [{}]
@@ -251,8 +250,8 @@ def _dead_since(cb):
     "For each unit that was watched in training the step since which it has been dead, -1 if it is alive."
     trackers = [(names, o.since) for (phase,names),o in getattr(cb, 'trackers', {}).items()
                 if phase == 'train']
-    return {nm: row for names,since in trackers if since is not None for nm,
-            row in zip(names, since.tolist())}  # a read, after the fit
+    return {nm: row for names,since in trackers if since is not None
+            for nm,row in zip(names, since.tolist())}   # reads from the device, after the fit
 
 def _n_classes(learn, loss):
     "The number of classes, if the last predictions look like a classification by cross entropy."
@@ -265,6 +264,7 @@ def _constant(learn):
     "Whether the last batch had one answer for all samples."
     preds = getattr(learn, 'preds', None)
     if not isinstance(preds, torch.Tensor) or preds.ndim < 2 or len(preds) < 2: return None
+    if not preds.is_floating_point(): return None
     a = preds.detach().float()
     return bool((a - a[:1]).abs().amax() <= 1e-6*a.abs().amax())   # reads from the device, after the fit
 
@@ -275,31 +275,39 @@ def _learner_facts(learn):
                  _lr(learn.opt), None, _n_classes(learn, loss), layers, params=_params(model, learn.opt),
                  constant=_constant(learn), twins=twins(model))
 
+def _rows(m):
+    "[units, weights and bias] of a layer; of many weights 64 to the unit will do."
+    weight = m.weight.detach().transpose(0, int(getattr(m, 'transposed', False))).flatten(1).float()
+    weight = weight[:, ::max(1, weight.shape[1]//64)]
+    has_bias = m.bias is not None and len(m.bias) == len(weight)
+    return torch.cat([weight, m.bias.detach().float()[:, None]], 1) if has_bias else weight
+
+def _is_ready(p): return not isinstance(p, nn.parameter.UninitializedParameter)
+
 def twins(
     model:nn.Module # any
 ) -> dict: # layer -> share of its units that have the weights (and bias) of another one, 0 to 1
     "Units of linear layers and convolutions that are the same, and so will stay the same."
-    found = {}
-    for name,m in select_modules(model, (nn.Linear, nn.modules.conv._ConvNd)) if _has_units(model) else ():
-        weight = m.weight.detach().transpose(0, int(getattr(m, 'transposed', False)))
-        if not m.weight.requires_grad or len(weight) < 2: continue
-        rows = weight.flatten(1).float()
-        if m.bias is not None and len(m.bias) == len(rows): rows = torch.cat([rows, m.bias.detach()[:, None]],
-                                                                             1)
-        found[name] = 1 - len(rows.unique(dim=0))/len(rows)   # reads from the device, after the fit
-    return found
+    kinds = nn.Linear, nn.modules.conv._ConvNd
+    rows = {name: _rows(m) for name,m in select_modules(model)
+            if isinstance(m, kinds) and _is_ready(m.weight) and m.weight.requires_grad}
+    # reads from the device, after the fit
+    return {name: 1 - len(o.unique(dim=0))/len(o) for name,o in rows.items() if len(o) > 1}
 
-def _has_units(model): return any(isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))
-                                  for m in model.modules())
-
-# %% ../nbs/21_case.ipynb #bd2ebdb9
+# %% ../nbs/21_case.ipynb #51efe648
 def _evidence_of_learner(learn):
     facts = _learner_facts(learn)
     for cb in learn.cbs:
         inspector = getattr(cb, 'inspector', None)
         known = _inspector_facts(inspector, False) if inspector is not None else _watched(cb) | _unreached(cb)
         facts = _with(facts, known if isinstance(known, dict) else vars(known))
-    return Evidence([learn.history, *_cb_histories(learn.cbs)], facts)
+    return _sized(Evidence([learn.history, *_cb_histories(learn.cbs)], facts))
+
+def _sized(evidence):
+    "With the batch size, which the rows of the loss know."
+    samples = evidence.loss().samples
+    if len(samples): evidence.facts.batch_size = int(np.bincount(samples).argmax()) or None
+    return evidence
 
 def _evidence_of_watcher(watcher):
     "By the learner it watches, once that has been fitted."

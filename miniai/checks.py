@@ -128,7 +128,8 @@ def vanishing_activations(evidence:Evidence, # of a run
     stat, names = _by_depth(evidence)
     if len(names) < 3: return []
     found = {when: _sizes(evidence, names, stat, read) for when,read in (('first', _first), ('last', _late))}
-    small = [(when, v) for when,v in found.items() if ((v > 0) & (v < min_share*v[0])).any()]   # 0: other rules
+    small = [(when, v) for when,v in found.items()
+             if ((v > 0) & (v < min_share*v[0])).any()]   # 0: other rules
     return [_shrunk(evidence, stat, names, *small[0], min_share, found)] if small else []
 
 def _shrunk(evidence, stat, names, when, sizes, limit, found):
@@ -213,16 +214,17 @@ def _jumping(evidence, limit):
 # %% ../nbs/21_checks.ipynb #4a3d246a
 @rule
 def learning_rate_high(evidence:Evidence, # of a run
-    *, max_rise:float=3. # largest loss, in units of the first
+    *, max_rise:float=3., # largest loss, in units of the first
+    max_fall:float=8.     # by which factor an output may shrink within three rows while the loss jumps
 ):
-    """A loss that rises far above where it began, and does not come back (an error) or does (a warning).
+    """A loss that rises far above where it began, or jumps while outputs collapse; a warning if it recovers.
 
     Source: Smith, "Cyclical learning rates for training neural networks" (2017): from some rate on the loss
     rises. A new network's loss is that of guessing; several times as much takes steps that are too large."""
     track = _loss(evidence)
     first, high, late = _first(track), _finite(track.values).max(initial=-np.inf), _late(track)
     limit = first + (max_rise-1)*abs(first)
-    if not high > limit: return []
+    if not high > limit: return _collapses(evidence, track, max_fall)
     lost, layers = not np.isfinite(track.values[-1]) or late > first, _collapsed(evidence)
     return [Finding(
         'learning_rate_high', 'error' if lost else 'warning', '', _span(track, track.values > limit),
@@ -234,6 +236,38 @@ def learning_rate_high(evidence:Evidence, # of a run
         ['a tenth of it', '`learn.lr_find()`', 'clip the gradients (GradClipCB)'], _caveats(evidence, track),
         layers,
         _steps_chart('Training loss', dict(loss=track), log=first > 0, guides=(limit,)))]
+
+def _falls(track):
+    "At each row by which factor the values have fallen within three rows."
+    v = track.values.astype(float)
+    before = np.max([np.r_[np.full(k, np.nan_to_num(v[0])), v[:-k]] for k in (1, 2, 3)], axis=0)
+    with np.errstate(all='ignore'): return np.nan_to_num(before/v, nan=0., posinf=0.)
+
+def _jump(loss, step):
+    "The highest loss around `step`, in units of the lowest shortly before."
+    before = loss.values[(loss.steps >= step-6) & (loss.steps < step)]
+    now = loss.values[(loss.steps >= step-1) & (loss.steps <= step+2)]
+    return _finite(now).max(initial=0.)/before.min() if len(before) and before.min() > 0 else 0.
+
+def _collapses(evidence, loss, limit):
+    "Steps at which outputs shrink to nearly nothing and the loss jumps by half or more."
+    tracks = {nm: o for nm,o in _tracks(evidence, evidence.sources('std'), 'std').items() if o.per == 'step'
+              and len(o) > 3}
+    found = [(int(o.steps[row]), nm, float(_falls(o)[row])) for nm,o in tracks.items()
+             for row in np.flatnonzero(_falls(o) > limit) if _jump(loss, o.steps[row]) > 1.5]
+    if not found: return []
+    (first, layer, _), last = min(found), max(found)[0]
+    before, late = loss.values[loss.steps < first].min(), _late(loss)
+    layers = tuple(nm for nm in tracks if any(nm == o[1] for o in found))
+    return [Finding(
+        'learning_rate_high', 'error' if late > before else 'warning', layer, (first, last),
+        max(o[2] for o in found), limit,
+        f'At step {first} the output of {evidence.facts.named(layer)} collapses and the loss jumps from '
+        f'{before:.3g}; it ends at {late:.3g}.',
+        ['too high a learning rate' + _rate(evidence), 'no warm-up', 'weights that began small'],
+        ['a third of it', '`learn.lr_find()`', 'Kaiming initialisation', 'clip the gradients (GradClipCB)'],
+        _caveats(evidence, tracks[layer]), layers,
+        _steps_chart('Deviation of outputs', {nm: tracks[nm] for nm in layers}))]
 
 def _rate(evidence): return f' (it was {evidence.facts.lr:g})' if evidence.facts.lr else ''
 
@@ -277,7 +311,8 @@ def not_finite(evidence:Evidence # of a run
 ):
     """NaN or infinity: the first step at which it was seen, and at that step the first layer.
 
-    A warning if the loss was finite again in the end. Source: IEEE 754: arithmetic with NaN gives NaN."""
+    A warning if the loss is finite again in the end, a note if it always was. Source: IEEE 754: arithmetic
+    with NaN gives NaN."""
     track, found = evidence.loss(), [*_bad_outputs(evidence), *_bad_grads(evidence), *_traced(evidence)]
     row = _first_bad(track)
     if row is not None: found.append((int(track.steps[row]), 10**7, '', 'loss'))
@@ -285,7 +320,7 @@ def not_finite(evidence:Evidence # of a run
     step, _, layer, what = min(found)
     bad = track.steps[~np.isfinite(track.values)] if len(track) else np.zeros(0, int)
     return [Finding(
-        'not_finite', 'warning' if len(track) and np.isfinite(track.values[-1]) else 'error', layer,
+        'not_finite', _how_bad(track, bad), layer,
         (step, max([step, *bad.tolist()[-1:]])), float(len(bad)), 0.,
         f'NaN or infinity is seen at step {step} first, in the {what}'
         + (f' of {evidence.facts.named(layer)}' if layer and what != 'loss' else '')
@@ -293,8 +328,15 @@ def not_finite(evidence:Evidence # of a run
         _nan_causes[what], ['look at the batch of that step',
                             f'look at the {what} there: `learn.watch()` traces it',
                             'a small number inside log, root or division', 'clip the gradients (GradClipCB)'],
-        _caveats(evidence, track), tuple(dict.fromkeys(o[2] for o in sorted(found) if o[2])),
+        _caveats(evidence, track, not len(bad) and len(track) and _by_design),
+        tuple(dict.fromkeys(o[2] for o in sorted(found) if o[2])),
         _bad_chart(evidence, layer, what, track))]
+
+def _how_bad(loss, bad):
+    if not len(loss) or not np.isfinite(loss.values[-1]): return 'error'
+    return 'warning' if len(bad) else 'note'
+
+_by_design = 'the loss was finite at every recorded step: a mask by design, or gradients left out by a scaler'
 
 _nan_causes = dict(
     output=['log, root or division in that layer', 'numbers that have grown too large', 'NaN in the data'],

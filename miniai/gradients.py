@@ -24,7 +24,7 @@ from .parameters import ParameterGroup, choose_parameters, find_parameters, para
 from .stats import effective_rank, log_hist, unit_axis
 
 # %% ../nbs/10_gradients.ipynb #88229cd7
-class _Room:
+class _PooledGroup:
     "Parameters on one device, and memory to look at them."
     def __init__(self, params, n_looks):
         self.group, self.names, self.n_looks = ParameterGroup(params), tuple(o.name for o in params), n_looks
@@ -86,7 +86,7 @@ class _AtSteps(Callback):
         if self._model() is not model:
             self._start_model()
             self._model, self.first_run = weakref.ref(model), run
-        self._rooms, self._there, self._samples, self._going = [], None, 0, False
+        self._groups, self._there, self._samples, self._going = [], None, 0, False
         self.pace.start()   # a loop of your own may know no epochs
 
     def before_epoch(self, learn):
@@ -105,13 +105,13 @@ class _AtSteps(Callback):
     def after_batch(self, learn): self._going = getattr(learn, 'hold', False)
 
     def cleanup_fit(self, learn):
-        self.active, self._rooms, self._there = False, [], None
+        self.active, self._groups, self._there = False, [], None
         self.pace.stop()
 
     def __len__(self): return len(self.params)
 
     def __getstate__(self):   # no weak reference, and nothing of the learner
-        gone = dict(learn=None, beside=None, _model=noop, _rooms=[], _there=None, params=(), _found=[])
+        gone = dict(learn=None, beside=None, _model=noop, _groups=[], _there=None, params=(), _found=[])
         return {**vars(self), **gone}
 
 # %% ../nbs/10_gradients.ipynb #77c9ab3f
@@ -126,24 +126,24 @@ def _find(self:_AtSteps, learn):
     found, self._there = find_parameters(unwrap(learn.model)), None
     same = all(a.is_now(b.name, b.p) for a,b in zip(self._found, found))
     if same and len(found) == len(self._found): return
-    self.params, self._found, self._rooms = (), found, []
+    self.params, self._found, self._groups = (), found, []
     self.params = choose_parameters(found, self.parameters, type(self).__name__)
 
 @patch
-def _rooms_now(self:_AtSteps, learn):
-    "Rooms for the optimizer's parameters that have ever had a gradient."
+def _groups_now(self:_AtSteps, learn):
+    "Groups of the optimizer's parameters that have ever had a gradient."
     if not self._found: self._find(learn)
     there = [o for o in self.params if o.p.grad is not None]
-    if there == self._there: return self._rooms
+    if there == self._there: return self._groups
     self._there, self._held, known = there, _held(learn), self._known()
     chosen = [o for o in self.params if (o in known or o.p.grad is not None) and not self._left_out(o)]
     if set(chosen) != known:
         n_looks = 1 + any(o.endswith('correlation') for o in self.stats)
-        self._rooms = [_Room(o, n_looks) for o in groupby(chosen, lambda o: o.p.device).values()]
-    return self._rooms
+        self._groups = [_PooledGroup(o, n_looks) for o in groupby(chosen, lambda o: o.p.device).values()]
+    return self._groups
 
 @patch
-def _known(self:_AtSteps): return {o for room in self._rooms for o in room.group.params}
+def _known(self:_AtSteps): return {o for pooled in self._groups for o in pooled.group.params}
 
 def _held(learn):
     "Ids of what the optimizer trains; None for one that does not say."
@@ -258,9 +258,9 @@ def _may_clip(learn, me):
 @patch
 def _read(self:GradientStats, learn):
     totals = []
-    for room in self._rooms_now(learn):
-        look = room.look(room.group.grads())
-        self._record_look(room, look)
+    for pooled in self._groups_now(learn):
+        look = pooled.look(pooled.group.grads())
+        self._record_look(pooled, look)
         totals.append(torch.linalg.vector_norm(look.norm))
     if totals: self.history.record('all', 'grad_norm', _together(totals), **self._where)
 
@@ -269,15 +269,15 @@ def _together(norms):
     return torch.linalg.vector_norm(torch.stack([o.to(norms[0].device) for o in norms]))
 
 @patch
-def _record_look(self:GradientStats, room, look):
+def _record_look(self:GradientStats, pooled, look):
     stats = tuple(o for o in self.stats if o != 'grad_hist')
     if stats:
         values = look.masked(_gradient_stats(look, stats))
-        self.history.record_many(room.names, stats, values, **self._where)
+        self.history.record_many(pooled.names, stats, values, **self._where)
     if 'grad_hist' in self.stats:
-        self.history.record_many(room.names, 'grad_hist', self._hist(room, look), **self._where)
+        self.history.record_many(pooled.names, 'grad_hist', self._hist(pooled, look), **self._where)
     # NaN in a row is a gap or a NaN; where some are gaps, this tells
-    if look.there is not None: self.history.record_many(room.names, 'has_grad', look.there, **self._where)
+    if look.there is not None: self.history.record_many(pooled.names, 'has_grad', look.there, **self._where)
 
 def _gradient_stats(look, stats):
     "[k, n]"
@@ -288,16 +288,16 @@ def _gradient_stats(look, stats):
     return torch.stack([found[nm] for nm in stats])
 
 @patch
-def _hist(self:GradientStats, room, look):
+def _hist(self:GradientStats, pooled, look):
     "[n, bins+4], without the zeros that fill up the pool's rows."
     counts = log_hist(look.flat.view(-1, Pool.width), self.bins, self.hist_range, look.pool.tensor_of_row,
                       len(look.views))
-    counts[:, self.bins] -= room.padding()
+    counts[:, self.bins] -= pooled.padding()
     return counts if look.there is None else counts*look.there[:, None]
 
 @patch
 def _read_clipped(self:GradientStats):
-    grads = [o for room in self._rooms for o in room.group.grads() if o is not None]
+    grads = [o for pooled in self._groups for o in pooled.group.grads() if o is not None]
     norms = [_together(o) for o in _norms_by_device(grads)]
     if norms: self.history.record('all', 'grad_norm_clipped', _together(norms), **self._where)
 
@@ -345,16 +345,17 @@ class UpdateStats(_AtSteps):
 # %% ../nbs/10_gradients.ipynb #291e3209
 @patch
 def _note_start(self:UpdateStats, learn):
-    moving = [(room, room.group.changing()) for room in self._rooms_now(learn)]
-    self._starts = [(room, tensors, room.start(tensors)) for room,tensors in moving]
+    moving = [(pooled, pooled.group.changing()) for pooled in self._groups_now(learn)]
+    self._starts = [(pooled, tensors, pooled.start(tensors)) for pooled,tensors in moving]
 
 @patch
 def _read(self:UpdateStats):
-    for room,tensors,start in self._starts:
-        look = room.look(tensors, start)
+    for pooled,tensors,start in self._starts:
+        look = pooled.look(tensors, start)
         values = look.masked(torch.stack([_update_stat(look, nm) for nm in self.stats]))
-        self.history.record_many(room.names, self.stats, values, **self._where)
-        if look.there is not None: self.history.record_many(room.names, 'has_grad', look.there, **self._where)
+        self.history.record_many(pooled.names, self.stats, values, **self._where)
+        if look.there is None: continue
+        self.history.record_many(pooled.names, 'has_grad', look.there, **self._where)
 
 def _update_stat(look, nm):
     weight = look.start.norm
@@ -375,7 +376,7 @@ def rows(self:_AtSteps,
 @patch
 def cost(self:_AtSteps) -> Cost: # seconds, bytes, parameters as `layers`, steps seen and sampled, share
     "What watching this model has cost so far, and the memory that rows and looks take."
-    return self.pace.cost(self.history.nbytes + sum(o.nbytes() for o in self._rooms), len(self))
+    return self.pace.cost(self.history.nbytes + sum(o.nbytes() for o in self._groups), len(self))
 
 @patch
 def state_dict(self:_AtSteps) -> dict: # history, pace, gaps

@@ -251,7 +251,7 @@ def _hook_all(self:Inspector):
             hook = Hook(lens.loss_fn, self._on_loss)
             hook.lens = lens
             add(hook)
-    if any(o.tap in ('grad', 'update') for o in self.lenses): self._hook_optimizers()
+    if self._at_steps(): self._hook_optimizers()
 
 @patch
 def _hook_layer(self:Inspector, i, name, m):
@@ -542,10 +542,21 @@ def _phase_in(self:Inspector, lens, key):
     if key[0] != 'output': return 'train'
     return key[1] if lens.evaluation_from_grad else key[2]
 
+def _side_by_side(found):
+    "(names, rows) of all parts; a source that is in two (batches of two sizes) is there in one at a time."
+    if len(found) == 1: return found[0]
+    parts = tuple(nm for names,_ in found for nm in names)
+    names, rows = tuple(dict.fromkeys(parts)), torch.cat([o for _,o in found], 2)
+    if len(names) == len(parts): return names, rows
+    res = rows.new_full((*rows.shape[:2], len(names)), torch.nan)
+    for i,nm in enumerate(parts):
+        column = res[..., names.index(nm)]
+        column.copy_(torch.where(rows[..., i].isnan(), column, rows[..., i]))
+    return names, res
+
 @patch
 def _rows(self:Inspector, lens, phase, found, facts):
-    names = found[0][0] if len(found) == 1 else sum((o for o,_ in found), ())
-    rows = found[0][1] if len(found) == 1 else torch.cat([o for _,o in found], 2)
+    names, rows = _side_by_side(found)
     weights = [weight if self.weighted else 1 for weight,_ in facts]
     window = self.windows.get((lens, phase))
     if window is None: window = self.windows[lens, phase] = Window()
@@ -671,6 +682,7 @@ def _held(self:Inspector, optimizer):
     if known is None or known[0]() is not optimizer or known[1] != size:
         held = {id(p) for group in optimizer.param_groups for p in group['params']} & self._by_id
         if self.optimizer is not None and optimizer is not self.optimizer: held = set()
+        if known is None or known[0]() is not optimizer: self._steps.pop(id(optimizer), 0)   # an id anew
         known = self._optimizers[id(optimizer)] = weakref.ref(optimizer), size, held
     return known[2]
 
@@ -930,6 +942,9 @@ def _read_parameters(self:Inspector):
                 self._history.record_many(names, lens.stats, values, **self._where('train'))
 
 @patch
+def _at_steps(self:Inspector): return any(o.tap in ('grad', 'update') for o in self.lenses)
+
+@patch
 def _tell_silent(self:Inspector):
     layers = [hook for hook in self.hooks if hasattr(hook, 'lenses')]
     if not self._n_forwards and layers and all(o.forward is None for o in layers):
@@ -938,8 +953,7 @@ def _tell_silent(self:Inspector):
     for hook in self.hooks:
         if hasattr(hook, 'lenses') and hook.forward is None: self._tell(hook.name, _why_silent)
     if self._stepped and not self._n_forwards['train']: self._tell('the model', _why_validation)
-    at_steps = any(o.tap in ('grad', 'update') for o in self.lenses)
-    if at_steps and self._n_forwards['train'] and not self._steps:
+    if self._at_steps() and self._n_forwards['train'] and not self._steps:
         self._tell('the optimizer',
                    'has made no step that PyTorch knows of, so gradients and updates are not recorded')
 
@@ -1063,7 +1077,7 @@ def measured(self:Inspector): # pandas.DataFrame: source, stat, phase, epochs, w
     gaps = [(source, '', '', 0, why) for source,why in self._gaps.items()]
     stepped = {o.name for _,groups in self._known.values() for group in groups for o in group.params}
     frozen = [(o.name, '', '', 0, 'has had no gradient: frozen, unused, or no step yet') for o in self.params
-              if self._handles and o.name not in stepped]
+              if self._at_steps() and o.name not in stepped]
     return pd.DataFrame(rows + gaps + frozen, columns='source stat phase epochs why'.split())
 
 # %% ../nbs/19_inspector.ipynb #ecf39341

@@ -27,8 +27,12 @@ def dots(
     b:torch.Tensor  # [n, size]
 ) -> torch.Tensor: # [n] inner product of each row of `a` with that of `b`
     "Sum of products."
-    parts = [torch.linalg.vecdot(o, p) for o,p in zip(_pieces(a), _pieces(b))]
+    parts = [_dots(o, p) for o,p in zip(_pieces(a), _pieces(b))]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+def _dots(a, b):
+    if len(a) == 1: return torch.dot(a[0], b[0])[None]   # reads both once; `vecdot` writes the products first
+    return torch.linalg.vecdot(a, b)
 
 # %% ../nbs/01_looks.ipynb #18a1a63b
 def unit_counts(

@@ -111,7 +111,7 @@ def _lines_of(recording, panel, source, named):
     for phase in phases:
         own = panel.labels.get(phase, phase if len(phases) > 1 else '')
         for stat in panel.stats:
-            single = _is_single(recording, source, stat, phase)
+            single = panel.wide and _is_single(recording, source, stat, phase)   # a layer's may be constant
             about = [own, stat.replace('_', ' ') if named and stat != 'loss' else '']
             for how in panel.lines[:1] if single else panel.lines or (None,):
                 label = ' '.join(o for o in (*about, '' if single else how) if o) or 'value'

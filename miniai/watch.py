@@ -34,7 +34,7 @@ class RangeStats(HooksCallback):
         max_bytes=56_000_000 # memory for the rows; the others as for `HooksCallback`
     ):
         super().__init__(self._take, mod_filter, on_train, on_valid, mods, every, budget)
-        self.history, self.kinds, self._found, self._told = History(max_bytes=max_bytes), {}, [], set()
+        self.history, self.kinds, self._found = History(max_bytes=max_bytes), {}, []
 
     def before_fit(self, learn):
         super().before_fit(learn)
@@ -95,7 +95,7 @@ class NonFinite:
     def __str__(self): return self.text
 
 # %% ../nbs/10_watch.ipynb #72858739
-class _Trail:
+class _CheckedSeries:
     "Of one source in one stage: its steps, and which rows are not finite."
     def __init__(self, stage, source, place, series, absent=()):
         self.stage, self.source, self.place = stage, source, place   # place: in the order of calls
@@ -233,7 +233,7 @@ class _Tables:
 
     def loss(self, phase):
         history = self.learn.history
-        return _Trail('loss', 'loss', 0, history.series('batch', 'loss', phase, history.run))
+        return _CheckedSeries('loss', 'loss', 0, history.series('batch', 'loss', phase, history.run))
 
     def spoilt(self):
         "(phase, source) of all that is not finite; quickly, for mostly there is nothing."
@@ -243,13 +243,14 @@ class _Tables:
 
     def layers(self, phase, only):
         rows = {nm: self.layer_rows(nm, phase) for nm in self.order if only is None or (phase, nm) in only}
-        return [_Trail('forward', nm, self.order[nm], s) for nm,s in rows.items() if s is not None and len(s)]
+        return [_CheckedSeries('forward', nm, self.order[nm], s) for nm,s in rows.items()
+                if s is not None and len(s)]
 
     def parameters(self, stage, cb, stat, only):
         if cb is None or stat not in cb.stats: return []
         names = [source for phase,source,o in cb.history.keys()
                  if o == stat and source != 'all' and (only is None or (phase, source) in only)]
-        return [_Trail(stage, nm, self.place(nm), self.series(cb, nm, stat), self._absent(cb, nm))
+        return [_CheckedSeries(stage, nm, self.place(nm), self.series(cb, nm, stat), self._absent(cb, nm))
                 for nm in names]
 
     def _absent(self, cb, nm):
@@ -274,10 +275,10 @@ def _trace(learn):
               for step in o.steps[o.bad][:1]]
     if not broken:
         events = [o for phase in trails for o in _events(trails[phase], 0, np.inf, phase)]
-        return _told(tables, min(events, key=_order), False) if events else None
+        return _describe(tables, min(events, key=_order), False) if events else None
     step, phase = min(broken, key=lambda o: (o[0], o[1] == 'train'))   # validation comes before training
     events = _events(trails[phase], step - (phase == 'train'), step, phase)
-    return _told(tables, min(events, key=_order), True)
+    return _describe(tables, min(events, key=_order), True)
 
 _spreading = 'loss', 'weights', 'update'   # what is not finite there will not become so again
 
@@ -298,7 +299,7 @@ def _order(event):
     return step, phase == 'train', trail.rank()
 
 # %% ../nbs/10_watch.ipynb #0723303d
-def _told(tables, event, spread):
+def _describe(tables, event, spread):
     step, phase, trail, i = event
     trails = tables.trails(phase)
     seen = [o for o in trails if o.stage == 'forward' and o.seen(step)]

@@ -11,9 +11,10 @@ from torch import nn, optim
 from miniai.activations import ActivationStats
 from miniai.compare import compare
 from miniai.datasets import DataLoaders, fashion_mnist
+from miniai.demo import train_run
 from miniai.device import set_seed
 from miniai.diagnose import Finding, Findings, StopOnCB, assert_healthy, diagnose, evidence_of, rule, rules
-from miniai.gradients import GradientStats
+from miniai.gradients import GradientStats, UpdateStats
 from miniai.history import History
 from miniai.hooks import count_hooks
 from miniai.inspector import Inspector, InspectorCB
@@ -42,6 +43,15 @@ def test_planted_fault_comes_first(name, dls):
 @pytest.mark.parametrize('name', ['MLP; Adam', 'CNN; SGD, momentum', 'ResNet, BatchNorm; AdamW', 'LSTM; Adam',
                                   'transformer; SGD, momentum'])
 def test_healthy_run_raises_no_alarm(name, dls): assert_healthy(train(healthy[name], dls, seed=11))
+
+
+def test_the_demos_failing_net():
+    "Outputs collapse and the loss jumps, though never far above where it began; the same net cured is left alone."
+    dls = DataLoaders.in_memory(fashion_mnist('small'), batch_size=512)
+    failing, cured = (train_run(nm, dls, nm == 'cured', cbs=[GradientStats(), UpdateStats()]).learn.diagnose()
+                      for nm in ('failing', 'cured'))
+    assert failing[0].rule == 'learning_rate_high' and 'collapses' in failing[0].text
+    assert not cured.of('error', 'warning')
 
 
 def test_every_rule_has_a_planted_fault_or_is_tested_by_name():

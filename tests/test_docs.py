@@ -26,7 +26,8 @@ def processed(tmp_path_factory):
     copy = tmp_path_factory.mktemp('site')
     for o in ('nbs', 'miniai', 'tests'): shutil.copytree(root/o, copy/o)
     for o in ('settings.ini', 'README.md'): shutil.copy(root/o, copy)
-    run('-c', 'from nbdev.quarto import nbdev_proc_nbs as f; f.__wrapped__(n_workers=0)', cwd=copy,
+    # what `nbdev_proc_nbs` does; the command itself would install Quarto, and the project, where there is no Quarto
+    run('-c', 'from nbdev.quarto import refresh_quarto_yml, proc_nbs; refresh_quarto_yml(); proc_nbs(n_workers=0)', cwd=copy,
         env={**os.environ, 'PYTHONPATH': str(root)})
     return copy/'_proc'
 

@@ -315,7 +315,7 @@ def test_nothing_is_left_after_any_exit(exc):
     learn = learner(*cbs, Raises(), model=model)
     try: learn.fit(1)
     except (ValueError, KeyboardInterrupt): pass
-    assert count_hooks(model) == 0 and cbs[0]._rooms == [] == cbs[1]._starts
+    assert count_hooks(model) == 0 and cbs[0]._groups == [] == cbs[1]._starts
     assert len(cbs[0].rows('0.weight', 'grad_norm')) == 2
     copy.deepcopy(model), pickle.dumps(model)
 

@@ -434,6 +434,27 @@ def test_in_place_smaller_last_batch():
     correlation = values(measured(model, loop), '0', 'output_grad_correlation')
     assert np.isnan(correlation).tolist() == [True, False, True, True, False]
 
+def test_batches_of_two_sizes_are_one_series():
+    "A smaller last batch, over epochs, in training and in validation."
+    model = seeded(small_net)
+    lenses = [OutputNorm(record_eval=True, inplace=False), OutputGradientGeometry(inplace=False), ParameterGradientGeometry(inplace=False)]
+    inspector, wants = Inspector(lenses, module=model, visualizer=None), []
+    for _ in inspector.range(4):
+        for n in 16, 16, 16, 5:
+            x = torch.randn(n, 4, generator=torch.Generator().manual_seed(len(wants)))
+            wants.append(F.linear(x, model[0].weight, model[0].bias).relu().norm(dim=1).mean().item())
+            train(model, x, 1)
+        with torch.no_grad():
+            for n in 16, 5: model(torch.randn(n, 4))
+    inspector.detach()
+    s = inspector.history.series('1', 'norm')
+    np.testing.assert_allclose(s.values, wants, rtol=1e-5)
+    assert s.steps.tolist() == list(range(16)) and s.samples.tolist() == [16, 16, 16, 5]*4
+    for source,stat,phase in (('1', 'norm mean', 'train'), ('1', 'norm mean', 'valid'), ('2', 'output_grad_norm mean', 'train')):
+        assert inspector.history.series(source, stat, phase).epochs.tolist() == [0, 1, 2, 3], (source, stat)
+    weighted = np.array(wants).reshape(4, 4) @ [16, 16, 16, 5]/53
+    np.testing.assert_allclose(values(inspector, '1', 'norm mean'), weighted, rtol=1e-5)
+
 class Tagger(nn.Module):
     def __init__(self):
         super().__init__()
