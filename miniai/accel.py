@@ -363,7 +363,7 @@ class SharedCB(Callback):
         _merge_history(learn)
 
     def after_fit(self, learn):
-        if not self._before: return
+        if not self._before or not learn.epochs: return   # resumed at its end: merged already
         _merge_history(learn)
         _same_buffers(learn.model)
         for cb in learn.cbs:
@@ -465,8 +465,9 @@ class AccelerateCB(SharedCB, TrainCB):
         self.acc,self.mixed_precision,self.kw,self._was,self._models = None,mixed_precision,kw,None,None
 
     def before_fit(self, learn):
-        if self.acc is None: self.acc = _accelerator(mixed_precision=self._precision(), **self.kw)
+        if self.acc is None: self._make()
         super().before_fit(learn)
+        self._check_processes()
         self._was = learn.model,learn.opt,set(vars(learn.model))
         learn.model = self.acc.prepare(learn.model)
         self._models = self._was[0],learn.model
@@ -487,6 +488,21 @@ class AccelerateCB(SharedCB, TrainCB):
         super().cleanup_fit(learn)
 
 # %% ../nbs/15_accel.ipynb #da04e085
+@patch
+def _make(self:AccelerateCB):
+    many = int(os.environ.get('WORLD_SIZE', 1)) > 1
+    on_cpu = many and not getattr(torch, 'accelerator', torch.cuda).is_available()
+    kw = dict(cpu=True) if on_cpu else {}   # or accelerate takes each process for one alone
+    self.acc = _accelerator(mixed_precision=self._precision(), **{**kw, **self.kw})
+
+@patch
+def _check_processes(self:AccelerateCB):
+    "Refuse to share the data among processes whose gradients accelerate would not average."
+    if self.acc.num_processes == self.n: return
+    raise RuntimeError(f'AccelerateCB: there are {self.n} processes, and accelerate sees '
+                       f'{self.acc.num_processes}; start them by `accelerate launch` or `torchrun`, and make '
+                       'no Accelerator with other settings before')
+
 @patch
 def _precision(self:AccelerateCB):
     "What was asked for, where the machine can do it."

@@ -24,7 +24,7 @@ from .parameters import ParameterGroup, choose_parameters, find_parameters, para
 from .stats import effective_rank, log_hist, unit_axis
 
 # %% ../nbs/10_gradients.ipynb #88229cd7
-class _Room:
+class _PooledGroup:
     "Parameters on one device, and memory to look at them."
     def __init__(self, params, n_looks):
         self.group, self.names, self.n_looks = ParameterGroup(params), tuple(o.name for o in params), n_looks
@@ -62,7 +62,7 @@ class _Room:
 class _AtSteps(Callback):
     "Looks at parameters around the optimizer's step."
     order = TrainCB.order-10   # before those who clip or change gradients, after those who add them up
-    known_stats = ()
+    known_stats, _tells = (), True
 
     def __init__(self, parameters, every, budget, stats, max_bytes):
         who = type(self).__name__
@@ -86,7 +86,7 @@ class _AtSteps(Callback):
         if self._model() is not model:
             self._start_model()
             self._model, self.first_run = weakref.ref(model), run
-        self._rooms, self._there, self._samples, self._going = [], None, 0, False
+        self._groups, self._there, self._samples, self._going = [], None, 0, False
         self.pace.start()   # a loop of your own may know no epochs
 
     def before_epoch(self, learn):
@@ -105,18 +105,18 @@ class _AtSteps(Callback):
     def after_batch(self, learn): self._going = getattr(learn, 'hold', False)
 
     def cleanup_fit(self, learn):
-        self.active, self._rooms, self._there = False, [], None
+        self.active, self._groups, self._there = False, [], None
         self.pace.stop()
 
     def __len__(self): return len(self.params)
 
     def __getstate__(self):   # no weak reference, and nothing of the learner
-        gone = dict(learn=None, beside=None, _model=noop, _rooms=[], _there=None, params=(), _found=[])
+        gone = dict(learn=None, beside=None, _model=noop, _groups=[], _there=None, params=(), _found=[])
         return {**vars(self), **gone}
 
 # %% ../nbs/10_gradients.ipynb #77c9ab3f
 _why = dict(frozen='is frozen (requires_grad is False)',
-            unused='has had no gradient, since the loss was not computed from it',
+            unused='has had no gradient in the steps looked at: the loss was not computed from it',
             other='is not among the parameters of the optimizer',
             complex='has complex numbers, which are not measured')
 
@@ -126,24 +126,24 @@ def _find(self:_AtSteps, learn):
     found, self._there = find_parameters(unwrap(learn.model)), None
     same = all(a.is_now(b.name, b.p) for a,b in zip(self._found, found))
     if same and len(found) == len(self._found): return
-    self.params, self._found, self._rooms = (), found, []
+    self.params, self._found, self._groups = (), found, []
     self.params = choose_parameters(found, self.parameters, type(self).__name__)
 
 @patch
-def _rooms_now(self:_AtSteps, learn):
-    "Rooms for the optimizer's parameters that have ever had a gradient."
+def _groups_now(self:_AtSteps, learn):
+    "Groups of the optimizer's parameters that have ever had a gradient."
     if not self._found: self._find(learn)
     there = [o for o in self.params if o.p.grad is not None]
-    if there == self._there: return self._rooms
+    if there == self._there: return self._groups
     self._there, self._held, known = there, _held(learn), self._known()
     chosen = [o for o in self.params if (o in known or o.p.grad is not None) and not self._left_out(o)]
-    if len(chosen) != len(known):
+    if set(chosen) != known:
         n_looks = 1 + any(o.endswith('correlation') for o in self.stats)
-        self._rooms = [_Room(o, n_looks) for o in groupby(chosen, lambda o: o.p.device).values()]
-    return self._rooms
+        self._groups = [_PooledGroup(o, n_looks) for o in groupby(chosen, lambda o: o.p.device).values()]
+    return self._groups
 
 @patch
-def _known(self:_AtSteps): return {o for room in self._rooms for o in room.group.params}
+def _known(self:_AtSteps): return {o for pooled in self._groups for o in pooled.group.params}
 
 def _held(learn):
     "Ids of what the optimizer trains; None for one that does not say."
@@ -180,9 +180,8 @@ def _watch(self:_AtSteps, f, *args):
 @patch
 def _tell(self:_AtSteps, who, what):
     "Warn once."
-    if (who, what) in self._told: return
-    self._told.add((who, what))
-    warnings.warn(f'{type(self).__name__}: {who} {what}', stacklevel=3)
+    if what not in self._told: warnings.warn(f'{type(self).__name__}: {who} {what}', stacklevel=3)
+    self._told.add(what)
 
 @patch
 def cleanup_epoch(self:_AtSteps, learn):
@@ -203,7 +202,13 @@ def _note_gaps(self:_AtSteps):
     self._tell_unused([nm for nm,key in why.items() if key == 'unused'])
 
 @patch
-def _tell_unused(self:_AtSteps, names): pass   # one of the two is enough to say it
+def _tell_unused(self:_AtSteps, names):
+    "One warning for all that are new."
+    new = [nm for nm in names if nm not in self._told]
+    self._told |= set(new)
+    if not new or not self._tells: return
+    more = f' and {len(new)-3} more' if len(new) > 3 else ''
+    warnings.warn(f"{type(self).__name__}: {', '.join(new[:3])}{more} {_why['unused']}", stacklevel=4)
 
 # %% ../nbs/10_gradients.ipynb #deaa6873
 gradient_stat_names = 'grad_norm', 'grad_hist', 'grad_correlation', 'grad_activation_rate', 'grad_death_rate'
@@ -253,9 +258,9 @@ def _may_clip(learn, me):
 @patch
 def _read(self:GradientStats, learn):
     totals = []
-    for room in self._rooms_now(learn):
-        look = room.look(room.group.grads())
-        self._record_look(room, look)
+    for pooled in self._groups_now(learn):
+        look = pooled.look(pooled.group.grads())
+        self._record_look(pooled, look)
         totals.append(torch.linalg.vector_norm(look.norm))
     if totals: self.history.record('all', 'grad_norm', _together(totals), **self._where)
 
@@ -264,15 +269,15 @@ def _together(norms):
     return torch.linalg.vector_norm(torch.stack([o.to(norms[0].device) for o in norms]))
 
 @patch
-def _record_look(self:GradientStats, room, look):
+def _record_look(self:GradientStats, pooled, look):
     stats = tuple(o for o in self.stats if o != 'grad_hist')
     if stats:
         values = look.masked(_gradient_stats(look, stats))
-        self.history.record_many(room.names, stats, values, **self._where)
+        self.history.record_many(pooled.names, stats, values, **self._where)
     if 'grad_hist' in self.stats:
-        self.history.record_many(room.names, 'grad_hist', self._hist(room, look), **self._where)
+        self.history.record_many(pooled.names, 'grad_hist', self._hist(pooled, look), **self._where)
     # NaN in a row is a gap or a NaN; where some are gaps, this tells
-    if look.there is not None: self.history.record_many(room.names, 'has_grad', look.there, **self._where)
+    if look.there is not None: self.history.record_many(pooled.names, 'has_grad', look.there, **self._where)
 
 def _gradient_stats(look, stats):
     "[k, n]"
@@ -283,16 +288,16 @@ def _gradient_stats(look, stats):
     return torch.stack([found[nm] for nm in stats])
 
 @patch
-def _hist(self:GradientStats, room, look):
+def _hist(self:GradientStats, pooled, look):
     "[n, bins+4], without the zeros that fill up the pool's rows."
     counts = log_hist(look.flat.view(-1, Pool.width), self.bins, self.hist_range, look.pool.tensor_of_row,
                       len(look.views))
-    counts[:, self.bins] -= room.padding()
+    counts[:, self.bins] -= pooled.padding()
     return counts if look.there is None else counts*look.there[:, None]
 
 @patch
 def _read_clipped(self:GradientStats):
-    grads = [o for room in self._rooms for o in room.group.grads() if o is not None]
+    grads = [o for pooled in self._groups for o in pooled.group.grads() if o is not None]
     norms = [_together(o) for o in _norms_by_device(grads)]
     if norms: self.history.record('all', 'grad_norm_clipped', _together(norms), **self._where)
 
@@ -300,14 +305,6 @@ def _norms_by_device(tensors):
     "Lists of norms, one fused operation each; of half precision in float32."
     full = [o if o.dtype in (torch.float32, torch.float64) else o.float() for o in tensors]
     return [torch._foreach_norm(o) for o in groupby(full, lambda o: (o.device, o.dtype)).values()]
-
-@patch
-def _tell_unused(self:GradientStats, names):
-    new = [nm for nm in names if (nm, _why['unused']) not in self._told]
-    self._told |= {(nm, _why['unused']) for nm in new}
-    if not new: return
-    more = f' and {len(new)-3} more' if len(new) > 3 else ''
-    warnings.warn(f"GradientStats: {', '.join(new[:3])}{more} {_why['unused']}", stacklevel=4)
 
 # %% ../nbs/10_gradients.ipynb #e5f1d38c
 update_stat_names = 'update_norm', 'update_ratio', 'update_correlation', 'param_norm'
@@ -328,6 +325,11 @@ class UpdateStats(_AtSteps):
     ):
         super().__init__(parameters, every, budget, stats, max_bytes)
 
+    def before_fit(self, learn):
+        super().before_fit(learn)
+        self._starts = []   # and one of the two is enough to say which parameters are not used
+        self._tells = not any(isinstance(cb, GradientStats) for cb in getattr(learn, 'cbs', ()))
+
     def after_backward(self, learn):
         self._starts = []
         if self._wants(learn): self._watch(self._note_start, learn)
@@ -343,16 +345,17 @@ class UpdateStats(_AtSteps):
 # %% ../nbs/10_gradients.ipynb #291e3209
 @patch
 def _note_start(self:UpdateStats, learn):
-    moving = [(room, room.group.changing()) for room in self._rooms_now(learn)]
-    self._starts = [(room, tensors, room.start(tensors)) for room,tensors in moving]
+    moving = [(pooled, pooled.group.changing()) for pooled in self._groups_now(learn)]
+    self._starts = [(pooled, tensors, pooled.start(tensors)) for pooled,tensors in moving]
 
 @patch
 def _read(self:UpdateStats):
-    for room,tensors,start in self._starts:
-        look = room.look(tensors, start)
+    for pooled,tensors,start in self._starts:
+        look = pooled.look(tensors, start)
         values = look.masked(torch.stack([_update_stat(look, nm) for nm in self.stats]))
-        self.history.record_many(room.names, self.stats, values, **self._where)
-        if look.there is not None: self.history.record_many(room.names, 'has_grad', look.there, **self._where)
+        self.history.record_many(pooled.names, self.stats, values, **self._where)
+        if look.there is None: continue
+        self.history.record_many(pooled.names, 'has_grad', look.there, **self._where)
 
 def _update_stat(look, nm):
     weight = look.start.norm
@@ -373,13 +376,13 @@ def rows(self:_AtSteps,
 @patch
 def cost(self:_AtSteps) -> Cost: # seconds, bytes, parameters as `layers`, steps seen and sampled, share
     "What watching this model has cost so far, and the memory that rows and looks take."
-    return self.pace.cost(self.history.nbytes + sum(o.nbytes() for o in self._rooms), len(self))
+    return self.pace.cost(self.history.nbytes + sum(o.nbytes() for o in self._groups), len(self))
 
 @patch
 def state_dict(self:_AtSteps) -> dict: # history, pace, gaps
     "What is needed to go on."
     return dict(history=self.history.state_dict(), pace=self.pace.state_dict(), first_run=self.first_run,
-                gaps=self.gaps, told=[list(o) for o in sorted(self._told)])
+                gaps=self.gaps, told=sorted(self._told))
 
 @patch
 def load_state_dict(self:_AtSteps,
@@ -389,7 +392,7 @@ def load_state_dict(self:_AtSteps,
     self.history.load_state_dict(state['history'])
     self.pace.load_state_dict(state['pace'])
     self.first_run, self.gaps = state['first_run'], dict(state['gaps'])
-    self._told = {tuple(o) for o in state['told']}
+    self._told = set(state['told'])
 
 # %% ../nbs/10_gradients.ipynb #150e1fab
 def _sample_rows(a, axis, n):
@@ -479,7 +482,11 @@ def _measure(self:RankStats):
     self.pace.end_watch()
 
 @patch
-def rows(self:RankStats, source:str, stat:str='effective_rank', phase:str='train'): # `Series`
+def rows(self:RankStats,
+    source:str,                  # name of a layer
+    stat:str='effective_rank',   # the only one
+    phase:str='train'            # 'train' or 'valid'
+): # `Series`
     "The rows of the model that is watched now."
     return self.history.series(source, stat, phase, self.first_run)
 
@@ -527,7 +534,7 @@ def _each(o): return (o,) if isinstance(o, str) else tuple(o)
 
 @patch
 def _nothing(self:_AtSteps, stat, figsize):
-    who, fix = type(self).__name__, f'Put this {type(self).__name__} into the cbs of a Learner and fit.'
+    fix = f'Put this {type(self).__name__} into the cbs of a Learner and fit.'
     if stat not in self.stats: fix = f'{stat!r} is not among stats={self.stats}.'
     elif len(self.history): fix = 'No parameter of that name has rows.'
     return _empty(figsize, f'Nothing to draw. {fix}')

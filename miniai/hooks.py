@@ -25,7 +25,7 @@ class _Tap:
     def __call__(self, mod, inp, outp=None):
         if self.f is None: return
         if torch.compiler.is_compiling(): _call(self.f, self.hook, mod, inp, outp)
-        else: self.f(self.hook, mod, inp, outp)   # spares what a call of `_call` costs, which is as much as most hooks do
+        else: self.f(self.hook, mod, inp, outp)   # `_call` would take as long as what most hooks do
     def __deepcopy__(self, memo): return _Tap()
     def __reduce__(self): return _Tap, ()
 

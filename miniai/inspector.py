@@ -51,7 +51,7 @@ def _depth(name): return name.count('.') + 1
 # %% ../nbs/19_inspector.ipynb #7477dfbc
 class _Reel:
     "Moments of one tap that wait to be measured together."
-    most, entries = 32, 2**20   # moments, and entries of copied tensors, which are more if one moment has more
+    most, entries = 32, 2**20   # moments, and entries of copied tensors: more only if one moment has more
 
     def __init__(self): self.facts, self.films, self.found = [], {}, {}
     def __len__(self): return len(self.facts)
@@ -136,10 +136,9 @@ class Inspector:
         self.labels = dict(train=train_loss_str, valid=non_train_loss_str)
         self.is_active_fn, self.master_rank, self.weighted = _active_fn(is_active_fn), master_rank, weighted
         self.every, self.budget, self._history = every, budget, History(max_bytes=max_bytes)
-        self.model, self.hooks, self._handles = None, [], []
+        self.model, self.hooks, self._handles, self._n_layers = None, [], [], 0
         self._start(None)
-        # which draws only when asked
-        self.visualizer = visualizer if _rank() == master_rank else 'matplotlib'
+        self.visualizer = visualizer
         if module is not None: self.attach(module)
 
     def _start(self, model):
@@ -147,16 +146,17 @@ class Inspector:
         self.epoch = self.step = self._step_before = 0
         self.kinds, self.params, self.optimizer = {}, [], None
         self.pace = Pace(self.every, self.budget, 'Inspector')
-        self._told, self._rank, self._steps = set(), {}, {}
+        self._told, self._order, self._steps = set(), {}, {}
         self._me, self._forward, self._axes, self._gaps = weakref.ref(self), 0, {}, {}
         self._optimizers, self._before, self._known, self._reels, self._follows = {}, {}, {}, {}, []
-        self._given, self.phase, self.by_grad = None, 'train', 'train'
+        self._given, self.phase, self.by_grad, self._unclipped = None, 'train', 'train', None
+        self._wants_norm = any(getattr(o, 'before_clipping', False) for o in self.lenses)
         self._clear()
 
     def _clear(self):
         "An epoch begins."
         self.windows, self._batches, self._outputs, self._grads, self._starts = {}, {}, [], [], []
-        self._inside = self.looking = self._fresh = False
+        self._inside = self.looking = self._fresh = self._stepped = False
         self._samples, self._since_step = None, 0
         self.active = self.is_active_fn(self.epoch)
         self._n_forwards = Counter()
@@ -208,12 +208,17 @@ def attach(self:Inspector,
     module:nn.Module, # the model; wrappers (DDP, torch.compile) are looked through
     optimizer=None    # look at this one's steps only; default any that holds parameters of the model
 ): # the inspector
-    "Watch `module` from here on; a model that is watched already is let go first, and a new run begins."
+    """Watch `module` from here on; a model that is watched already is let go first, and a new run begins.
+
+    A forward counts as training if grad mode is on and the model is in training mode, else as validation."""
     self.detach()
+    if not isinstance(module, nn.Module):
+        raise TypeError(f'Inspector.attach: got {type(module).__name__} as the model; give an nn.Module, and '
+                        'an optimizer as the second argument: attach(model, optimizer=opt)')
     warn_if_compiled(module, 'Inspector')
     model = unwrap(module)
     self._start(model)
-    self.model, self.optimizer = model, optimizer
+    self.model, self.optimizer = model, _plain_optimizer(optimizer)
     self._history.start_run()
     try:
         self._find_parameters()
@@ -222,6 +227,15 @@ def attach(self:Inspector,
     self.pace.start()
     return self
 
+def _plain_optimizer(o):
+    "The optimizer that steps, where another one is wrapped around it."
+    if o is None: return None
+    inner = getattr(o, 'optimizer', None)
+    if isinstance(inner, torch.optim.Optimizer): return _plain_optimizer(inner)
+    if isinstance(o, torch.optim.Optimizer): return o
+    raise TypeError(f'Inspector.attach: optimizer is a {type(o).__name__}; give a torch.optim.Optimizer, or '
+                    'None to look at the steps of every one that holds parameters of the model')
+
 @patch
 def _hook_all(self:Inspector):
     add = self.hooks.append
@@ -229,6 +243,7 @@ def _hook_all(self:Inspector):
     layers = modules_at(self.model, self.depth, self.module_name_prefix)
     for i,(name,m) in enumerate(layers): self._hook_layer(i, name, m)
     add(Hook(self.model, self._end))
+    self._n_layers = len([o for o in self.hooks if hasattr(o, 'lenses')])
     for lens in self.lenses:
         if lens.tap != 'loss': continue
         lens.read, lens.labels = self._last, self.labels
@@ -236,7 +251,7 @@ def _hook_all(self:Inspector):
             hook = Hook(lens.loss_fn, self._on_loss)
             hook.lens = lens
             add(hook)
-    if any(o.tap in ('grad', 'update') for o in self.lenses): self._hook_optimizers()
+    if self._at_steps(): self._hook_optimizers()
 
 @patch
 def _hook_layer(self:Inspector, i, name, m):
@@ -271,7 +286,7 @@ def detach(self:Inspector): # the inspector
     for hook in self.hooks: hook.remove()
     for handle in self._handles: handle.remove()
     self.hooks, self._handles = [], []
-    if self.attached and self._pending(): self.tick_epoch()
+    if self.attached and self._pending(): self._tick(share=False)   # others may be gone, after an error
     self.pace.stop()
     self.model, self._before, self._starts, self._grads, self._outputs, self._reels = None, {}, [], [], [], {}
     return self
@@ -327,6 +342,7 @@ def _end(self:Inspector, hook, mod, inp, outp):
     "The model has been called."
     if not self._inside or _in_backward(): return
     self._inside = False
+    if self.looking and self._wants_norm: self._guard('the gradients', self._ask_for_end, outp)
     if self._fresh: self._watch('the model', self._end_outputs)
 
 @patch
@@ -416,7 +432,7 @@ def _axis_of(self:Inspector, hook, mod, source, a):
     key = source, a.ndim
     if key not in self._axes:
         self._axes[key] = unit_axis(mod, a.ndim) if a.ndim > 1 else 1
-        self._rank.setdefault(source, (hook.index, len(self._rank)))
+        self._order.setdefault(source, (hook.index, len(self._order)))
     return self._axes[key]
 
 @patch
@@ -526,10 +542,21 @@ def _phase_in(self:Inspector, lens, key):
     if key[0] != 'output': return 'train'
     return key[1] if lens.evaluation_from_grad else key[2]
 
+def _side_by_side(found):
+    "(names, rows) of all parts; a source that is in two (batches of two sizes) is there in one at a time."
+    if len(found) == 1: return found[0]
+    parts = tuple(nm for names,_ in found for nm in names)
+    names, rows = tuple(dict.fromkeys(parts)), torch.cat([o for _,o in found], 2)
+    if len(names) == len(parts): return names, rows
+    res = rows.new_full((*rows.shape[:2], len(names)), torch.nan)
+    for i,nm in enumerate(parts):
+        column = res[..., names.index(nm)]
+        column.copy_(torch.where(rows[..., i].isnan(), column, rows[..., i]))
+    return names, res
+
 @patch
 def _rows(self:Inspector, lens, phase, found, facts):
-    names = found[0][0] if len(found) == 1 else sum((o for o,_ in found), ())
-    rows = found[0][1] if len(found) == 1 else torch.cat([o for _,o in found], 2)
+    names, rows = _side_by_side(found)
     weights = [weight if self.weighted else 1 for weight,_ in facts]
     window = self.windows.get((lens, phase))
     if window is None: window = self.windows[lens, phase] = Window()
@@ -546,7 +573,8 @@ def _develop_all(self:Inspector):
 # %% ../nbs/19_inspector.ipynb #4350cb91
 class _Follow:
     "What hangs on an output tensor."
-    def __init__(self, inspector, hook, source): self.inspector, self.hook, self.source = inspector, hook, source
+    def __init__(self, inspector, hook, source):
+        self.inspector, self.hook, self.source = inspector, hook, source
     def __call__(self, grad):
         inspector = self.inspector()
         if inspector is not None and inspector.attached: inspector._grads.append((self, grad))
@@ -583,7 +611,8 @@ def _film_like(self:Inspector, reel, follows, grads):
     "The one film that takes these gradients, if they are like those of the last time, as they usually are."
     if follows != self._follows or len(reel.films) != 1: return None
     (film, _, names, _), = reel.films.values()
-    return film if film.pool.shapes == [grad.shape for _,grad in grads] and len(names) == len(follows) else None
+    alike = len(names) == len(follows) and film.pool.shapes == [grad.shape for _,grad in grads]
+    return film if alike else None
 
 @patch
 def _sort_grads(self:Inspector, reel, grads):
@@ -591,7 +620,8 @@ def _sort_grads(self:Inspector, reel, grads):
     for group in groupby(small, lambda o: (o[0].hook.grad_lenses, o[1].device)).values():
         self._guard(group[0][0].source, self._film_grads, reel, group)
     for follow,grad in grads:
-        if grad.numel() > self.small: self._guard(follow.source, self._measure_grad, reel, follow, grad.detach())
+        if grad.numel() <= self.small: continue
+        self._guard(follow.source, self._measure_grad, reel, follow, grad.detach())
 
 @patch
 def _film_grads(self:Inspector, reel, group):
@@ -627,11 +657,13 @@ def _find_parameters(self:Inspector):
     named = list(self.model.named_parameters())
     if len(named) == len(self.params) and all(o.is_now(*n) for o,n in zip(self.params, named)): return
     self.params = find_parameters(self.model)
-    for o in self.params: self._rank.setdefault(o.name, (o.index, 0))
+    for o in self.params: self._order.setdefault(o.name, (o.index, 0))
     self._by_id = {id(o.p) for o in self.params}
     self._selections = {tap: self._select(tap) for tap in ('grad', 'update', 'parameter')}
     self._optimizers, self._known = {}, {}
-    for key in [o for o in self._reels if o[0] in ('grad', 'update')]: self._develop(*key), self._reels.pop(key)
+    for key in [o for o in self._reels if o[0] in ('grad', 'update')]:
+        self._develop(*key)
+        del self._reels[key]
 
 @patch
 def _select(self:Inspector, tap):
@@ -650,13 +682,14 @@ def _held(self:Inspector, optimizer):
     if known is None or known[0]() is not optimizer or known[1] != size:
         held = {id(p) for group in optimizer.param_groups for p in group['params']} & self._by_id
         if self.optimizer is not None and optimizer is not self.optimizer: held = set()
+        if known is None or known[0]() is not optimizer: self._steps.pop(id(optimizer), 0)   # an id anew
         known = self._optimizers[id(optimizer)] = weakref.ref(optimizer), size, held
     return known[2]
 
 @patch
 def _before_step(self:Inspector, optimizer):
     if not self.active or not self._held(optimizer): return
-    self._steps[id(optimizer)] = self._steps.get(id(optimizer), self._step_before) + 1
+    self._steps[id(optimizer)], self._stepped = self._steps.get(id(optimizer), self._step_before) + 1, True
     if self.looking or not self._n_forwards: self._watch('the gradients', self._read_grads, optimizer)
 
 @patch
@@ -670,6 +703,7 @@ def _read_grads(self:Inspector, optimizer):
             for group in self._groups_of(params, optimizer):
                 self._guard(group.names, self._film_group, tap, lenses, group, optimizer, scale)
     self._end_step('grad', optimizer)
+    self._guard('the norm of all gradients', self._write_norms, optimizer)
 
 @patch
 def _film_group(self:Inspector, tap, lenses, group, optimizer, scale):
@@ -716,7 +750,8 @@ def _groups_of(self:Inspector, params, optimizer):
     if there == before: return groups
     held, old = self._held(optimizer), {o for group in groups for o in group.params}
     known = [o for o in params if (o in old or o.p.grad is not None) and id(o.p) in held]
-    if len(known) != len(old): groups = [ParameterGroup(o) for o in groupby(known, lambda o: o.p.device).values()]
+    if len(known) != len(old):
+        groups = [ParameterGroup(o) for o in groupby(known, lambda o: o.p.device).values()]
     self._known[key] = there, groups
     return groups
 
@@ -733,6 +768,48 @@ def _read_updates(self:Inspector, optimizer):
     for film,tensors in self._starts: self._guard('the updates', film.take, tensors)
     self._end_step('update', optimizer)
 
+# %% ../nbs/19_inspector.ipynb #8fe0075e
+@patch
+def _ask_for_end(self:Inspector, outp):
+    "Have `_backward_is_over` called when the backward pass that reaches the model's output is over."
+    me = self._me
+    def _over(): me() is not None and me()._watch('the gradients', me()._backward_is_over)
+    def _queue(f): torch.autograd.Variable._execution_engine.queue_callback(f)
+    # once more around, to come after those who are called back, too: DistributedDataParallel averages then
+    def _follow(grad): _queue(lambda: _queue(_over))
+    for _,a in named_tensors(outp)[:1]:
+        if a.requires_grad: a.register_hook(_follow)
+
+@patch
+def _backward_is_over(self:Inspector):
+    if not self.attached: return
+    params = [o for o in self.params if o.p.grad is not None]
+    self._unclipped = {id(o.p): i for i,o in enumerate(params)}, _norms([o.p.grad for o in params])
+
+def _norms(grads): return torch.stack(torch._foreach_norm([_widen(o) for o in grads])) if grads else None
+
+@patch
+def _write_norms(self:Inspector, optimizer):
+    "The norm over what the optimizer holds, before clipping and now."
+    lenses = [o for o in self.lenses if getattr(o, 'before_clipping', False)]
+    (places, before), self._unclipped = self._unclipped or ({}, None), None
+    held = [o.p for o in self.params if o.p.grad is not None and id(o.p) in self._held(optimizer)]
+    if not lenses or before is None or not held: return
+    found = {'grad_norm': before[[places[id(p)] for p in held if id(p) in places]],
+             'grad_norm_clipped': _norms([p.grad for p in held])}
+    for lens in lenses:
+        for stat,norms in found.items(): self._write_norm(lens, stat, torch.linalg.vector_norm(norms))
+
+@patch
+def _write_norm(self:Inspector, lens, stat, value):
+    if stat == 'grad_norm' and lens.scaler is not None:
+        value = value/lens.scaler.get_scale()   # waits for the device
+    key = (lens, stat), 'train'
+    if key not in self.windows: self.windows[key] = Window()
+    self.windows[key].add(('all',), value.reshape(1, 1), self._since_step or 1 if self.weighted else 1)
+    if not lens.inplace:
+        self._history.record('all', stat, value, step=self.step, epoch=self.epoch, phase='train')
+
 # %% ../nbs/19_inspector.ipynb #5a974803
 @patch
 def _on_loss(self:Inspector, hook, mod, inp, outp):
@@ -747,12 +824,20 @@ def _take_loss(self:Inspector, lens, mod, inp, outp):
     train = (grad if lens.evaluation_from_grad else mod.training and grad) and self.phase == 'train'
     self._push(lens, 'loss', outp, 'train' if train else 'valid', _batch_len(inp))
 
+def _number(name, value):
+    "[1, 1]"
+    try: return torch.as_tensor(value).detach().float().reshape(1, 1)
+    except (TypeError, ValueError, RuntimeError):
+        what = tuple(value.shape) if isinstance(value, torch.Tensor) else repr(value)
+        raise TypeError(f'Inspector: the value of {name!r} is {what}; give one number, or a tensor of one '
+                        'entry') from None
+
 @patch
 def _push(self:Inspector, lens, name, value, phase, weight, keep=False):
-    value = torch.as_tensor(value).detach().float().reshape(1, 1)
+    value = _number(name, value)
     key = (lens, name), self._given or phase
     if key not in self.windows: self.windows[key] = Window()
-    self._rank.setdefault(name, (-1, len(self._rank)))
+    self._order.setdefault(name, (-1, len(self._order)))
     weight = (weight or 1) if self.weighted else 1
     self.windows[key].add((name,), value, weight)
     if keep or not lens.inplace:
@@ -783,6 +868,7 @@ def push_metric(self:Inspector,
     "Record a metric."
     if name == 'loss':
         raise ValueError("push_metric: 'loss' is the loss's own name; use push_loss, or another name")
+    if not isinstance(name, str): raise TypeError(f'push_metric: name is {name!r}; give text, then the value')
     phase = self.phase if train is None else 'train' if train else 'valid'
     for lens in self._loss_lenses():
         if lens.wants(name): self._push(lens, name, value, phase, samples, not running)
@@ -801,8 +887,12 @@ def tick_epoch(self:Inspector,
 ):
     "An epoch is over: its values become rows, and the visualizer is told."
     if epoch is not None: self.epoch = epoch
+    self._tick(share=True)
+
+@patch
+def _tick(self:Inspector, share):
     self.pace.begin_watch()
-    if self.active: self._close_epoch()
+    if self.active: self._close_epoch(share)
     self.pace.end_watch()
     self.epoch += 1
     self._clear()
@@ -810,12 +900,12 @@ def tick_epoch(self:Inspector,
 Inspector.tick = Inspector.tick_epoch
 
 @patch
-def _close_epoch(self:Inspector):
+def _close_epoch(self:Inspector, share):
     with torch.no_grad():
         if self._fresh: self._guard('the model', self._end_outputs)
         self._guard('the gradients', self._flush_grads)
         self._develop_all()
-    self._share()
+    if share: self._share()
     for (who,phase),window in self.windows.items(): self._close(who, phase, window)
     if self.model is not None: self._read_parameters()
     for phase,sizes in self._batches.items():
@@ -852,14 +942,28 @@ def _read_parameters(self:Inspector):
                 self._history.record_many(names, lens.stats, values, **self._where('train'))
 
 @patch
+def _at_steps(self:Inspector): return any(o.tap in ('grad', 'update') for o in self.lenses)
+
+@patch
 def _tell_silent(self:Inspector):
+    layers = [hook for hook in self.hooks if hasattr(hook, 'lenses')]
+    if not self._n_forwards and layers and all(o.forward is None for o in layers):
+        self._tell('the model', _why_deaf)
     if not self._n_forwards: return
     for hook in self.hooks:
         if hasattr(hook, 'lenses') and hook.forward is None: self._tell(hook.name, _why_silent)
-    at_steps = any(o.tap in ('grad', 'update') for o in self.lenses)
-    if at_steps and self._n_forwards['train'] and not self._steps:
+    if self._stepped and not self._n_forwards['train']: self._tell('the model', _why_validation)
+    if self._at_steps() and self._n_forwards['train'] and not self._steps:
         self._tell('the optimizer',
                    'has made no step that PyTorch knows of, so gradients and updates are not recorded')
+
+_why_validation = ('was trained, but every call of it counted as validation: it is in eval mode, or grad '
+                   'mode is off in its forward. Call model.train() before training, and model.eval() '
+                   'before validation')
+
+_why_deaf = ('has had an epoch in which none of its hooks was called. If it was trained: it was compiled '
+             'before attaching, or another model of the same classes was, whose code is used for this one. '
+             'Call torch._dynamo.reset() after attaching, before the model is called')
 
 _why_silent = ('was never called. It is not part of what forward runs, or is used without calling it '
                '(`layer.forward(x)`, `F.relu` beside an nn.ReLU), or the model was compiled before attaching')
@@ -929,8 +1033,8 @@ def panels(self:Inspector) -> list: # of `Panel`, with sources in model order
 def _sources(self:Inspector, lens):
     stats = {row_stat(stat, how) for stat in lens.stats for how in (*aggregates, None)}
     names = {source for _,source,stat in self.history.keys() if (stat in stats if lens.tap != 'loss' else
-             source == 'loss' or self._rank.get(source, (0,))[0] == -1)} & set(self._rank)
-    return tuple(sorted(names, key=self._rank.get))
+             source == 'loss' or self._order.get(source, (0,))[0] == -1)} & set(self._order)
+    return tuple(sorted(names, key=self._order.get))
 
 @patch
 def recording(self:Inspector) -> Recording: # of this run
@@ -944,7 +1048,7 @@ def _draw(self:Inspector):
 @patch
 def cost(self:Inspector) -> Cost: # seconds, bytes, layers, steps seen and sampled; `share` of the loop's time
     "What watching this model has cost so far."
-    return self.pace.cost(self.history.nbytes, len([o for o in self.hooks if hasattr(o, 'lenses')]))
+    return self.pace.cost(self.history.nbytes, self._n_layers)
 
 # %% ../nbs/19_inspector.ipynb #8513be3d
 @patch
@@ -973,7 +1077,7 @@ def measured(self:Inspector): # pandas.DataFrame: source, stat, phase, epochs, w
     gaps = [(source, '', '', 0, why) for source,why in self._gaps.items()]
     stepped = {o.name for _,groups in self._known.values() for group in groups for o in group.params}
     frozen = [(o.name, '', '', 0, 'has had no gradient: frozen, unused, or no step yet') for o in self.params
-              if self._handles and o.name not in stepped]
+              if self._at_steps() and o.name not in stepped]
     return pd.DataFrame(rows + gaps + frozen, columns='source stat phase epochs why'.split())
 
 # %% ../nbs/19_inspector.ipynb #ecf39341
@@ -984,7 +1088,7 @@ def state_dict(self:Inspector) -> dict: # tensors, numbers and text, for `torch.
                 torch.from_numpy(np.ascontiguousarray(c.values())))
                for key,c in self.history.flush()._columns.items()]
     return dict(epoch=self.epoch, step=self.step, run=self.history.run, columns=columns,
-                rank=dict(self._rank))
+                rank=dict(self._order))
 
 @patch
 def load_state_dict(self:Inspector, state:dict):
@@ -993,7 +1097,7 @@ def load_state_dict(self:Inspector, state:dict):
     self._history = History(self.history.max_pending, self.history.max_bytes)
     for (phase, who, stat), facts, values in state['columns']:
         self.history.load_column((phase, who, stat), facts.tolist(), values.numpy())
-    self.history.run, self.epoch, self._rank = state['run'], state['epoch'], dict(state['rank'])
+    self.history.run, self.epoch, self._order = state['run'], state['epoch'], dict(state['rank'])
     self.step = self._step_before = state['step']
     self._clear()
 
@@ -1031,6 +1135,9 @@ class InspectorCB(Callback):
 
     def after_epoch(self, learn):
         if self._on(learn) and not learn.training: self.inspector.tick_epoch()
+
+    def after_fit(self, learn):
+        if self._on(learn) and self.inspector._pending(): self.inspector.tick_epoch()   # without validation
 
     def cleanup_fit(self, learn):
         if not getattr(learn, 'trial', False): self.inspector.detach()

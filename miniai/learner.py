@@ -717,6 +717,13 @@ def _last_run(history, phase):
     last = s.runs == history.run
     return type(s)(**{k: v[last] for k,v in vars(s).items()})
 
+def _draw_losses(ax, train, valid):
+    keep = slice(None, None, len(train)//2000+1)   # a picture has no room for more points
+    if len(train):
+        ax.plot(train.steps[keep], train.values[keep], alpha=0.3, color='C0')
+        ax.plot(train.steps[keep], _smoothed(train.values)[keep], color='C0', label='train, smoothed')
+    if len(valid): ax.plot(*_epoch_means(valid), 'o-', color='C1', label='validation, mean of a pass')
+
 @patch
 def draw(self:ProgressCB,
     figsize=(6,3) # inches
@@ -729,12 +736,7 @@ def draw(self:ProgressCB,
     learn = getattr(self, 'learn', None)
     series = {o: _last_run(learn.history, o) for o in ('train', 'valid')} if learn else {}
     if not any(map(len, series.values())): return _say(fig, ax, 'no loss recorded yet: call fit first')
-    train,valid = series['train'],series['valid']
-    keep = slice(None, None, len(train)//2000+1)
-    if len(train): ax.plot(train.steps[keep], train.values[keep], alpha=0.3, color='C0')
-    if len(train):
-        ax.plot(train.steps[keep], _smoothed(train.values)[keep], color='C0', label='train, smoothed')
-    if len(valid): ax.plot(*_epoch_means(valid), 'o-', color='C1', label='validation, mean of a pass')
+    _draw_losses(ax, **series)
     ax.set(xlabel='training steps', ylabel='loss', title='Loss')
     ax.legend()
     return fig

@@ -38,7 +38,8 @@ class Panel:
     wide:bool=False            # one plot for all sources, across the figure
     kind:str='values'          # or 'shares' (0 to 1), or 'stack' (parts of a whole)
     log:bool=False             # logarithmic axis
-    guide:float=None           # where to draw a dashed line
+    guide:float=None           # where to draw a dotted line
+    guide_name:str=''          # what that line is, for the legend
     labels:dict=field(default_factory=dict) # phase -> name in the legend, where it is not the phase's own
 
 def row_stat(
@@ -159,7 +160,11 @@ class LossMetrics(Lens):
         how = _names(method or self.lines[0], points, 'LossMetrics.loss: method')[0]
         return self.read('loss', 'loss', how, 'train' if train else 'valid')
 
-    def wants(self, name): return self.metrics is None or name in self.metrics
+    def wants(self,
+        name:str # of a metric
+    ) -> bool: # whether it was asked for
+        "Whether a metric is to be recorded."
+        return self.metrics is None or name in self.metrics
 
     def panels(self, sources):
         shown = [o for o in sources if o == 'loss'], [o for o in sources if o != 'loss' and self.wants(o)]
@@ -331,11 +336,20 @@ class ParameterGradientGeometry(_Geometry):
         log_scale:bool=False,        # logarithmic axis for the norm
         compute_correlation:bool=True, # with the gradient of the step before
         parameters=('weight', 'bias'), # as for `Lens`; one column for each
-        line_aggregation='mean', range_aggregation=('std', 'min-max') # as for `Lens`
+        line_aggregation='mean', range_aggregation=('std', 'min-max'), # as for `Lens`
+        before_clipping:bool=False, # the norm over all parameters as well, before and after clipping
+        scaler=None                # a loss scaler with `get_scale()`, by which the norm before is divided
     ):
         super().__init__(normalize_by_size, compute_correlation, inplace=inplace, log_scale=log_scale,
                          parameters=parameters, line_aggregation=line_aggregation,
                          range_aggregation=range_aggregation)
+        self.before_clipping, self.scaler = before_clipping, scaler
+
+    def panels(self, sources):
+        title = 'Gradient norm of the whole model, before and after clipping'
+        both = [Panel(title, (stat,), ('all',), self.lines, wide=True, log=self.log_scale)
+                for stat in ('grad_norm', 'grad_norm_clipped')]
+        return super().panels(sources) + both*self.before_clipping
 
 # %% ../nbs/17_lens.ipynb #b1bbf4af
 class ParameterUpdateGeometry(_Geometry):
@@ -364,7 +378,8 @@ class ParameterUpdateGeometry(_Geometry):
         return torch.cat([super().measure(look), ratio[None]])
 
     def _style(self, stat):
-        return dict(log=True, guide=1e-3) if stat == 'update_ratio' else super()._style(stat)
+        if stat != 'update_ratio': return super()._style(stat)
+        return dict(log=True, guide=1e-3, guide_name='1/1000 of the parameter')
 
 # %% ../nbs/17_lens.ipynb #af0c2f2e
 class ParameterGradientActivation(Lens):

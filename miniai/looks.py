@@ -27,8 +27,12 @@ def dots(
     b:torch.Tensor  # [n, size]
 ) -> torch.Tensor: # [n] inner product of each row of `a` with that of `b`
     "Sum of products."
-    parts = [torch.linalg.vecdot(o, p) for o,p in zip(_pieces(a), _pieces(b))]
+    parts = [_dots(o, p) for o,p in zip(_pieces(a), _pieces(b))]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+def _dots(a, b):
+    if len(a) == 1: return torch.dot(a[0], b[0])[None]   # reads both once; `vecdot` writes the products first
+    return torch.linalg.vecdot(a, b)
 
 # %% ../nbs/01_looks.ipynb #18a1a63b
 def unit_counts(
@@ -40,7 +44,8 @@ def unit_counts(
     if a.device.type != 'cpu': return _count_nonzero(a, axis, torch.empty_like(a))
     whole = max(1, 2**16*len(a)//max(a.numel(), 1))   # tensors at a time, in room that stays in the cache
     if whole > 1 or axis == 1: return _counts_by_parts(a, axis, 0, whole, torch.cat)
-    return torch.cat([_counts_by_parts(o, axis, 1, max(1, 2**16*o.shape[1]//o.numel()), sum) for o in a.split(1)])
+    some = max(1, 2**16*a.shape[1]*len(a)//a.numel())
+    return torch.cat([_counts_by_parts(o, axis, 1, some, sum) for o in a.split(1)])
 
 def _counts_by_parts(a, axis, dim, step, join):
     parts = a.split(step, dim)
@@ -118,7 +123,8 @@ class Pool:
     ):
         self.shapes, self.axes, self.turn = [o.shape for o in tensors], list(axes), 0
         self.device, self.dtype, self.by_unit = tensors[0].device, _pool_type(tensors), by_unit
-        units = [shape[axis] if len(shape) > 1 and by_unit else 1 for shape,axis in zip(self.shapes, self.axes)]
+        units = [shape[axis] if len(shape) > 1 and by_unit else 1
+                 for shape,axis in zip(self.shapes, self.axes)]
         sizes = [shape.numel() for shape in self.shapes]
         self.rows = [-(-size//max(unit, 1)//self.width) for size,unit in zip(sizes, units)]   # of each unit
         self.units, self.size = units, self._tensor(sizes)
@@ -165,7 +171,7 @@ class Pool:
         return [o is not None for o in tensors]
 
     def work(self, f, *args):
-        "`f(*args)` of tensors like a room, row by row; the result is good until the next call."
+        "`f(*args)` of tensors like a room, row by row; good until the next call. `f` takes `out`."
         if self.scratch is None or len(self.scratch) < len(args[0]): self.scratch = torch.empty_like(args[0])
         return f(*args, out=self.scratch[:len(args[0])]).view(len(args[0]), -1, self.width)
 
@@ -176,7 +182,7 @@ class Pool:
         return self.rooms[self.turn]
 
     def sum_rows(self, of_rows, to, n):
-        "Sums [..., n] over the rows of each unit or tensor."
+        "Sums [..., `n`] of `of_rows` [..., rows]; row i is added to number `to[i]`."
         sums = torch.zeros(*of_rows.shape[:-1], n, dtype=of_rows.dtype, device=self.device)
         return sums.index_add_(-1, to, of_rows)
 
@@ -225,7 +231,7 @@ class _InPool(_Seen):
 class PooledLook(_InPool):
     "Tensors of any shapes at one moment, in a pool; valid until the second next one is taken."
     def __init__(self,
-        pool:Pool,
+        pool:Pool,      # its rooms are used in turn
         tensors,        # to copy, of the pool's shapes; None for one that is not there now
         before=None,    # the look before this one
         start=None      # for updates: the look before the step, which is subtracted
@@ -251,7 +257,7 @@ class _Moments:
 class Film(_Moments):
     "The tensors of a pool at up to `most` moments."
     def __init__(self,
-        pool:Pool,
+        pool:Pool,         # says how they are laid out
         most:int,          # moments that are looked at together
         compare:bool=True  # each with the one before
     ):

@@ -6,547 +6,152 @@
 __all__ = ['report_html', 'write_report', 'ReportCB']
 
 # %% ../nbs/22_report.ipynb #3db3e719
-import datetime, platform, time, warnings
+import datetime, time, warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastcore.basics import patch
 
-import miniai
 from .callback import Callback
-from .case import Evidence, Finding, Findings, evidence_of
-from .cost import Cost
+from .case import Findings, evidence_of
 from .diagnose import diagnose
 from .history import is_main
 from .hooks import unwrap
 from .inspector import Inspector
 from .learner import Learner
-from .lens import aggregates
-from .page import (Html, as_html, fact_list, lines_chart, map_chart, page_html, sparkline, table, tag,
-                         write_page, _library)
-from .stats import near_zero, outside
+from .page import Html, _library, fact_list, page_html, tag, write_page
+from .panels import (cost_table, finding_cards, finding_charts, layer_charts, layer_table, loop_charts,
+                           members_of, n_steps, overview_charts, run_facts)
 
 # %% ../nbs/22_report.ipynb #6d1d6eb4
-_whole = 'batch', 'batches', 'epoch', 'loss', 'all'   # sources that are no layers
-
-def _plain(stat):
-    "The name of a statistic without that of an epoch's aggregate."
-    name, _, how = stat.rpartition(' ')
-    return name if name and how in aggregates else stat
-
-def _stats_of(evidence):
-    "Source -> the names of its statistics, in order."
-    found = {}
-    for _,source,stat in evidence.keys(): found.setdefault(source, {})[_plain(stat)] = None
-    return found
-
-def _layer_of(evidence, source):
-    "The layer that an output or a parameter belongs to."
-    facts = evidence.facts
-    if source in facts.params or _is_parameter(evidence, source): return source.rpartition('.')[0]
-    return facts.sources.get(source, source)
-
-def _is_parameter(evidence, source):
-    "Whether what was recorded of it is what one records of parameters."
-    stats = {_plain(stat) for _,who,stat in evidence.keys() if who == source}
-    return '.' in source and any(o.startswith(('grad_', 'update_', 'param_')) for o in stats)
-
-def _natural(name): return [(0, int(o), '') if o.isdigit() else (1, 0, o) for o in name.split('.')]
-
-def _members(evidence,
-    order=() # names of all modules, in model order
-): # layer -> its sources
-    "The layers that something is known of, in model order."
-    others = {*_whole, *evidence.metrics(), *_loop_values(evidence)}
-    found = {nm: [] for nm in evidence.facts.layers}
-    for source in _stats_of(evidence):
-        if source not in others: found.setdefault(_layer_of(evidence, source), []).append(source)
-    place = {nm: i for i,nm in enumerate(order or evidence.facts.layers)}
-    return {nm: found[nm] for nm in sorted(found, key=lambda o: (place.get(o, len(place)), _natural(o)))}
-
-def _loop_values(evidence):
-    "Sources that belong to no layer, such as what RecorderCB records."
-    facts, known = evidence.facts, {*_whole, *evidence.metrics()}
-    strange = lambda o: o not in facts.sources and o not in facts.layers and o not in facts.params
-    others = [o for o in _stats_of(evidence) if o not in known and strange(o) and not _is_parameter(evidence, o)]
-    return others if facts.layers else [o for o in others if o.split(' ')[0] == 'recorder']
-
-# %% ../nbs/22_report.ipynb #6d949f6e
-def _positions(track):
-    "Where to draw the rows of a track, and what that is."
-    if track.per == 'epoch': return track.epochs, 'epoch'
-    rising = (np.diff(track.steps) > 0).all()
-    return (track.steps, 'step') if rising else (np.arange(len(track)), 'recorded batch')
-
-def _is_line(track): return len(track) > 0 and track.values.dtype != object and track.values.ndim == 1
-
-def _shown(evidence, source, stat):
-    "Its track in training; in validation where it was watched there only."
-    track = evidence.track(source, stat)
-    return track if len(track) else evidence.track(source, stat, 'valid')
-
-# %% ../nbs/22_report.ipynb #641a3a83
-_panels = (
-    dict(title='Mean and standard deviation', stats=('mean', 'std'),
-         caption='Of the output, over all its entries; the deviation is the unbiased one.'),
-    dict(title='Dead units', stats=('death_rate',), yrange=(-.03, 1.03),
-         caption='Dead in the batch window: share of units that are exactly zero for every sample and position of a '
-                 'batch. It falls as the batch grows.'),
-    dict(title='Active outputs', stats=('activation_rate',), yrange=(-.03, 1.03),
-         caption='Share of entries of the output that are not exactly zero.'),
-    dict(title='Norm of the gradients', stats=('grad_norm',), log=True, gaps=True,
-         caption="Euclidean norm of each parameter's gradient, read once at the optimizer's step, before clipping."),
-    dict(title='Update to weight', stats=('update_ratio',), log=True, guides=(1e-4, 1e-2), gaps=True,
-         caption='Norm of the change that a step made, over the norm of the parameter before it. Dotted: 0.0001 and '
-                 '0.01, between which it usually lies.'),
-    dict(title='Direction', stats=('grad_correlation', 'update_correlation'), yrange=(-1.05, 1.05), guides=(0,),
-         gaps=True,
-         caption='Cosine of the angle between successive gradients, or updates, of one parameter: 1 the same way, -1 '
-                 'straight back.'),
-    dict(title='Units without gradient', stats=('grad_death_rate', 'grad_activation_rate'), yrange=(-.03, 1.03),
-         gaps=True,
-         caption="Share of a parameter's units whose gradient is exactly zero (death), and of its entries whose "
-                 'gradient is not (activation).'),
-    dict(title='Norm of parameters and updates', stats=('param_norm', 'update_norm'), log=True, gaps=True,
-         caption='Euclidean norms.'),
-    dict(title='Effective rank', stats=('effective_rank',), gaps=True,
-         caption='Exponential of the entropy of the normalised singular values of the outputs of a sample.'),
-)
-
-def _panels_for(stats):
-    "The panels that have something of `stats` to show, and one for each name that none knows."
-    known = {stat for o in _panels for stat in o['stats']} | {'hist', 'grad_hist', 'dead_epoch', 'has_grad'}
-    own = [dict(title=stat.replace('_', ' ').capitalize(), stats=(stat,), caption='') for stat in stats if stat not in known]
-    return [o for o in _panels if set(o['stats']) & set(stats)] + own
-
-# %% ../nbs/22_report.ipynb #69b3d3eb
-def _label(layer, source, stat, alone):
-    "What a line is called in the chart of its layer."
-    own = source[len(layer):].lstrip('. ') if source.startswith(layer) else source
-    return ' '.join(o for o in (own, '' if alone and own else stat.replace('_', ' ')) if o)
-
-def _lines(evidence, layer, sources, stats):
-    "Label -> (positions, values), and what the positions are."
-    tracks = {(source, stat): _shown(evidence, source, stat) for source in sources for stat in stats}
-    found = {key: o for key,o in tracks.items() if _is_line(o)}
-    alone, xlabel = len({stat for _,stat in found}) == 1, None
-    lines = {}
-    for (source,stat),track in found.items():
-        x, what = _positions(track)
-        xlabel = xlabel or what
-        if what == xlabel: lines[_label(layer, source, stat, alone)] = x, track.values
-    return lines, xlabel or 'step'
-
-# %% ../nbs/22_report.ipynb #3f5e52bf
-def _edges(watchers, stat, bins):
-    "The borders [bins+1] of a histogram's bins; None where nobody says."
-    for o in watchers:
-        if getattr(o, 'bins', None) != bins or hasattr(o, 'hist_edges') != (stat == 'grad_hist'): continue
-        return np.asarray(o.hist_edges) if stat == 'grad_hist' else np.linspace(*o.hist_range, bins+1)
-
-def _bin_names(edges, bins):
-    if edges is None: return [f'bin {i}' for i in range(bins)]
-    return [f'{a:g} to {b:g}' for a,b in zip(edges, edges[1:])]
-
-def _outside_note(counts, bins):
-    "What is not in the map, as the largest share of a batch."
-    total, texts = np.maximum(counts.sum(1), 1), []
-    for i,what in enumerate(outside):
-        share = (counts[:, bins+i]/total).max()
-        if share: texts.append(f'{"<0.01%" if share < 1e-4 else f"{share:.2%}"} {what}')
-    return f' Outside the bins, at most in one batch: {", ".join(texts)}.' if texts else ''
-
-# %% ../nbs/22_report.ipynb #682860ae
-_hist_titles = dict(hist=('Histogram', '|output|'), grad_hist=('Histogram of the gradient', '|gradient|'))
-
-def _hist_chart(evidence, watchers, source, stat, most):
-    "Counts of each bin over time, with the share of the lowest bin as a second chart; [] if there are none."
-    track = _shown(evidence, source, stat)
-    if not len(track) or track.values.ndim != 2: return []
-    (x, xlabel), bins = _positions(track), track.values.shape[1] - len(outside)
-    edges, (title, what) = _edges(watchers, stat, bins), _hist_titles[stat]
-    counts, note = track.values[:, :bins].T, _outside_note(track.values, bins)
-    used = slice(*_used(counts)) if stat == 'grad_hist' else slice(None)   # sixteen decades, most of them empty
-    y, yaxis = _heights(edges, bins, used)
-    caption = f'How many entries of {what} were in each bin; colour: log(1 + count).' + note
-    chart = map_chart(f'{title}: {source}', xlabel, x, _bin_names(edges, bins)[used], counts[used], caption,
-                      what if edges is not None else f'bin of {what}', 'count', 'log1p', y=y, most=most)
-    return [chart | dict(yaxis=yaxis)]
-
-def _used(counts):
-    "First and last+1 bin that is ever used; all, if none is."
-    rows = np.flatnonzero(counts.any(1))
-    return (rows[0], rows[-1]+1) if len(rows) else (0, len(counts))
-
-def _heights(edges, bins, used):
-    "The middle of each bin on the axis, and what the axis says; logarithmic bins are even in their logarithm."
-    if edges is None: return np.arange(bins)[used], {}
-    if np.allclose(np.diff(edges), edges[1]-edges[0]): return ((edges[1:]+edges[:-1])/2)[used], {}
-    logs = np.log10(edges)
-    decades = np.arange(np.ceil(logs[0]), np.floor(logs[-1])+1)
-    return ((logs[1:]+logs[:-1])/2)[used], dict(tickvals=decades.tolist(), ticktext=[f'1e{o:.0f}' for o in decades])
-
-def _near_zero_chart(evidence, source, most):
-    track = _shown(evidence, source, 'hist')
-    if not len(track) or track.values.ndim != 2: return []
-    x, xlabel = _positions(track)
-    share = near_zero(torch.from_numpy(np.ascontiguousarray(track.values))).numpy()
-    return [lines_chart('Near zero', xlabel, {'near zero': (x, share)}, 'Share of entries in the lowest bin, of those in all '
-                        'bins: small, which is not dead.', yrange=(-.03, 1.03), most=most)]
-
-# %% ../nbs/22_report.ipynb #6979c45e
-def _dead_note(evidence, source):
-    "The units that were dead throughout the last epoch, in words; '' if that was not recorded."
-    track = _shown(evidence, source, 'dead_epoch')
-    if not len(track): return ''
-    dead = np.flatnonzero(track.values[-1])
-    which = ', '.join(map(str, dead[:20])) + (', …' if len(dead) > 20 else '')
-    return (f' Dead in the epoch window, in every batch of epoch {track.epochs[-1]}: {len(dead)} of '
-            f'{len(track.values[-1])} units{f" ({which})" if len(dead) else ""}.')
-
-def _layer_charts(evidence, watchers, layer, sources, lines, columns):
-    "All charts of one layer; `lines` and `columns`: how many rows of a line, and columns of a map, there is room for."
-    stats = dict.fromkeys(stat for o in sources for stat in _stats_of(evidence)[o])
-    charts = [o for stat in _hist_titles for source in sources for o in _hist_chart(evidence, watchers, source, stat, columns)]
-    for panel in _panels_for(stats):
-        found, xlabel = _lines(evidence, layer, sources, panel['stats'])
-        rest = {k: v for k,v in panel.items() if k not in ('stats', 'caption')}
-        caption = panel['caption'] + ''.join(_dead_note(evidence, o) for o in sources if panel['title'] == 'Dead units')
-        if xlabel == 'epoch': caption += ' Here the mean of each epoch.'
-        if found: charts.append(lines_chart(xlabel=xlabel, lines=found, caption=caption, most=lines, **rest))
-    return charts + [o for source in sources for o in _near_zero_chart(evidence, source, lines)]
-
-# %% ../nbs/22_report.ipynb #1cd4eb79
-_columns = (('mean', 'mean'), ('std', 'std'), ('death_rate', 'dead units'), ('grad_norm', 'gradient norm'),
-            ('update_ratio', 'update to weight'))
-
-def _first_line(evidence, sources, stat):
-    "The first of a layer's tracks of one statistic; None without one."
-    found = (_shown(evidence, o, stat) for o in sources)
-    return next((o for o in found if _is_line(o)), None)
-
-def _number(value): return f'{value:.3g}'
-
-def _cell(evidence, layer, sources, stat, title):
-    "Last value and small line; '' without any."
-    track = _first_line(evidence, sources, stat)
-    if track is None: return ''
-    return Html(as_html(_number(track.values[-1])) + sparkline(track.values, f'{title} of {layer}', width=80))
-
-def _layer_table(evidence, members, findings):
-    "Name, type, findings, then the quantities that anyone has."
-    columns = [o for o in _columns if any(_first_line(evidence, own, o[0]) is not None for own in members.values())]
-    rows = [([_pick(i, nm), evidence.facts.layers.get(nm, ''), _count_findings(findings, nm, own),
-              *(_cell(evidence, nm, own, *o) for o in columns)], dict(data_layer=i))
-            for i,(nm,own) in enumerate(members.items())]
-    head = ['layer', 'type', 'findings', *(title for _,title in columns)]
-    return table(head, rows, ('name', '', 'number', *['number']*len(columns)), 'Layers')
-
-def _pick(i, name): return tag('button', name or '(the model itself)', class_='pick', type='button', data_layer=i)
-
-def _count_findings(findings, layer, sources):
-    found = [o for o in findings if {layer, *sources} & {o.layer, *o.layers}]
-    return str(len(found)) if found else ''
-
-# %% ../nbs/22_report.ipynb #58698e0c
-_maps = (('std', 'Standard deviation of the outputs', 'log10', None),
-         ('death_rate', 'Dead units (batch window)', 'none', (0, 1)),
-         ('grad_norm', 'Norm of the gradients', 'log10', None), ('update_ratio', 'Update to weight', 'log10', None))
-
-def _matrix(tracks):
-    "Values [tracks, n] at all positions that any of them has; NaN where one has none."
-    xs = np.unique(np.concatenate([_positions(o)[0] for o in tracks]))
-    values = np.full((len(tracks), len(xs)), np.nan)
-    for row,track in zip(values, tracks): row[np.searchsorted(xs, _positions(track)[0])] = track.values
-    return xs, values
-
-def _overview(evidence, members, columns):
-    "Maps of all layers, or parameters, over time."
-    charts = []
-    for stat,title,color,limits in _maps:
-        tracks = {o: _shown(evidence, o, stat) for own in members.values() for o in own}
-        tracks = {o: track for o,track in tracks.items() if _is_line(track)}
-        if len(tracks) < 2: continue
-        x, values = _matrix(list(tracks.values())[::-1])
-        xlabel = _positions(next(iter(tracks.values())))[1]
-        caption = 'From the first on top to the last. ' + ('Colour: logarithm to base 10; blank: zero, or not measured.'
-                                                           if color == 'log10' else 'Colour: 0 to 1; blank: not measured.')
-        charts.append(map_chart(title, xlabel, x, list(tracks)[::-1], values, caption, 'source', stat.replace('_', ' '), color,
-                                limits, scale=True, most=columns))
-    return charts
-
-# %% ../nbs/22_report.ipynb #7c066a99
-def _loss_chart(evidence, most):
-    "Training at each step, validation at the end of each pass."
-    train, valid = evidence.loss(), evidence.epoch_loss('valid')
-    lines = {nm: (_positions(o) if train.per == 'epoch' else (o.steps, 'step'), o) for nm,o in
-             (('training', train), ('validation', valid)) if len(o)}
-    if not lines: return []
-    caption = 'Training: each batch. ' if train.per == 'step' and len(train) else 'Mean of each epoch. '
-    caption += 'Validation: mean over a pass, at the step it was made.' if 'validation' in lines and train.per == 'step' else ''
-    return [lines_chart('Loss', next(iter(lines.values()))[0][1], {nm: (x, o.values) for nm,((x,_),o) in lines.items()},
-                        caption, most=most)]
-
-def _metric_charts(evidence, most):
-    charts = []
-    for nm in evidence.metrics():
-        found = {label: evidence.metric(nm, phase) for phase,label in (('train', 'training'), ('valid', 'validation'))}
-        lines = {label: (o.epochs, o.values) for label,o in found.items() if _is_line(o)}
-        if lines: charts.append(lines_chart(nm, 'epoch', lines, 'Of each epoch.', most=most))
-    return charts
-
-def _whole_charts(evidence, most):
-    "The gradient of all parameters, and what callbacks recorded of the loop."
-    lines, xlabel = _lines(evidence, 'all', ['all'], ('grad_norm', 'grad_norm_clipped'))
-    charts = [lines_chart('Gradient of all parameters', xlabel, lines, "Euclidean norm at the optimizer's step, before and, "
-                          'where something clips, after clipping.', log=True, most=most)] if lines else []
-    for source in _loop_values(evidence):
-        for stat in _stats_of(evidence)[source]:
-            lines, xlabel = _lines(evidence, source, [source], (stat,))
-            if lines: charts.append(lines_chart(f'{source}: {stat}', xlabel, lines, 'As a callback recorded it.', most=most))
-    return charts
-
-# %% ../nbs/22_report.ipynb #02ee0a51
-def _settings(opt):
-    "The optimizer's own settings besides the rate."
-    own = getattr(opt, 'defaults', {})
-    return ', '.join(f'{k} {v}' for k,v in own.items() if k != 'lr' and isinstance(v, (int, float, tuple)) and v is not False
-                     and v is not None) or None
-
-def _size(learn, phase):
-    try: return len(getattr(learn.dls, phase).dataset)
-    except Exception: pass   # of an iterator nobody knows the length
-
-def _data(learn):
-    sizes = [f'{n:,} {what}' for phase,what in (('train', 'for training'), ('valid', 'for validation'))
-             if (n := _size(learn, phase)) is not None]
-    return f'{", ".join(sizes)} samples' if sizes else None
-
-def _looked(facts):
-    "How many batches the numbers are of."
-    texts = [f'{seen:,} of {seen:,}: every one' if n == seen else f'{n:,} of {seen:,}' for n,seen in facts.looked.values()]
-    return '; '.join(f'{phase} {o}' for phase,o in zip(facts.looked, texts)) or None
-
-def _thinned(evidence):
-    found = {stat: n for h in evidence.histories for stat,n in h.thinned().items()}
-    return ', '.join(f'one row of {stat} in {n}' for stat,n in found.items()) or None
-
-def _batch_size(evidence):
-    "Samples of most training batches."
-    if evidence.facts.batch_size: return evidence.facts.batch_size
-    samples = evidence.loss().samples
-    return int(np.bincount(samples).argmax()) if len(samples) and samples.max() else None
-
-def _n_steps(evidence):
-    "Training steps of this run; a second fit goes on counting."
-    steps = evidence.loss().steps if evidence.loss().per == 'step' else []
-    return int(steps.max() - steps.min()) + 1 if len(steps) else evidence.n_steps()
-
-def _n_epochs(evidence): return len(np.unique(evidence.loss().epochs))
-
-def _run_facts(evidence, learn=None):
-    "What was run, name by name; None for what is not known."
-    facts, n = evidence.facts, sum(int(np.prod(o.shape)) for o in evidence.facts.params.values())
-    opt = getattr(learn, 'opt', None)
-    found = {'model': facts.model, 'parameters': f'{n:,}' if n else None,
-             'of them trained': f'{sum(int(np.prod(o.shape)) for o in facts.params.values() if o.trained):,}' if n else None,
-             'optimizer': facts.optimizer, 'learning rate': facts.lr, 'its settings': _settings(opt), 'loss': facts.loss,
-             'batch size': _batch_size(evidence), 'epochs': _n_epochs(evidence) or None, 'training steps': f'{_n_steps(evidence):,}' if _n_steps(evidence) else None,
-             'data': _data(learn) if learn else None, 'classes': facts.n_classes,
-             'callbacks': ', '.join(type(o).__name__ for o in learn.cbs) if learn else None,
-             'batches looked at': _looked(facts), 'rows kept': _thinned(evidence)}
-    return {nm: o for nm,o in found.items() if o not in (None, '')} | _machine(learn)
-
-def _machine(learn):
-    p = next(iter(getattr(unwrap(learn.model), 'parameters', tuple)()), None) if learn else None
-    return {'device': str(p.device) if p is not None else None,
-            'versions': f'miniai {miniai.__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}, '
-                        f'{platform.system()} {platform.machine()}'}
-
-# %% ../nbs/22_report.ipynb #11d73203
-def _costs(watchers):
-    "A table of what each watcher has cost."
-    found = [(o, o.cost()) for o in watchers if callable(getattr(o, 'cost', None))]
-    rows = [[type(o).__name__, f'{c.share:.1%}', f'{c.seconds:.2f} s', f'{c.run_seconds:.2f} s', c.layers, c.steps_seen,
-             c.steps_sampled, f'{c.bytes/1e6:.1f} MB'] for o,c in found if isinstance(c, Cost)]
-    if not rows: return tag('p', 'No watcher that knows its cost.', class_='muted')
-    head = ['watcher', 'share of the time', 'watching', 'the whole loop', 'layers', 'steps seen', 'steps looked at', 'memory']
-    return table(head, rows, ('', *['number']*7), 'Cost of watching')
-
-# %% ../nbs/22_report.ipynb #65eb2309
-def _where(o, members):
-    "The layer of a finding, as a button that shows it where the page has it."
-    names = list(members)
-    layer = o.layer if o.layer in members else next((nm for nm,own in members.items() if o.layer in own), None)
-    if layer is None: return o.layer
-    shown = o.layer if o.layer == layer else f'{o.layer}, of {layer}'
-    return tag('button', shown, class_='pick', type='button', data_layer=names.index(layer))
-
-def _listed(kind, title, items):
-    return [tag('p', tag('b', title)), tag(kind, *(tag('li', o) for o in items))] if items else []
-
-def _steps(o):
-    if not o.steps: return ''
-    first, last = o.steps
-    return f'step {first:,}' if first == last else f'steps {first:,} to {last:,}'
-
-def _value(o):
-    if o.value is None: return ''
-    return f'{o.value:.4g}' + ('' if o.threshold is None else f' (limit {o.threshold:.4g})')
-
-def _finding(i, o, members):
-    "One finding as a card; what it was read from is folded, but for the first."
-    facts = [tag('span', o.level, class_='level'), Html(' · '), as_html(o.rule)]
-    for part in (_where(o, members) if o.layer else '', _steps(o), _value(o)): facts += [Html(' · '), part] if part else []
-    evidence = tag('details', tag('summary', 'What it was read from'),
-                   tag('div', class_='charts wide', data_charts=f'finding {i}', data_empty=''), open=not i)
-    return tag('article', tag('p', *facts), tag('p', o.text), *_listed('ol', 'Likely causes, in order', o.causes),
-               *_listed('ul', 'What to try', o.tries), *_listed('ul', 'But', o.caveats), *([evidence] if o.chart else ()),
-               class_=f'finding {o.level if o.level in ("error", "warning", "note") else ""}')
-
-def _finding_charts(findings, most):
-    "Group -> charts, for those that have one."
-    res = {}
-    for i,o in enumerate(findings):
-        if o.chart is None: continue
-        c = o.chart
-        chart = lines_chart(c.title or 'Evidence', c.xlabel, {nm: (np.asarray(x), np.asarray(y)) for nm,(x,y) in c.lines.items()},
-                            '', c.ylabel, c.log, guides=[float(v) for v in c.guides], most=most)
-        res[f'finding {i}'] = [chart | dict(ticks=list(c.ticks))]
-    return res
-
-def _findings_part(findings, members):
-    cards = [_finding(i, o, members) for i,o in enumerate(findings)]
-    left_out = [tag('details', tag('summary', 'Rules that could not be asked'), fact_list(findings.unchecked))]
-    asked = [tag('details', tag('summary', 'Rules that were asked'), tag('p', ', '.join(findings.checked)))]
-    return tag('section', tag('h2', 'Findings'), tag('p', findings.summary()), *cards, *asked*bool(findings.checked),
-               *left_out*bool(findings.unchecked), id='findings')
-
-# %% ../nbs/22_report.ipynb #17d73b3e
 _room = 600_000   # numbers on a page, in lines and in maps each
 
 def _rooms(evidence):
     "How many rows of a line and columns of a map there is room for."
-    lines = sum(stat not in ('hist', 'grad_hist', 'dead_epoch') for _,_,stat in evidence.keys())
-    tracks = [_shown(evidence, who, stat) for _,who,stat in evidence.keys() if stat in ('hist', 'grad_hist')]
+    maps = 'hist', 'grad_hist'
+    lines = sum(stat not in (*maps, 'dead_epoch') for _,_,stat in evidence.keys())
+    tracks = [evidence.track(who, stat, phase) for phase,who,stat in evidence.keys() if stat in maps]
     cells = sum(o.values.shape[1] for o in tracks if len(o) and o.values.ndim == 2)
     share = lambda n, least, most: int(np.clip(_room//max(n, 1), least, most))
     return share(2*lines, 50, 1000), share(cells, 50, 500)
 
-def _charts_in(group, empty='Nothing was recorded.', cls='charts'):
-    return tag('div', class_=cls, data_charts=group, data_empty=empty)
+# %% ../nbs/22_report.ipynb #6d949f6e
+_parts = dict(findings='Findings', run='What was run', loss='Loss and metrics', layers='Layers',
+              layer='One layer', cost='Cost of watching')
+
+def _header(title, line, live):
+    links = [tag('a', name, href=f'#{nm}') for nm,name in _parts.items()]
+    themes = [tag('option', o, value=o) for o in ('system', 'light', 'dark')]
+    now = [tag('span', 'Live: it reads itself anew.', id='live-state'),
+           tag('button', 'Pause', id='pause', type='button', aria_pressed='false')]*bool(live)
+    return tag('header', tag('h1', title), tag('p', line, class_='muted'),
+               tag('nav', *links, class_='bar', aria_label='Parts of the page'),
+               tag('div', tag('label', 'Theme ', for_='theme'), tag('select', *themes, id='theme'), *now,
+                   class_='bar'))
+
+def _one_line(evidence, written):
+    "The run in a line."
+    facts = evidence.facts
+    rate = f' at {facts.lr:g}' if facts.optimizer and facts.lr is not None else ''
+    parts = facts.model, facts.optimizer+rate, facts.loss, f'{n_steps(evidence):,} steps'
+    return ' · '.join(o for o in (*parts, f'written {written}') if o)
+
+# %% ../nbs/22_report.ipynb #dd4bb96d
+def _charts_in(group, empty='Nothing was recorded.'):
+    return tag('div', class_='charts', data_charts=group, data_empty=empty)
 
 def _layer_part(members):
     "The choice of a layer, and room for its charts."
-    if not members: return tag('section', tag('h2', 'One layer'), tag('p', 'No layer was watched.', class_='muted'), id='layer')
+    if not members: return tag('p', 'No layer was watched.', class_='muted')
     options = [tag('option', nm or '(the model itself)', value=i) for i,nm in enumerate(members)]
+    buttons = [tag('button', o.capitalize(), id=o, type='button') for o in ('previous', 'next')]
     bar = tag('div', tag('label', 'Layer ', for_='layer-choice'), tag('select', *options, id='layer-choice'),
-              tag('button', 'Previous', id='previous', type='button'), tag('button', 'Next', id='next', type='button'),
-              class_='bar')
-    empty = 'Nothing was recorded of this layer. Outputs need ActivationStats, gradients GradientStats.'
-    return tag('section', tag('h2', 'One layer'), bar, tag('div', id='layer-charts', class_='charts', data_empty=empty),
-               id='layer')
+              *buttons, class_='bar')
+    empty = 'Nothing was recorded of this layer. `learn.watch()` sees outputs, gradients and updates.'
+    return Html(bar + tag('div', id='layer-charts', class_='charts', data_empty=empty))
 
-_parts = (('findings', 'Findings'), ('run', 'Run'), ('loss', 'Loss'), ('layers', 'Layers'), ('layer', 'One layer'),
-          ('cost', 'Cost'))
+def _body(evidence, findings, members, watchers, learn, kinds):
+    "The parts, in order."
+    hint = 'Last recorded value of each quantity, and its course. A name shows the layer below.'
+    filled = dict(findings=[finding_cards(findings, members)], run=[fact_list(run_facts(evidence, learn))],
+                  loss=[_charts_in('loss')],
+                  layers=[tag('p', hint, class_='muted'), layer_table(evidence, members, findings, kinds),
+                          _charts_in('overview', '')],
+                  layer=[_layer_part(members)], cost=[cost_table(watchers)])
+    return Html(''.join(tag('section', tag('h2', _parts[nm]), *o, id=nm) for nm,o in filled.items()))
 
-def _theme_switch():
-    options = [tag('option', o, value=o) for o in ('system', 'light', 'dark')]
-    return [tag('label', 'Theme ', for_='theme'), tag('select', *options, id='theme')]
-
-def _header(title, line, written, live):
-    links = [tag('a', name, href=f'#{nm}') for nm,name in _parts]
-    now = [tag('span', f'Live: written {written}.', id='live-state'),
-           tag('button', 'Pause', id='pause', type='button', aria_pressed='false')] if live else []
-    return tag('header', tag('h1', title), tag('p', line, class_='muted'),
-               tag('nav', *links, class_='bar', aria_label='Parts of the page'),
-               tag('div', *_theme_switch(), *now, class_='bar'))
-
-# %% ../nbs/22_report.ipynb #a0953653
+# %% ../nbs/22_report.ipynb #641a3a83
 def _watchers_of(x):
-    "Whoever recorded, to be asked for bins and cost."
+    "Whoever knows what it cost."
     if isinstance(x, (list, tuple)): return [o for part in x for o in _watchers_of(part)]
-    found = list(getattr(x, 'cbs', ())) or [getattr(x, nm, None) for nm in ('activations', 'gradients', 'updates')] + [x]
-    own = [getattr(o, 'inspector', o) for o in found if o is not None]
-    return [o for o in own if hasattr(o, 'history') and hasattr(o, 'cost')]
+    found = list(getattr(x, 'cbs', ())) or [*getattr(x, 'parts', {}).values(), x]
+    own = [getattr(o, 'inspector', o) for o in found]
+    return [o for o in own if callable(getattr(o, 'cost', None))]
 
 def _learner_in(x):
+    "The Learner that `x` is or holds; None without one."
     if isinstance(x, (list, tuple)): return next((o for o in map(_learner_in, x) if o is not None), None)
     return x if isinstance(x, Learner) else None
 
-def _module_order(x):
+def _kinds(x):
+    "Name -> type of all modules, where the model is known."
     model = getattr(x, 'model', None)
-    return [nm for nm,_ in unwrap(model).named_modules()] if isinstance(model, torch.nn.Module) else []
+    if not isinstance(model, torch.nn.Module): return {}
+    return {nm: type(m).__name__ for nm,m in unwrap(model).named_modules()}
 
+# %% ../nbs/22_report.ipynb #69b3d3eb
 def report_html(
-    x,                      # whatever `diagnose` takes: a Learner, an Inspector, a Watcher, a History, a file, a list
+    x,                      # a Learner, Inspector, Watcher, History, file, or a list: as for `diagnose`
     title:str=None,         # above the page; default names the model
     findings:Findings=None, # default: those of `diagnose`
     live:float=None         # seconds after which the page reads itself anew; None: it stands still
 ) -> str:
     "The page about the last run of `x`. It waits for the device: all that is recorded is read."
-    evidence, watchers, learn = evidence_of(x), _watchers_of(x), _learner_in(x)
+    evidence, watchers, kinds = evidence_of(x), _watchers_of(x), _kinds(x)
     if findings is None: findings = diagnose(evidence)
-    members, (lines, columns) = _members(evidence, _module_order(x)), _rooms(evidence)
-    charts = dict(loss=[*_loss_chart(evidence, lines), *_metric_charts(evidence, lines), *_whole_charts(evidence, lines)],
-                  overview=_overview(evidence, members, columns), **_finding_charts(findings, lines))
-    layers = [_layer_charts(evidence, watchers, nm, own, lines, columns) for nm,own in members.items()]
+    members, (lines, columns) = members_of(evidence, kinds), _rooms(evidence)
+    charts = dict(loss=loop_charts(evidence, lines), overview=overview_charts(evidence, members, columns),
+                  **finding_charts(findings, lines))
+    layers = [layer_charts(evidence, watchers, nm, own, lines, columns) for nm,own in members.items()]
     written = datetime.datetime.now().strftime('%Y-%m-%d %H:%M:%S')
     title = title or f'Training of {evidence.facts.model or "a model"}'
-    body = _body(evidence, findings, members, watchers, learn)
-    return page_html(title, _header(title, _one_line(evidence, written), written, live), body, charts, layers, live, written)
+    body = _body(evidence, findings, members, watchers, _learner_in(x), kinds)
+    header = _header(title, _one_line(evidence, written), live)
+    return page_html(title, header, body, charts, layers, live, written)
 
-def _one_line(evidence, written):
-    facts = evidence.facts
-    parts = [facts.model, facts.optimizer and f'{facts.optimizer}' + (f' at {facts.lr:g}' if facts.lr is not None else ''),
-             facts.loss, f'{_n_steps(evidence):,} steps', f'written {written}']
-    return ' · '.join(o for o in parts if o)
-
-def _body(evidence, findings, members, watchers, learn):
-    "The parts, in order."
-    section = lambda nm, title, *o: tag('section', tag('h2', title), *o, id=nm)
-    return Html(''.join([
-        _findings_part(findings, members),
-        section('run', 'What was run', fact_list(_run_facts(evidence, learn))),
-        section('loss', 'Loss and metrics', _charts_in('loss')),
-        section('layers', 'Layers', tag('p', 'Last recorded value of each quantity, and its course. A name shows the layer below.',
-                                        class_='muted'),
-                _layer_table(evidence, members, findings), Html('<br>'), _charts_in('overview', '')),
-        _layer_part(members), section('cost', 'Cost of watching', _costs(watchers))]))
-
-# %% ../nbs/22_report.ipynb #636a5ae1
+# %% ../nbs/22_report.ipynb #8c8292a2
 def write_report(
     x,                 # as for `report_html`
     path='report.html',# where to; folders are made
-    **kw               # title, findings, live: as for `report_html`
+    **kw               # `title`, `findings`, `live`: as for `report_html`
 ) -> Path: # where it was written
     "Write the page about the last run of `x`."
     return write_page(path, report_html(x, **kw))
 
-# %% ../nbs/22_report.ipynb #4fd6d256
+# %% ../nbs/22_report.ipynb #44e11571
 _live_seconds = 5   # between two looks of a live page at its file
 
 @patch
 def report(self:Learner,
     path='report.html', # where to; folders are made
     live:bool=False,    # begin now, and write it anew after each epoch of the fits to come
-    **kw                # title, findings: as for `report_html`; with `live` as for `ReportCB`
+    **kw                # `title`, `findings`, as for `report_html`; with `live` as for `ReportCB`
 ) -> Path: # of the page
     "Write the page about the last fit; with `live`, put a `ReportCB` into `cbs`."
     if not live: return write_report(self, path, **kw)
     self.cbs.append(ReportCB(path, **kw))
-    return write_report(self, path, live=_live_seconds)
+    return write_report(self, path, title=kw.get('title'), live=_live_seconds)
 
-# %% ../nbs/22_report.ipynb #a9053090
+# %% ../nbs/22_report.ipynb #682860ae
 class ReportCB(Callback):
-    "Writes `report.html` while the learner trains, and at the end."
+    "Writes the page while the learner trains, and at the end."
     order = 10_000   # after all who record
     share = .05      # of the time, at most, that writing takes
 
     def __init__(self,
         path='report.html',  # where to; folders are made
-        every:int=1,         # write after each n-th epoch
+        every:int=1,         # write in each n-th epoch, after training and after validation
         seconds:float=None,  # within an epoch, too, so often; each time it waits for the device
         title:str=None       # above the page; default names the model
     ):
@@ -558,13 +163,15 @@ class ReportCB(Callback):
     def before_fit(self, learn): self._told, self._next = False, time.monotonic() + (self.seconds or 0)
 
     def cleanup_batch(self, learn):
-        if self.seconds and time.monotonic() > self._next: self._write(learn, live=_live_seconds)
+        if self.seconds: self._write_live(learn)
 
     def cleanup_epoch(self, learn):
-        ends = not learn.training and (learn.epoch+1) % self.every == 0
-        if ends and time.monotonic() > self._next: self._write(learn, live=_live_seconds)
+        if (learn.epoch+1) % self.every == 0: self._write_live(learn)
 
     def cleanup_fit(self, learn): self._write(learn)
+
+    def _write_live(self, learn):
+        if time.monotonic() >= self._next: self._write(learn, _live_seconds)
 
 # %% ../nbs/22_report.ipynb #baa50a21
 @patch
@@ -574,7 +181,8 @@ def _write(self:ReportCB, learn, live=None):
     began = time.monotonic()
     try: write_report(learn, self.path, title=self.title, live=live)
     except Exception as e:
-        if not self._told: warnings.warn(f'ReportCB: {self.path} was not written ({type(e).__name__}: {e})', stacklevel=2)
+        if not self._told:
+            warnings.warn(f'ReportCB: {self.path} was not written ({type(e).__name__}: {e})', stacklevel=2)
         self._told = True
     now = time.monotonic()
     self._next = now + max(self.seconds or 0, (now-began)/self.share)
@@ -592,10 +200,11 @@ class _LiveVisualizer:
 def report(self:Inspector,
     path='report.html', # where to; folders are made
     live:bool=False,    # begin now, and write it anew at each `tick_epoch`
-    **kw                # title, findings: as for `report_html`
+    **kw                # `title`, `findings`: as for `report_html`
 ) -> Path: # of the page
     "Write the page about the run that was watched."
     inner = self.visualizer
     if isinstance(inner, _LiveVisualizer): inner = self.visualizer = inner._inner
-    if live: self.visualizer = _LiveVisualizer(inner, lambda: write_report(self, path, live=_live_seconds, **kw))
-    return write_report(self, path, live=_live_seconds if live else None, **kw)
+    write = lambda: write_report(self, path, live=_live_seconds if live else None, **kw)
+    if live: self.visualizer = _LiveVisualizer(inner, write)
+    return write()

@@ -10,6 +10,7 @@ __all__ = ['Recording', 'MatplotlibVisualizer', 'TensorBoardVisualizer', 'PrintV
 import json
 import math
 from dataclasses import asdict
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,7 +34,7 @@ class Recording:
         run:int          # its number
     ):
         "The rows of one run."
-        wanted = {key for panel in panels for key in _keys(panel)}
+        wanted = {key for panel in panels for key in _keys(panel) + _spreads(panel)}
         found = {key: history.series(*key[1:], key[0], run) for key in history.keys() if key in wanted}
         return cls({key: (s.epochs[s.runs == run], s.values[s.runs == run]) for key,s in found.items()},
                    panels)
@@ -44,7 +45,8 @@ class Recording:
         return np.unique(np.concatenate([np.zeros(0, int), *(x for x,_ in self.rows.values())]))
 
     def values(self,
-        source:str, stat:str, # as recorded
+        source:str,           # a layer, a parameter, 'loss', ...
+        stat:str,             # as recorded, without an aggregate
         how:str=None,         # an aggregate, or 'IQR'; None for what has one value in an epoch
         phase:str='train'     # 'train' or 'valid'
     ) -> np.ndarray: # one for each of `epochs`; NaN for a gap
@@ -56,7 +58,8 @@ class Recording:
         return np.array([line.get(epoch, np.nan) for epoch in self.epochs], dtype=float)
 
     def band(self,
-        source:str, stat:str,
+        source:str,       # as for `values`
+        stat:str,         # as for `values`
         name:str,         # one of `ranges`
         phase:str='train' # 'train' or 'valid'
     ) -> tuple: # lower and upper values, as `values`
@@ -75,6 +78,11 @@ def _hows(panel):
     hows = [*panel.lines, *(o for band in panel.bands for o in ranges[band])] or [None]
     return set(hows) | ({'Q1', 'Q3'} if 'IQR' in hows else set())
 
+def _spreads(panel):
+    "Rows that tell a mean of many values from a single one."
+    return [(phase, source, row_stat(stat, 'std')) for phase in ('train', 'valid') for source in panel.sources
+            for stat in panel.stats if panel.lines]
+
 def _keys(panel):
     return [(phase, source, row_stat(stat, how)) for phase in ('train', 'valid') for source in panel.sources
             for stat in panel.stats for how in _hows(panel)]
@@ -91,6 +99,11 @@ def _titled(panels):
 
 def _short(name, n=26): return name if len(name) <= n else f'{name[:n//2-1]}…{name[-(n//2):]}'
 
+def _is_single(recording, source, stat, phase):
+    "Whether each epoch had one value of this, so that there is nothing to aggregate."
+    return not np.nan_to_num(recording.values(source, stat, 'std', phase), nan=0.).any() \
+        and (phase, source, row_stat(stat, 'std')) in recording.rows
+
 def _lines_of(recording, panel, source, named):
     "(label, values, style) of each line of one source; (band, lower, upper) of each band."
     phases = [o for o in ('train', 'valid') if recording.has(o, panel)]
@@ -98,12 +111,13 @@ def _lines_of(recording, panel, source, named):
     for phase in phases:
         own = panel.labels.get(phase, phase if len(phases) > 1 else '')
         for stat in panel.stats:
-            for how in panel.lines or (None,):
-                label = ' '.join(o for o in (own, stat.replace('_', ' ') if named and stat != 'loss' else '',
-                                             how or '') if o)
-                lines.append((label or 'value', recording.values(source, stat, how, phase), '-'
-                              if phase == 'train' else '--'))
-            bands += [(band, *recording.band(source, stat, band, phase)) for band in panel.bands]
+            single = panel.wide and _is_single(recording, source, stat, phase)   # a layer's may be constant
+            about = [own, stat.replace('_', ' ') if named and stat != 'loss' else '']
+            for how in panel.lines[:1] if single else panel.lines or (None,):
+                label = ' '.join(o for o in (*about, '' if single else how) if o) or 'value'
+                style = '-' if phase == 'train' else '--'
+                lines.append((label, recording.values(source, stat, how, phase), style))
+            bands += [(band, *recording.band(source, stat, band, phase)) for band in panel.bands*(not single)]
     return lines, bands
 
 # %% ../nbs/18_visualizer.ipynb #cf8921e1
@@ -125,7 +139,8 @@ def _finish(ax, panel, x):
     from matplotlib.ticker import MaxNLocator
     if panel.kind == 'shares': ax.set_ylim(-.04, 1.04)
     if panel.log and any((line.get_ydata() > 0).any() for line in ax.lines): ax.set_yscale('log')
-    if panel.guide is not None: ax.axhline(panel.guide, color='0.4', lw=.8, ls=':')
+    if panel.guide is not None:
+        ax.axhline(panel.guide, color='0.4', lw=.8, ls=':', label=panel.guide_name or None)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     if len(x): ax.set_xlim(x[0] - .5*(len(x) == 1), x[-1] + .5*(len(x) == 1))
 
@@ -203,7 +218,7 @@ class MatplotlibVisualizer:
         self.max_rows, self.columns, self.width, self.height, self.kw = max_rows, columns, width, height, kw
         self.recording = lambda: Recording({})   # an inspector puts its own here
 
-    def tick(self, recording, epoch): "Nothing is drawn before `show_fig`."
+    def tick(self, recording, epoch): "Takes `recording` and `epoch`; nothing is drawn before `show_fig`."
 
     def show_fig(self,
         recording=None # default that of the inspector
@@ -213,7 +228,6 @@ class MatplotlibVisualizer:
 
 def _figure(recording, style):
     import matplotlib.pyplot as plt
-    from functools import partial
     from miniai.plots import _show_once
     wide = _titled(o for o in recording.panels if o.wide and _any(recording, o))
     small = _titled(o for o in recording.panels if not o.wide and _any(recording, o))
@@ -268,7 +282,13 @@ class TensorBoardVisualizer:
         try: from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
             raise ImportError("visualizer='tensorboard': install it, with pip install tensorboard") from e
-        self.writer = SummaryWriter(log_dir, comment, **kw)
+        self._make, self._writer = partial(SummaryWriter, log_dir, comment, **kw), None
+
+    @property
+    def writer(self):
+        "The `SummaryWriter`, made when it is first needed: of several processes only one draws."
+        if self._writer is None: self._writer = self._make()
+        return self._writer
 
     def tick(self,
         recording:Recording, # of the run
@@ -295,7 +315,7 @@ class TensorBoardVisualizer:
 
     def close(self):
         "Close the file."
-        self.writer.close()
+        if self._writer is not None: self._writer.close()
 
 # %% ../nbs/18_visualizer.ipynb #595c6170
 class PrintVisualizer:

@@ -8,7 +8,9 @@ __all__ = ['stages', 'RangeStats', 'NonFinite', 'NanTracer', 'Watcher']
 # %% ../nbs/10_watch.ipynb #af45c0ba
 import re
 import warnings
+from bisect import bisect_left
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -32,7 +34,7 @@ class RangeStats(HooksCallback):
         max_bytes=56_000_000 # memory for the rows; the others as for `HooksCallback`
     ):
         super().__init__(self._take, mod_filter, on_train, on_valid, mods, every, budget)
-        self.history, self.kinds, self._found, self._told = History(max_bytes=max_bytes), {}, [], set()
+        self.history, self.kinds, self._found = History(max_bytes=max_bytes), {}, []
 
     def before_fit(self, learn):
         super().before_fit(learn)
@@ -93,7 +95,7 @@ class NonFinite:
     def __str__(self): return self.text
 
 # %% ../nbs/10_watch.ipynb #72858739
-class _Trail:
+class _CheckedSeries:
     "Of one source in one stage: its steps, and which rows are not finite."
     def __init__(self, stage, source, place, series, absent=()):
         self.stage, self.source, self.place = stage, source, place   # place: in the order of calls
@@ -179,6 +181,16 @@ def report(self:NanTracer) -> str: # one line for each fit that had any
     return '\n'.join(map(str, self.found)) or 'Nothing but finite numbers so far.'
 
 # %% ../nbs/10_watch.ipynb #dcb1ed80
+def _spoilt(history, stats):
+    "(phase, source) of those series of this run in which a value is not finite."
+    found, starts = set(), {}
+    for (phase,source,stat),parts in history.flush()._series.items():
+        for key,index in parts if stat in stats else ():
+            column = history._columns[key]
+            if key not in starts: starts[key] = bisect_left(column.facts, history.run, key=itemgetter(0))
+            if not np.isfinite(column.values(index)[starts[key]:]).all(): found.add((phase, source))
+    return found
+
 class _Tables:
     "What the callbacks of a learner have recorded in this fit."
     def __init__(self, learn):
@@ -191,7 +203,7 @@ class _Tables:
 
     def _called(self):
         "Layers in the order of calls."
-        if self.ranges: return dict.fromkeys(source for _,source,_ in self.ranges.history.keys())
+        if self.ranges is not None: return dict.fromkeys(source for _,source,_ in self.ranges.history.keys())
         return getattr(self.acts, 'axes', {})   # filled as layers are called
 
     def series(self, cb, source, stat, phase='train'):
@@ -200,8 +212,9 @@ class _Tables:
 
     def row(self, cb, source, stat, step, phase):
         "The value of one step, or None."
-        s = self.series(cb, source, stat, phase) if cb else None
-        return next(iter(s.values[s.steps == step]), None) if cb else None
+        if cb is None: return None
+        s = self.series(cb, source, stat, phase)
+        return next(iter(s.values[s.steps == step]), None)
 
     def place(self, source):
         "Of a layer, or of a parameter's layer."
@@ -215,20 +228,29 @@ class _Tables:
     def layer_rows(self, source, phase):
         "The best there is of a layer."
         for cb,stat in ((self.ranges, 'range'), (self.acts, 'mean'), (self.acts, 'std')):
-            if cb and (phase, source, stat) in cb.history.keys(): return self.series(cb, source, stat, phase)
+            there = cb is not None and (phase, source, stat) in cb.history._series
+            if there: return self.series(cb, source, stat, phase)
 
     def loss(self, phase):
         history = self.learn.history
-        return _Trail('loss', 'loss', 0, history.series('batch', 'loss', phase, history.run))
+        return _CheckedSeries('loss', 'loss', 0, history.series('batch', 'loss', phase, history.run))
 
-    def layers(self, phase):
-        rows = {nm: self.layer_rows(nm, phase) for nm in self.order}
-        return [_Trail('forward', nm, self.order[nm], s) for nm,s in rows.items() if s is not None and len(s)]
+    def spoilt(self):
+        "(phase, source) of all that is not finite; quickly, for mostly there is nothing."
+        stats = 'range', 'mean', 'std', 'param_norm', 'grad_norm', 'update_norm'
+        cbs = [cb for cb in (self.ranges, self.acts, self.grads, self.updates) if cb is not None]
+        return set().union(*(_spoilt(cb.history, stats) for cb in cbs))
 
-    def parameters(self, stage, cb, stat):
+    def layers(self, phase, only):
+        rows = {nm: self.layer_rows(nm, phase) for nm in self.order if only is None or (phase, nm) in only}
+        return [_CheckedSeries('forward', nm, self.order[nm], s) for nm,s in rows.items()
+                if s is not None and len(s)]
+
+    def parameters(self, stage, cb, stat, only):
         if cb is None or stat not in cb.stats: return []
-        names = [source for _,source,o in cb.history.keys() if o == stat and source != 'all']
-        return [_Trail(stage, nm, self.place(nm), self.series(cb, nm, stat), self._absent(cb, nm))
+        names = [source for phase,source,o in cb.history.keys()
+                 if o == stat and source != 'all' and (only is None or (phase, source) in only)]
+        return [_CheckedSeries(stage, nm, self.place(nm), self.series(cb, nm, stat), self._absent(cb, nm))
                 for nm in names]
 
     def _absent(self, cb, nm):
@@ -236,27 +258,29 @@ class _Tables:
         s = self.series(cb, nm, 'has_grad')
         return s.steps[~s.values.astype(bool)] if len(s) else ()
 
-    def trails(self, phase):
-        if phase == 'valid': return self.layers(phase)
-        return (self.parameters('weights', self.updates, 'param_norm') + self.layers(phase)
-                + self.parameters('backward', self.grads, 'grad_norm')
-                + self.parameters('update', self.updates, 'update_norm'))
+    def trails(self, phase, only=None):
+        "Of all stages, or of the sources in `only`."
+        if phase == 'valid': return self.layers(phase, only)
+        return (self.parameters('weights', self.updates, 'param_norm', only) + self.layers(phase, only)
+                + self.parameters('backward', self.grads, 'grad_norm', only)
+                + self.parameters('update', self.updates, 'update_norm', only))
 
 # %% ../nbs/10_watch.ipynb #a6ef982b
 def _trace(learn):
     "The first `NonFinite` of this fit that has spread, else the first of all; None while all is finite."
     tables = _Tables(learn)
-    losses = {phase: tables.loss(phase) for phase in ('valid', 'train')}
-    trails = {phase: tables.trails(phase) for phase in losses}
-    broken = [(step, phase) for phase in losses for o in (losses[phase], *trails[phase])
-              if o.stage in ('loss', 'weights', 'update') for step in o.steps[o.bad][:1]]
+    losses, spoilt = {phase: tables.loss(phase) for phase in ('valid', 'train')}, tables.spoilt()
+    trails = {phase: [losses[phase], *tables.trails(phase, spoilt)] for phase in losses}
+    broken = [(step, phase) for phase in losses for o in trails[phase] if o.stage in _spreading
+              for step in o.steps[o.bad][:1]]
     if not broken:
         events = [o for phase in trails for o in _events(trails[phase], 0, np.inf, phase)]
-        return _told(tables, min(events, key=_order), trails, False) if events else None
+        return _describe(tables, min(events, key=_order), False) if events else None
     step, phase = min(broken, key=lambda o: (o[0], o[1] == 'train'))   # validation comes before training
-    first = step - (phase == 'train')
-    events = _events([*trails[phase], losses[phase]], first, step, phase)
-    return _told(tables, min(events, key=_order), trails, True) if events else None
+    events = _events(trails[phase], step - (phase == 'train'), step, phase)
+    return _describe(tables, min(events, key=_order), True)
+
+_spreading = 'loss', 'weights', 'update'   # what is not finite there will not become so again
 
 def _events(trails, first, last, phase):
     "(step, phase, trail, index) of what was finite and is no longer."
@@ -275,13 +299,14 @@ def _order(event):
     return step, phase == 'train', trail.rank()
 
 # %% ../nbs/10_watch.ipynb #0723303d
-def _told(tables, event, trails, spread):
+def _describe(tables, event, spread):
     step, phase, trail, i = event
-    seen = [o for o in trails[phase] if o.stage == 'forward' and o.seen(step)]
+    trails = tables.trails(phase)
+    seen = [o for o in trails if o.stage == 'forward' and o.seen(step)]
     located = trail.stage != 'loss' or bool(seen)
     kind, epoch = 'NaN' if trail.nan[i] else 'Inf', int(trail.epochs[i])
     where = f"step {step} (epoch {epoch}, {'training' if phase == 'train' else 'validation'})"
-    words = _words[trail.stage](tables, trail, step, phase, kind, seen, trails[phase])
+    words = _words[trail.stage](tables, trail, step, phase, kind, seen, trails)
     text = f'{where}, {words}' + ' So far the loss is finite.'*(not spread)
     return NonFinite(0, epoch, step, phase, trail.stage, trail.source, kind, spread, located, text)
 
@@ -413,6 +438,7 @@ class Watcher(Callback):
             raise AttributeError(f'Watcher: {nm} belongs to {part}, which is not watched')
         return getattr(self.parts[part], nm)
 
+    def __getstate__(self): return {**vars(self), 'learn': None}
     def __dir__(self): return [*super().__dir__(), *_views]
 
     def __repr__(self):
@@ -438,17 +464,21 @@ def watch(self:Learner,
     there = next((cb for cb in self.cbs if isinstance(cb, Watcher)), None)
     if there is not None: return there
     pace = dict(every=every or 1, budget=.05 if every is None and budget is None else budget)
+    outputs = dict(mod_filter=mod_filter, on_valid=kw.get('on_valid', False))
     make = dict(activations=(ActivationStats, True, dict(mod_filter=mod_filter, **pace, **kw)),
                 gradients=(GradientStats, gradients, pace), updates=(UpdateStats, updates, pace),
-                ranks=(RankStats, ranks, dict(mod_filter=mod_filter)),
-                ranges=(RangeStats, ranges, dict(mod_filter=mod_filter)), tracer=(NanTracer, tracer, {}))
-    parts = {nm: _existing(self, cls) or cls(**args) for nm,(cls,wanted,args) in make.items() if wanted}
+                ranks=(RankStats, ranks, outputs), ranges=(RangeStats, ranges, outputs),
+                tracer=(NanTracer, tracer, {}))
+    parts = {nm: _existing(self, cls, args) for nm,(cls,wanted,args) in make.items() if wanted}
     watcher = Watcher(**parts)
     for o in (*parts.values(), watcher):
         if not any(o is cb for cb in self.cbs): self.cbs.append(o)
     return watcher
 
-def _existing(learn, cls): return next((cb for cb in learn.cbs if type(cb) is cls), None)
+def _existing(learn, cls, args):
+    "The callback of that class in `cbs`, else a new one."
+    found = [cb for cb in learn.cbs if type(cb) is cls]
+    return found[0] if found else cls(**args)
 
 @patch
 def unwatch(self:Learner):

@@ -116,8 +116,10 @@ def summary(self:Window) -> torch.Tensor:
     return torch.where(total > 0, found, torch.nan).float()
 
 @patch
-def merge(self:Window, other:Window):
-    "Take in what another window has seen, of the same statistics."
+def merge(self:Window,
+    other:Window # of the same statistics
+):
+    "Take in what another window has seen."
     for one,two in ((self, other), (other, self)):
         one.fold()._grow(tuple(o for o in two.names if o not in one.names))
     at = torch.tensor([other.names.index(o) for o in self.names])

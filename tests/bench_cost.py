@@ -25,9 +25,11 @@ from shared import CountReads, ReadsPerStep
 from miniai.activations import ActivationStats
 from miniai.datasets import DataLoaders, fashion_mnist
 from miniai.demo import five_convs
+from miniai.gradients import GradientStats, UpdateStats
 from miniai.history import History
 from miniai.learner import DeviceCB, Learner, MetricsCB, TrainCB
 from miniai.stats import abs_hist, layer_stats, mean_std, unit_dead
+from miniai.watch import RangeStats
 
 
 # --- measuring ---
@@ -99,7 +101,7 @@ def side_by_side(variants, batches, steps, turn=1, device='cpu'):
     return np.array([o.seconds for o in clocks])
 
 
-def compared(variants, batches, blocks, turn=1, device='cpu'):
+def compared(variants, batches, blocks, turn=1, device='cpu', block=block):
     "A row for each variant: ms a step, the median of its ratios to the first variant, and the quartiles."
     seconds = side_by_side(variants, batches, (blocks+warm_up)*block, turn, device)
     blockwise = seconds.reshape(len(variants), -1, block)[:, warm_up:].mean(2)
@@ -185,6 +187,89 @@ def watching_table(blocks, device='cpu'):
     if has_monitorch():
         variants['monitorch, activation and norm'] = partial(monitorch, lenses=output_lenses, device=device)
     return compared(variants, image_batches(1024, 12, device), blocks, device=device)
+
+
+def around_table(blocks, device='cpu'):
+    "GradientStats, UpdateStats, RangeStats and learn.watch over the Learner."
+    def watched(clock):
+        torch.manual_seed(1)
+        learn = Learner(five_convs(), DataLoaders(clock, clock), F.cross_entropy, lr=.1, cbs=[TrainCB(), DeviceCB(device)])
+        learn.watch(every=10)
+        learn.fit(1, valid=False)
+    makes = {o.__name__: ours(o, device=device) for o in (GradientStats, UpdateStats, RangeStats, ActivationStats)}
+    variants = {'Learner': ours(device=device), **makes, 'learn.watch(every=10)': watched}
+    return pd.concat({f'batch {bs}': compared(variants, image_batches(bs, 12, device), blocks*turn, turn, device)
+                      for bs,turn in ((64, 10), (512, 1))})
+
+
+def every_lens(loss_fn):
+    "All lenses but the one that is asked once an epoch and does not scale, the condition number."
+    from miniai.lens import (LossMetrics, OutputActivation, OutputGradientGeometry, OutputNorm, ParameterGradientActivation,
+                             ParameterGradientGeometry, ParameterNorm, ParameterUpdateGeometry)
+    return [LossMetrics(loss_fn=loss_fn), OutputActivation(), OutputNorm(), OutputGradientGeometry(), ParameterGradientActivation(),
+            ParameterGradientGeometry(), ParameterNorm(), ParameterUpdateGeometry()]
+
+
+def nine_layers():
+    "Nine linear layers, 64 wide."
+    sizes = [64]*9 + [10]
+    layers = [o for ni,nf in zip(sizes, sizes[1:]) for o in (nn.Linear(ni, nf), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+def small_cnn():
+    "Two convolutions with pooling and dropout, for 28x28 images."
+    block = lambda ni, nf: [nn.Conv2d(ni, nf, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(.25)]
+    return nn.Sequential(*block(1, 16), *block(16, 32), nn.Flatten(), nn.Linear(32*49, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
+def looping(clock, net, watch=lambda model, loss_fn: None, device='cpu'):
+    "A loop by hand with a loss module."
+    torch.manual_seed(1)
+    model, loss_fn = net().to(device).train(), nn.CrossEntropyLoss()
+    opt, watcher = optim.SGD(model.parameters(), .01), watch(model, loss_fn)
+    for xb,yb in clock:
+        loss_fn(model(xb), yb).backward()
+        opt.step()
+        opt.zero_grad()
+    return watcher
+
+
+def inspected(model, loss_fn, lenses=every_lens, **kw):
+    from miniai.inspector import Inspector
+    return Inspector(lenses(loss_fn), visualizer=None, module=model, **kw)
+
+
+def only_hooks(model, loss_fn):
+    "Hooks that do nothing, as many as all lenses need: on layers, and on the outputs of those that are no activations."
+    def on_output(m, inp, outp):
+        if not isinstance(m, nn.ReLU): outp.register_hook(lambda grad: None)
+    return [m.register_forward_hook(on_output) for m in model]
+
+
+def one_pass(model, loss_fn):
+    "Besides, one norm of each output and gradient, and one product of each gradient with the last: read once, and written nowhere."
+    last = {}
+    def on_grad(i, grad):
+        grad = grad.detach().reshape(-1)
+        torch.linalg.vector_norm(grad), torch.dot(grad, last.get(i, grad))
+        last[i] = grad
+    def on_output(i, m, inp, outp):
+        if isinstance(m, (nn.ReLU, nn.Dropout)): torch.linalg.vector_norm(outp.detach())
+        if not isinstance(m, nn.ReLU): outp.register_hook(partial(on_grad, i))
+    return [m.register_forward_hook(partial(on_output, i)) for i,m in enumerate(model)]
+
+
+def lenses_table(blocks, device='cpu'):
+    "An Inspector with all lenses over a loop by hand; and what hooks alone, and a single pass over the data, would cost."
+    parts = {}
+    for name,net,bs,shape,turn in (('nine linear layers, batch 64', nine_layers, 64, (64,), 32), ('CNN, batch 256', small_cnn, 256, (1, 28, 28), 1)):
+        batches = [(torch.randn(bs, *shape, device=device), torch.randint(0, 10, (bs,), device=device)) for _ in range(4)]
+        watches = {'plain loop': lambda *_: None, 'all lenses': inspected, 'hooks that do nothing': only_hooks, 'hooks, one norm and one product': one_pass}
+        variants = {nm: partial(looping, net=net, watch=watch, device=device) for nm,watch in watches.items()}
+        # an inspector measures many small steps together, once in 32: a block holds two such turns
+        parts[name] = compared(variants, batches, blocks, turn, device, block=2*turn)
+    return pd.concat(parts)
 
 
 def floor_table(shape=(1024, 8, 14, 14), repeats=30):
@@ -323,6 +408,8 @@ def main(argv=None):
     say('Machine', machine(args.device))
     say('The Learner', learner_table(blocks, args.device))
     say('Watching, batch 1024', watching_table(blocks, args.device))
+    say('Gradients and updates', around_table(blocks, args.device))
+    say('All lenses of an Inspector', lenses_table(blocks, args.device))
     say('Parts of it', floor_table())
     say('Budgets', budget_table(epochs=2 if args.quick else 20, device=args.device))
     say('Host reads in 50 steps', host_reads())

@@ -1,6 +1,7 @@
 "Room 15: mixed precision, accumulation, clipping, compilation, and several processes that equal one."
 import importlib.util, os, subprocess, sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -308,7 +309,7 @@ launchers = dict(torchrun=['-m', 'torch.distributed.run', '--standalone', '--npr
 def run(folder, launcher, size, kind='plain', loader='memory'):
     script, out = folder/'train.py', folder/'out.pt'
     script.write_text(train_script)
-    env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true', 'CUDA_VISIBLE_DEVICES': ''}
+    env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
     res = subprocess.run([sys.executable, *launcher, str(script), str(size), str(out), kind, loader], capture_output=True, text=True, env=env)
     assert res.returncode == 0, res.stderr[-4000:]
     return res.stdout, torch.load(out, weights_only=False)
@@ -349,6 +350,12 @@ def test_accelerate_alone_and_what_it_leaves():
     assert not {'forward', '_original_forward'} & set(vars(two.model)) and not count_hooks(two.model)
     with pytest.raises(RuntimeError, match='stop'): two.fit(1, cbs=RaiseAt('after_loss', RuntimeError('stop')))
     assert 'forward' not in vars(two.model) and type(two.opt) is optim.SGD
+
+def test_processes_that_accelerate_does_not_see_are_refused(monkeypatch):
+    "It would train as many models as there are processes, each on its part of the data."
+    cb = AccelerateCB(mixed_precision='no')
+    cb.acc, cb.n = SimpleNamespace(num_processes=1), 2
+    with pytest.raises(RuntimeError, match='there are 2 processes, and accelerate sees 1'): cb._check_processes()
 
 def test_without_accelerate_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, 'accelerate', None)

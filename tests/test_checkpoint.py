@@ -685,4 +685,7 @@ def test_two_processes_resumed(tmp_path):
     res = go(0, 'run')
     assert res.returncode == 0, res.stderr[-3000:]
     assert len(checkpoints(tmp_path/'run')) == 3
-    same(torch.load(tmp_path/'whole.pt', weights_only=False), torch.load(tmp_path/'run.pt', weights_only=False))
+    whole = torch.load(tmp_path/'whole.pt', weights_only=False)
+    same(whole, torch.load(tmp_path/'run.pt', weights_only=False))
+    assert go(0, 'run').returncode == 0   # it was over, and nothing is merged again
+    same(at_end(whole), at_end(torch.load(tmp_path/'run.pt', weights_only=False)))

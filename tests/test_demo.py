@@ -7,6 +7,7 @@ import pytest
 
 views = 'color_dim', 'dead_chart', 'plot_stats'
 pictures = {f'{run}_{view}.png' for run in ('failing', 'cured') for view in views} | {'comparison.png'}
+pages = {'report.html', 'report_cured.html'}
 
 
 def command(*options, cwd=None):
@@ -31,11 +32,38 @@ def numbers(res):
 def test_pictures(done):
     from matplotlib.image import imread
     folder = done[0][0]/'miniai_demo'
-    assert {o.name for o in folder.iterdir()} == pictures
-    for path in folder.iterdir():
+    assert {o.name for o in folder.iterdir()} == pictures | pages
+    for path in folder.glob('*.png'):
         im = imread(path)
         assert im.shape[0] > 150 and im.shape[1] > 400
         assert np.std(im[..., :3]) > .02, f'{path.name} is empty'
+
+
+def test_pages(done):
+    for name, run in (('report.html', 'failing'), ('report_cured.html', 'cured')):
+        path = done[0][0]/'miniai_demo'/name
+        html = path.read_text(encoding='utf-8')
+        assert f'the {run} run</h1>' in html and 1e6 < path.stat().st_size < 4e6
+        assert all(f'<option value="{i}">{layer}</option>' in html for i, layer in enumerate(('0.0', '0.1', '1.0', '1.1')))
+
+
+def test_findings(done):
+    "The failing run has an error, the cured one none; what is said is what the page says."
+    said = done[1][0].stdout.split('What is wrong:')[1].split('Everything')[0]
+    failing, cured = said.split('\ncured: ')
+    assert 'error, ' in failing and 'error' not in cured and 'rules were checked' in cured
+    html = (done[0][0]/'miniai_demo'/'report.html').read_text(encoding='utf-8')
+    assert html.count('class="finding error"') == failing.count('    error, ')
+
+
+def test_without_plotly_it_says_how_to_get_it(capsys, monkeypatch, tmp_path):
+    from miniai.demo import main
+    from miniai.page import _library
+    monkeypatch.setitem(sys.modules, 'plotly.offline', None)
+    _library.cache_clear()
+    main(['--epochs', '1', '--out', str(tmp_path)])
+    assert "pip install 'miniai[report]'" in capsys.readouterr().out
+    assert {o.name for o in tmp_path.iterdir()} == pictures
 
 
 def test_what_it_says(done):
@@ -77,7 +105,8 @@ def test_diverging_run_is_drawn(tmp_path):
     "With a learning rate of 1000 the losses are NaN: pictures and sentences all the same."
     res = command('--lr', 1000, '--epochs', 1, '--out', tmp_path)
     assert res.returncode == 0, res.stderr
-    assert {o.name for o in tmp_path.iterdir()} == pictures and 'nan' in res.stdout
+    assert {o.name for o in tmp_path.iterdir()} == pictures | pages and 'nan' in res.stdout
+    assert 'error, not_finite' in res.stdout
 
 
 @pytest.mark.parametrize('options,words', [

@@ -17,8 +17,8 @@ from miniai.datasets import DataLoaders
 from miniai.gradients import GradientStats, RankStats, UpdateStats, gradient_stat_names, update_stat_names
 from miniai.hooks import count_hooks
 from miniai.inspector import InspectorCB
-from miniai.learner import Learner, MomentumLearner, TrainCB, TrainLearner
-from miniai.lens import ParameterGradientActivation, ParameterGradientGeometry, ParameterNorm, ParameterUpdateGeometry
+from miniai.learner import Learner, MomentumLearner, TrainCB
+from miniai.lens import ParameterGradientActivation, ParameterGradientGeometry, ParameterUpdateGeometry
 from miniai.stats import effective_rank, log_hist
 
 
@@ -223,6 +223,8 @@ def test_parameters_that_are_not_there():
     assert 'frozen' in grads.gaps['head.bias'] and 'has had no gradient' in grads.gaps['unused.bias']
     close(values(grads, 'words.weight', 'grad_norm'), [o['words.weight'].norm() for o in truth.grads])
     assert len(grads.rows('one.weight', 'grad_norm')) == 12 and not len(grads.rows('two.weight', 'grad_norm'))
+    with pytest.warns(UserWarning, match='UpdateStats: unused.weight'):      # alone, the other one says it
+        learner(UpdateStats(), model=Odd(), dls=DataLoaders(odd_batches(6), odd_batches(1))).fit(1)
     late = grads.rows('late.weight', 'grad_norm')
     assert late.steps.tolist() == list(range(3, 12))
     close(late.values, [o['late.weight'].norm() for o in truth.grads[3:]])
@@ -313,7 +315,7 @@ def test_nothing_is_left_after_any_exit(exc):
     learn = learner(*cbs, Raises(), model=model)
     try: learn.fit(1)
     except (ValueError, KeyboardInterrupt): pass
-    assert count_hooks(model) == 0 and cbs[0]._rooms == [] == cbs[1]._starts
+    assert count_hooks(model) == 0 and cbs[0]._groups == [] == cbs[1]._starts
     assert len(cbs[0].rows('0.weight', 'grad_norm')) == 2
     copy.deepcopy(model), pickle.dumps(model)
 

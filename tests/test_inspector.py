@@ -311,6 +311,47 @@ def test_clipped_gradients_are_seen_clipped():
     inspector = measured(model, loop)
     assert math.sqrt(sum(values(inspector, nm, 'grad_norm')[0]**2 for nm in names)) == pytest.approx(1., rel=1e-3)
 
+def clipping_loop(model, scaler=None, parts=1):
+    "Three clipped steps; the norms of the gradients before and after, by hand."
+    opt, seen = sgd(model), []
+    for xb,yb in batches(3):
+        opt.zero_grad()
+        for x,y in zip(xb.chunk(parts), yb.chunk(parts)):
+            loss = 10*F.cross_entropy(model(x), y)/parts
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        if scaler is not None: scaler.unscale_(opt)
+        before = nn.utils.clip_grad_norm_(model.parameters(), .5).item()
+        seen.append((before, nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()))
+        opt.step() if scaler is None else (scaler.step(opt), scaler.update())
+    return seen
+
+@pytest.mark.parametrize('kind', ['plain', 'accumulated', 'scaled'])
+def test_norm_before_and_after_clipping(kind):
+    model, seen = seeded(small_net), []
+    scaler = torch.amp.GradScaler('cpu', init_scale=1024.) if kind == 'scaled' else None
+    lens = ParameterGradientGeometry(inplace=False, before_clipping=True, scaler=scaler)
+    def loop(_): seen.extend(clipping_loop(model, scaler, 4 if kind == 'accumulated' else 1))
+    inspector = measured(model, loop, [lens])
+    before, after = zip(*seen)
+    np.testing.assert_allclose(values(inspector, 'all', 'grad_norm'), before, rtol=1e-4)
+    np.testing.assert_allclose(values(inspector, 'all', 'grad_norm_clipped'), after, rtol=1e-4)
+    assert min(before) > .5 and max(after) < .501
+    assert values(inspector, 'all', 'grad_norm mean')[0] == pytest.approx(np.mean(before), rel=1e-4)
+    titles = {o.title for o in inspector.recording().panels}
+    assert 'Gradient norm of the whole model, before and after clipping' in titles
+
+def test_norm_before_clipping_after_a_gradient_penalty():
+    "Of two backward passes the last one before the step counts."
+    model, x = small_net(), torch.randn(8, 4, requires_grad=True)
+    def loop(_):
+        opt, out = sgd(model), model(x)
+        grad, = torch.autograd.grad(out.sum(), x, create_graph=True)
+        (out.square().mean() + grad.square().sum()).backward()
+        loop.norm = nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+        opt.step()
+    inspector = measured(model, loop, [ParameterGradientGeometry(inplace=False, before_clipping=True)])
+    np.testing.assert_allclose(values(inspector, 'all', 'grad_norm'), [loop.norm], rtol=1e-4)
+
 class Scaler:
     "What torch.amp.GradScaler does, on the CPU."
     scale = 2.**16
@@ -392,6 +433,27 @@ def test_in_place_smaller_last_batch():
         for n in 16, 16, 5, 16, 16: train(model, torch.randn(n, 4), 1)
     correlation = values(measured(model, loop), '0', 'output_grad_correlation')
     assert np.isnan(correlation).tolist() == [True, False, True, True, False]
+
+def test_batches_of_two_sizes_are_one_series():
+    "A smaller last batch, over epochs, in training and in validation."
+    model = seeded(small_net)
+    lenses = [OutputNorm(record_eval=True, inplace=False), OutputGradientGeometry(inplace=False), ParameterGradientGeometry(inplace=False)]
+    inspector, wants = Inspector(lenses, module=model, visualizer=None), []
+    for _ in inspector.range(4):
+        for n in 16, 16, 16, 5:
+            x = torch.randn(n, 4, generator=torch.Generator().manual_seed(len(wants)))
+            wants.append(F.linear(x, model[0].weight, model[0].bias).relu().norm(dim=1).mean().item())
+            train(model, x, 1)
+        with torch.no_grad():
+            for n in 16, 5: model(torch.randn(n, 4))
+    inspector.detach()
+    s = inspector.history.series('1', 'norm')
+    np.testing.assert_allclose(s.values, wants, rtol=1e-5)
+    assert s.steps.tolist() == list(range(16)) and s.samples.tolist() == [16, 16, 16, 5]*4
+    for source,stat,phase in (('1', 'norm mean', 'train'), ('1', 'norm mean', 'valid'), ('2', 'output_grad_norm mean', 'train')):
+        assert inspector.history.series(source, stat, phase).epochs.tolist() == [0, 1, 2, 3], (source, stat)
+    weighted = np.array(wants).reshape(4, 4) @ [16, 16, 16, 5]/53
+    np.testing.assert_allclose(values(inspector, '1', 'norm mean'), weighted, rtol=1e-5)
 
 class Tagger(nn.Module):
     def __init__(self):
@@ -518,6 +580,23 @@ def test_compiled_before_attaching_is_said():
     assert len(values(inspector, '0.weight', 'grad_norm')) == 2
     torch._dynamo.reset()
 
+def test_a_compiled_sibling_does_not_silence_the_hooks():
+    "A sibling without hooks that was compiled first; the guards of its code do not see the hooks of a new model."
+    torch._dynamo.reset()
+    x, sibling, model = torch.randn(8, 4), seeded(small_net), seeded(small_net)
+    train(torch.compile(sibling, backend='eager'), x, 2)
+    inspector = Inspector([OutputNorm(inplace=False), OutputGradientGeometry(inplace=False)], module=model, visualizer=None)
+    compiled = torch.compile(model, backend='eager')
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        train(compiled, x, 3)
+        inspector.tick_epoch()
+    seen = [o for o in inspector.history.keys() if o[2] in ('norm', 'output_grad_norm')]
+    complete = {o[1] for o in seen} == {'0', '1', '2'} and all(len(values(inspector, o[1], o[2])) == 3 for o in seen)
+    silent = [o for o in told if 'none of its hooks was called' in str(o.message)]
+    assert complete or silent    # PyTorch may learn to tell them apart
+    torch._dynamo.reset()
+
 def test_two_optimizers():
     model = small_net()
     def loop(_):
@@ -573,6 +652,44 @@ def test_layers_that_are_never_called_are_told():
     inspector = Inspector([OutputNorm()], module=model, visualizer=None)
     train(model, torch.randn(8, 4))
     with pytest.warns(UserWarning, match="'act' was never called"): inspector.tick_epoch()
+
+def test_training_in_eval_mode_is_told_once():
+    model = small_net().eval()
+    inspector = Inspector([OutputNorm(), ParameterGradientGeometry()], module=model, visualizer=None)
+    for _ in range(2):
+        train(model, torch.randn(8, 4))
+        if not _:
+            with pytest.warns(UserWarning, match='every call of it counted as validation'): inspector.tick_epoch()
+        else: inspector.tick_epoch()
+    inspector.detach()
+    by_grad = Inspector([OutputNorm(evaluation_from_grad=True)], module=model, visualizer=None)
+    model(torch.randn(8, 4))
+    by_grad.tick_epoch()
+    assert len(values(by_grad, '1', 'norm mean')) == 1
+
+def test_a_pattern_that_fits_nothing_is_told_at_once():
+    model = small_net()
+    with pytest.raises(ValueError, match=r"ParameterNorm: no parameter is called 'O\.wieght'; the nearest are .*0\.weight"):
+        Inspector([OutputNorm(), ParameterNorm(parameters='O.wieght')], module=model, visualizer=None)
+    assert count_hooks(model) == 0
+    bare = nn.Sequential(nn.Linear(4, 4, bias=False))
+    Inspector([ParameterNorm()], module=bare, visualizer=None).detach()     # 'weight' and 'bias' are kinds, one may be missing
+
+@pytest.mark.parametrize('call, what', [
+    (lambda i: i.attach(torch.optim.SGD([torch.ones(1)], .1)), 'got SGD as the model; give an nn.Module'),
+    (lambda i: i.attach(nn.Linear(2, 2), optimizer=nn.ReLU()), 'optimizer is a ReLU; give a torch.optim.Optimizer'),
+    (lambda i: i.push_metric('accuracy', 'x'), "the value of 'accuracy' is 'x'; give one number"),
+    (lambda i: i.push_metric('accuracy', torch.ones(3)), r"the value of 'accuracy' is \(3,\); give one number"),
+    (lambda i: i.push_metric(.5, 'accuracy'), 'name is 0.5; give text'),
+    (lambda i: LossMetrics(loss_fn=F.cross_entropy), 'loss_fn is a function; give an nn.Module')],
+    ids='model optimizer text many swapped loss_fn'.split())
+def test_what_is_refused(call, what):
+    with pytest.raises(TypeError, match=what): call(Inspector([LossMetrics()], visualizer=None))
+
+def test_the_bill_is_there_after_detaching():
+    model = small_net()
+    with Inspector([OutputNorm(), OutputGradientGeometry()], module=model, visualizer=None) as inspector: train(model, torch.randn(8, 4))
+    assert inspector.cost().layers == 3 and inspector.cost().steps_seen == 3
 
 def test_a_loop_without_a_torch_optimizer_is_told():
     model = small_net()

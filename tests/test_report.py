@@ -138,7 +138,7 @@ def test_without_plotly(monkeypatch, tmp_path):
 # ---- while it trains
 
 class Pages(ReportCB):
-    "Notes, after each epoch, whether there is a page and whether it is live."
+    "Notes, after each pass, whether there is a page and whether it is live."
     share = 1e9
     def before_fit(self, learn):
         super().before_fit(learn)
@@ -151,7 +151,7 @@ class Pages(ReportCB):
 def test_live_pages_then_a_finished_one(tmp_path):
     learn, cb = hostile_learner(), Pages(tmp_path/'live.html', every=2)
     learn.fit(4, cbs=cb)
-    assert cb.seen == [False]*3 + [True]*5
+    assert cb.seen == [False]*2 + [True]*6   # one for each pass
     assert 'data-live' not in text(cb.path)
     assert [o.name for o in tmp_path.iterdir()] == ['live.html']
 
@@ -164,7 +164,7 @@ class Fail(Callback):
 def test_finished_page_whatever_ends_the_fit(tmp_path):
     learn, cb = hostile_learner(), Pages(tmp_path/'live.html')
     with pytest.raises(KeyboardInterrupt): learn.fit(4, cbs=[cb, Fail()])
-    assert cb.seen[:2] == [False, True] and 'data-live' not in text(cb.path)
+    assert cb.seen[:2] == [True, True] and 'data-live' not in text(cb.path)
 
 
 def test_no_step_reads_from_the_device(tmp_path):

@@ -127,7 +127,7 @@ function toldMap(t, row, at) { return `${t.xname} ${t.x[at]}, ${t.yname} ${t.row
 
 function toldLines(chart, x) {   // of every line that has a value there
   const found = chart.traces.flatMap(t => { const i = t.x.indexOf(x); return i < 0 || t.y[i] === null ? [] :
-                                                `${t.label} ${t.text ? t.text[i] : t.y[i]}` })
+                                                `${t.name} ${t.text ? t.text[i] : t.y[i]}` })
   return `${chart.xlabel} ${x}: ${found.join(', ')}`
 }
 
