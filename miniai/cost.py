@@ -103,7 +103,9 @@ class Pace:
         self._watch.stop()
         self._gpu.stop()
 
-    def add(self, seconds):
+    def add(self,
+        seconds:float # more
+    ):
         "Time spent watching that somebody else has clocked."
         self._watch.seconds += seconds
 

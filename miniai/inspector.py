@@ -24,7 +24,7 @@ from .cost import Cost, Pace
 from .history import History
 from .hooks import Hook, named_tensors, select_modules, unwrap, warn_if_compiled
 from .lens import row_stat
-from .looks import Film, Look, Pool, Tray
+from .looks import PoolBuffer, Look, Pool, OutputBuffer
 from .parameters import ParameterGroup, choose_parameters, find_parameters
 from .stats import _widen, unit_axis
 from .window import Window, aggregates
@@ -49,53 +49,55 @@ def modules_at(
 def _depth(name): return name.count('.') + 1
 
 # %% ../nbs/19_inspector.ipynb #7477dfbc
-class _Reel:
-    "Moments of one tap that wait to be measured together."
-    most, entries = 32, 2**20   # moments, and entries of copied tensors: more only if one moment has more
+class _Pending:
+    "Steps of one tap that wait to be measured together."
+    most, entries = 32, 2**20   # steps, and entries of copied tensors: more only if one step has more
 
-    def __init__(self): self.facts, self.films, self.found = [], {}, {}
+    def __init__(self): self.facts, self.buffers, self.found = [], {}, {}
     def __len__(self): return len(self.facts)
 
-    def add(self, key, film, lenses, names, start=None):
-        "A `Film` or `Tray`; `start` is one of the same moments before the step."
-        self.films[key] = film, lenses, names, start
-        return film
+    def add(self, key, buffer, lenses, names, start=None):
+        "A `PoolBuffer` or `OutputBuffer`; `start` is one with the parameters before the same steps."
+        self.buffers[key] = buffer, lenses, names, start
+        return buffer
 
     def keep(self, lens, names, values):
-        "What was measured at once at this moment."
+        "What was measured at once in this step."
         rows = self.found.setdefault((lens, names), [])
         rows.extend([None]*(len(self) - len(rows)) + [values])
 
-    def next(self, *facts):
-        "The moment is over. What is told of it: weight, step."
-        for film,*_ in self.films.values():
-            if isinstance(film, Tray): film.next()
+    def end_step(self, *facts):
+        "The step is over. What is told of it: its weight, its number."
+        for buffer,*_ in self.buffers.values():
+            if isinstance(buffer, OutputBuffer): buffer.end_step()
         self.facts.append(facts)
 
-    def is_full(self): return len(self) >= min([self.most, *(film.most for film,*_ in self.films.values())])
+    def is_full(self):
+        return len(self) >= min([self.most, *(buffer.capacity for buffer,*_ in self.buffers.values())])
 
     def looks(self):
-        "[(lenses, names, look)] at all moments."
-        return [(lenses, names, film.look(*(() if start is None else (start.look(),))))
-                for film,lenses,names,start in self.films.values() if len(film)]
+        "[(lenses, names, look)] at all steps."
+        return [(lenses, names, buffer.look(*(() if start is None else (start.look(),))))
+                for buffer,lenses,names,start in self.buffers.values() if len(buffer)]
 
     def measured(self):
-        "[(lens, names, values [moments, k, n])]: what was measured at once, with gaps for moments without."
+        """[(lens, names, values [steps, k, n], steps)]: what was measured at once, with gaps for steps
+        without; what was there in each step, as a look's `steps`."""
         for (lens,names),rows in self.found.items():
-            gap = torch.full_like(rows[-1], torch.nan)
-            rows = [gap if o is None else o for o in rows] + [gap]*(len(self) - len(rows))
-            yield lens, names, torch.stack(rows)
+            gap, rows = torch.full_like(rows[-1], torch.nan), rows + [None]*(len(self) - len(rows))
+            steps = [(False,)*len(names) if o is None else None for o in rows]
+            yield lens, names, torch.stack([gap if o is None else o for o in rows]), steps
 
     def clear(self):
         "Measured."
-        for film,_,_,start in self.films.values():
-            film.clear()
+        for buffer,_,_,start in self.buffers.values():
+            buffer.clear()
             if start is not None: start.clear()
         self.facts, self.found = [], {}
 
-def _moments_for(tensors):
-    "How many moments of `tensors` to keep."
-    return max(1, min(_Reel.most, _Reel.entries//max(1, sum(o.numel() for o in tensors))))
+def _capacity_for(tensors):
+    "How many steps of `tensors` to keep."
+    return max(1, min(_Pending.most, _Pending.entries//max(1, sum(o.numel() for o in tensors))))
 
 # %% ../nbs/19_inspector.ipynb #b003a1a1
 def _in_backward(): return torch._C._current_graph_task_id() != -1
@@ -148,7 +150,7 @@ class Inspector:
         self.pace = Pace(self.every, self.budget, 'Inspector')
         self._told, self._order, self._steps = set(), {}, {}
         self._me, self._forward, self._axes, self._gaps = weakref.ref(self), 0, {}, {}
-        self._optimizers, self._before, self._known, self._reels, self._follows = {}, {}, {}, {}, []
+        self._optimizers, self._before, self._known, self._waiting, self._follows = {}, {}, {}, {}, []
         self._given, self.phase, self.by_grad, self._unclipped = None, 'train', 'train', None
         self._wants_norm = any(getattr(o, 'before_clipping', False) for o in self.lenses)
         self._clear()
@@ -174,7 +176,7 @@ class Inspector:
     @property
     def history(self):
         "The table, with what has been seen so far; values of single steps are in it if a lens asks for them."
-        if not self._inside: self._develop_all()
+        if not self._inside: self._measure_all_pending()
         return self._history
 
     @property
@@ -212,11 +214,7 @@ def attach(self:Inspector,
 
     A forward counts as training if grad mode is on and the model is in training mode, else as validation."""
     self.detach()
-    if not isinstance(module, nn.Module):
-        raise TypeError(f'Inspector.attach: got {type(module).__name__} as the model; give an nn.Module, and '
-                        'an optimizer as the second argument: attach(model, optimizer=opt)')
-    warn_if_compiled(module, 'Inspector')
-    model = unwrap(module)
+    model = _plain_model(module)
     self._start(model)
     self.model, self.optimizer = model, _plain_optimizer(optimizer)
     self._history.start_run()
@@ -226,6 +224,14 @@ def attach(self:Inspector,
     except BaseException: self.detach(); raise
     self.pace.start()
     return self
+
+def _plain_model(o):
+    "The model inside of wrappers."
+    if not isinstance(o, nn.Module):
+        raise TypeError(f'Inspector.attach: got {type(o).__name__} as the model; give an nn.Module, and '
+                        'an optimizer as the second argument: attach(model, optimizer=opt)')
+    warn_if_compiled(o, 'Inspector')
+    return unwrap(o)
 
 def _plain_optimizer(o):
     "The optimizer that steps, where another one is wrapped around it."
@@ -238,20 +244,22 @@ def _plain_optimizer(o):
 
 @patch
 def _hook_all(self:Inspector):
-    add = self.hooks.append
-    add(Hook(self.model, self._begin, before=True))
+    self.hooks.append(Hook(self.model, self._begin, before=True))
     layers = modules_at(self.model, self.depth, self.module_name_prefix)
     for i,(name,m) in enumerate(layers): self._hook_layer(i, name, m)
-    add(Hook(self.model, self._end))
+    self.hooks.append(Hook(self.model, self._end))
     self._n_layers = len([o for o in self.hooks if hasattr(o, 'lenses')])
     for lens in self.lenses:
-        if lens.tap != 'loss': continue
-        lens.read, lens.labels = self._last, self.labels
-        if lens.loss_fn is not None:
-            hook = Hook(lens.loss_fn, self._on_loss)
-            hook.lens = lens
-            add(hook)
+        if lens.tap == 'loss': self._hook_loss(lens)
     if self._at_steps(): self._hook_optimizers()
+
+@patch
+def _hook_loss(self:Inspector, lens):
+    lens.read, lens.labels = self._last, self.labels
+    if lens.loss_fn is None: return
+    hook = Hook(lens.loss_fn, self._on_loss)
+    hook.lens = lens
+    self.hooks.append(hook)
 
 @patch
 def _hook_layer(self:Inspector, i, name, m):
@@ -286,9 +294,10 @@ def detach(self:Inspector): # the inspector
     for hook in self.hooks: hook.remove()
     for handle in self._handles: handle.remove()
     self.hooks, self._handles = [], []
-    if self.attached and self._pending(): self._tick(share=False)   # others may be gone, after an error
+    if self.attached and self._has_values(): self._tick(share=False)   # others may be gone, after an error
     self.pace.stop()
-    self.model, self._before, self._starts, self._grads, self._outputs, self._reels = None, {}, [], [], [], {}
+    self.model, self._before, self._waiting = None, {}, {}
+    self._starts, self._grads, self._outputs = [], [], []
     return self
 
 # %% ../nbs/19_inspector.ipynb #c38aea1b
@@ -299,10 +308,10 @@ def _guard(self:Inspector, who, f, *args):
     except Exception as e: self._tell(who, f'could not be measured and is left out ({type(e).__name__}: {e})')
 
 @patch
-def _tell(self:Inspector, who, what):
-    "Warn once about one layer, and remember why there is a gap."
-    if (who, what) in self._told: return
-    self._told.add((who, what))
+def _tell(self:Inspector, who, what, about=None):
+    "Warn once about one layer, or about `about` it, and remember why there is a gap."
+    if (who, about or what) in self._told: return
+    self._told.add((who, about or what))
     self._gaps.setdefault(who, what)
     warnings.warn(f'Inspector: {who!r} {what}', stacklevel=2)
 
@@ -366,10 +375,10 @@ def _on_output(self:Inspector, hook, mod, inp, outp):
 
 @patch
 def _saw(self:Inspector, hook, mod, outp):
-    if not self._put_down(hook, mod, outp): self._take(hook, mod, outp, _in_backward())
+    if not self._put_in_buffer(hook, mod, outp): self._take(hook, mod, outp, _in_backward())
 
 @patch
-def _put_down(self:Inspector, hook, mod, outp):
+def _put_in_buffer(self:Inspector, hook, mod, outp):
     "What is like last time, the usual case, is put in its place without further questions. Whether it was."
     if not self._inside or hook.forward == self._forward or type(outp) is not torch.Tensor: return False
     known = hook.places.get((self.by_grad, self.phase, outp.shape, outp.dtype))
@@ -422,7 +431,7 @@ def _comes_again(self:Inspector, hook, source, a):
 
 @patch
 def _remember(self:Inspector, hook, a, place):
-    "Where outputs like `a` have their place: (tray, number), or None if only their gradient is wanted."
+    "Where outputs like `a` have their place: (buffer, number), or None if only their gradient is wanted."
     if len(hook.places) > 64: hook.places.clear()   # shapes that change all the time
     hook.places[self.by_grad, self.phase, a.shape, a.dtype] = (place,)
 
@@ -452,7 +461,7 @@ def _phase_of(self:Inspector, lens):
 def _take_output(self:Inspector, hook, source, axis, a, comes_again):
     self._fresh, lenses, full = True, self._lenses_now(hook), a.detach()
     if a.ndim < 2: full = full.reshape(-1, 1)
-    if a.numel() > self.small: return self._measure(lenses, (source,), Look(_widen(full)[None], axis+1))
+    if a.numel() > self.small: return self._measure_now(lenses, (source,), Look(_widen(full)[None], axis+1))
     kind = lenses, axis, full.shape, full.dtype, full.device
     self._outputs.append((kind, source, full.clone(), hook, comes_again and a.ndim > 1))
 
@@ -464,45 +473,46 @@ def _end_outputs(self:Inspector):
     for group in groups:
         (lenses, axis, *_), *_ = group[0]
         look = Look(_widen(torch.stack([o[2] for o in group])), axis+1)
-        self._measure(lenses, tuple(o[1] for o in group), look)
-    reel = self._reel('output', self.by_grad, self.phase)
-    reel.next(self._samples or 1, self.step)
+        self._measure_now(lenses, tuple(o[1] for o in group), look)
+    pending = self._pending('output', self.by_grad, self.phase)
+    pending.end_step(self._samples or 1, self.step)
     groups = [group for group in groups if all(o[4] for o in group)]
-    if groups: self._make_trays(reel, groups)
-    if groups or reel.is_full(): self._develop('output', self.by_grad, self.phase)
+    if groups: self._make_output_buffers(pending, groups)
+    if groups or pending.is_full(): self._measure_pending('output', self.by_grad, self.phase)
 
 @patch
-def _make_trays(self:Inspector, reel, groups):
+def _make_output_buffers(self:Inspector, pending, groups):
     "What comes again and again in one shape gets a place of its own."
-    if len(reel.films) + len(groups) > 64: self._forget_trays(reel)
-    most = _moments_for([o[2] for group in groups for o in group])
+    if len(pending.buffers) + len(groups) > 64: self._forget_output_buffers(pending)
+    capacity = _capacity_for([o[2] for group in groups for o in group])
     for group in groups:
         (lenses, axis, *_), _, like, *_ = group[0]
         names = tuple(o[1] for o in group)
-        tray = reel.add((names, like.shape), Tray(like, len(group), axis, most), lenses, names)
+        buffer = OutputBuffer(like, len(group), axis, capacity)
+        pending.add((names, like.shape), buffer, lenses, names)
         for i,(_,_,a,hook,_) in enumerate(group):
-            self._remember(hook, a, (tray, i))
+            self._remember(hook, a, (buffer, i))
 
 @patch
-def _forget_trays(self:Inspector, reel):
+def _forget_output_buffers(self:Inspector, pending):
     "Too many shapes: begin anew."
-    self._develop('output', self.by_grad, self.phase)
-    reel.films = {}
+    self._measure_pending('output', self.by_grad, self.phase)
+    pending.buffers = {}
     for hook in self.hooks:
         if hasattr(hook, 'places'): hook.places.clear()
 
 @patch
-def _measure(self:Inspector, lenses, names, look):
+def _measure_now(self:Inspector, lenses, names, look):
     "Ask `lenses` now."
-    reel = self._reel('output', self.by_grad, self.phase)
-    for lens,values in self._ask(lenses, names, look): reel.keep(lens, names, values)
+    pending = self._pending('output', self.by_grad, self.phase)
+    for lens,values in self._ask(lenses, names, look): pending.keep(lens, names, values)
 
 # %% ../nbs/19_inspector.ipynb #34d4ee0b
 @patch
-def _reel(self:Inspector, *key):
-    reel = self._reels.get(key)
-    if reel is None: reel = self._reels[key] = _Reel()
-    return reel
+def _pending(self:Inspector, *key):
+    pending = self._waiting.get(key)
+    if pending is None: pending = self._waiting[key] = _Pending()
+    return pending
 
 @patch
 def _ask(self:Inspector, lenses, names, look):
@@ -510,13 +520,21 @@ def _ask(self:Inspector, lenses, names, look):
     for lens in lenses:
         seen = look
         if getattr(lens, 'channel_last', False): seen, seen.there = Look(look.a, look.a.ndim-1), look.there
-        try: yield lens, look.masked(_in_full_precision(lens.measure, seen))
-        except Exception as e: self._failed(lens, names, look, e)
+        try: yield lens, look.masked(_fitting(lens, _in_full_precision(lens.measure, seen), look))
+        except Exception as e: self._failed(lens, names, e)
 
 @patch
-def _failed(self:Inspector, lens, names, look, e):
+def _failed(self:Inspector, lens, names, e):
     who = ', '.join(names[:3]) + f' and {len(names)-3} more'*(len(names) > 3)
-    self._tell(who, f'could not be measured by {lens} and is left out ({type(e).__name__}: {e})')
+    what = f'could not be measured by {lens} and is left out ({type(e).__name__}: {e})'
+    self._tell(who, what, about=(lens, type(e)))   # its text may name a number that changes
+
+def _fitting(lens, values, look):
+    "`values`, if they are a number for each statistic and tensor."
+    wanted, got = [len(lens.stats), len(look)], list(getattr(values, 'shape', [type(values).__name__]))
+    if got == wanted: return values
+    raise ValueError(f'measure gave {got}; it must be a tensor {wanted}, a row for each of {lens.stats}, a '
+                     'number for each of look.tensors')
 
 def _in_full_precision(measure, look):
     "Not in the half precision of an autocast around the user's forward."
@@ -525,17 +543,17 @@ def _in_full_precision(measure, look):
     with torch.autocast(kind, enabled=False): return measure(look)
 
 @patch
-def _develop(self:Inspector, *key):
-    "Measure what a reel holds; each lens gets a row for each moment."
-    reel, parts = self._reels[key], {}
-    if not len(reel): return
-    for lenses,names,look in reel.looks():
+def _measure_pending(self:Inspector, *key):
+    "Measure what waits at a tap; each lens gets a row for each step."
+    pending, parts = self._waiting[key], {}
+    if not len(pending): return
+    for lenses,names,look in pending.looks():
         for lens,values in self._ask(lenses, names, look):
-            rows = values.view(len(values), len(reel), len(names)).transpose(0, 1)
-            parts.setdefault(lens, []).append((names, rows))
-    for lens,names,rows in reel.measured(): parts.setdefault(lens, []).append((names, rows))
-    for lens,found in parts.items(): self._rows(lens, self._phase_in(lens, key), found, reel.facts)
-    reel.clear()
+            rows = values.view(len(values), len(pending), len(names)).transpose(0, 1)
+            parts.setdefault(lens, []).append((names, rows, look.steps))
+    for lens,*part in pending.measured(): parts.setdefault(lens, []).append(part)
+    for lens,found in parts.items(): self._rows(lens, self._phase_in(lens, key), found, pending.facts)
+    pending.clear()
 
 @patch
 def _phase_in(self:Inspector, lens, key):
@@ -544,15 +562,21 @@ def _phase_in(self:Inspector, lens, key):
 
 def _side_by_side(found):
     "(names, rows) of all parts; a source that is in two (batches of two sizes) is there in one at a time."
-    if len(found) == 1: return found[0]
-    parts = tuple(nm for names,_ in found for nm in names)
-    names, rows = tuple(dict.fromkeys(parts)), torch.cat([o for _,o in found], 2)
+    if len(found) == 1: return found[0][:2]
+    parts = tuple(nm for names,*_ in found for nm in names)
+    names, rows = tuple(dict.fromkeys(parts)), torch.cat([o for _,o,_ in found], 2)
     if len(names) == len(parts): return names, rows
     res = rows.new_full((*rows.shape[:2], len(names)), torch.nan)
     for i,nm in enumerate(parts):
         column = res[..., names.index(nm)]
         column.copy_(torch.where(rows[..., i].isnan(), column, rows[..., i]))
     return names, res
+
+def _rows_there(names, rows, steps):
+    "(step, names, values [k, n]) of what was there; one by one where something was not, to copy no list."
+    for i,(values,there) in enumerate(zip(rows, steps)):
+        if there is None: yield i, names, values
+        else: yield from ((i, (nm,), values[:, j:j+1]) for j,nm in enumerate(names) if there[j])
 
 @patch
 def _rows(self:Inspector, lens, phase, found, facts):
@@ -562,13 +586,14 @@ def _rows(self:Inspector, lens, phase, found, facts):
     if window is None: window = self.windows[lens, phase] = Window()
     window.add_rows(names, rows, weights)
     if lens.inplace: return
-    for (weight,step),values in zip(facts, rows):
+    for i,names,values in (o for part in found for o in _rows_there(*part)):
+        weight, step = facts[i]
         self._history.record_many(names, lens.stats, values, step=step, epoch=self.epoch, phase=phase,
-                                 samples=weight)
+                                  samples=weight)
 
 @patch
-def _develop_all(self:Inspector):
-    for key in self._reels: self._develop(*key)
+def _measure_all_pending(self:Inspector):
+    for key in self._waiting: self._measure_pending(*key)
 
 # %% ../nbs/19_inspector.ipynb #4350cb91
 class _Follow:
@@ -585,7 +610,7 @@ def _follow(self:Inspector, hook, source):
 
 @patch
 def _flush_grads(self:Inspector):
-    "Take the gradients that have come in; a source's second one (gradient penalty) is a moment of its own."
+    "Take the gradients that have come in; a source's second one (gradient penalty) is a row of its own."
     if not self._grads: return
     grads, self._grads = self._grads, []
     while grads:
@@ -597,56 +622,56 @@ def _flush_grads(self:Inspector):
 
 @patch
 def _take_grads(self:Inspector, grads):
-    "One moment of gradients by outputs: small ones go on film, those of the same lenses and device together."
-    reel, follows = self._reel('output_grad'), [o for o,_ in grads]
-    film = self._film_like(reel, follows, grads)
-    if film is not None: film.take([grad.detach() for _,grad in grads])
-    else: self._sort_grads(reel, grads)
+    "The gradients of one backward pass: small ones are copied, those of the same lenses and device together."
+    pending, follows = self._pending('output_grad'), [o for o,_ in grads]
+    buffer = self._same_buffer(pending, follows, grads)
+    if buffer is not None: buffer.append([grad.detach() for _,grad in grads])
+    else: self._sort_grads(pending, grads)
     self._follows = follows
-    reel.next(self._samples or 1, self.step)
-    if reel.is_full(): self._develop('output_grad')
+    pending.end_step(self._samples or 1, self.step)
+    if pending.is_full(): self._measure_pending('output_grad')
 
 @patch
-def _film_like(self:Inspector, reel, follows, grads):
-    "The one film that takes these gradients, if they are like those of the last time, as they usually are."
-    if follows != self._follows or len(reel.films) != 1: return None
-    (film, _, names, _), = reel.films.values()
-    alike = len(names) == len(follows) and film.pool.shapes == [grad.shape for _,grad in grads]
-    return film if alike else None
+def _same_buffer(self:Inspector, pending, follows, grads):
+    "The one buffer there is, if these gradients are like those of the last time, as they usually are."
+    if follows != self._follows or len(pending.buffers) != 1: return None
+    (buffer, _, names, _), = pending.buffers.values()
+    alike = len(names) == len(follows) and buffer.pool.shapes == [grad.shape for _,grad in grads]
+    return buffer if alike else None
 
 @patch
-def _sort_grads(self:Inspector, reel, grads):
+def _sort_grads(self:Inspector, pending, grads):
     small = [o for o in grads if o[1].numel() <= self.small]
     for group in groupby(small, lambda o: (o[0].hook.grad_lenses, o[1].device)).values():
-        self._guard(group[0][0].source, self._film_grads, reel, group)
+        self._guard(group[0][0].source, self._append_grads, pending, group)
     for follow,grad in grads:
         if grad.numel() <= self.small: continue
-        self._guard(follow.source, self._measure_grad, reel, follow, grad.detach())
+        self._guard(follow.source, self._measure_grad, pending, follow, grad.detach())
 
 @patch
-def _film_grads(self:Inspector, reel, group):
+def _append_grads(self:Inspector, pending, group):
     names, grads = tuple(o.source for o,_ in group), [grad.detach() for _,grad in group]
-    film = reel.films.get(names, (None,))[0]
-    if film is None or film.pool.shapes != [o.shape for o in grads]:
-        self._develop('output_grad')
+    buffer = pending.buffers.get(names, (None,))[0]
+    if buffer is None or buffer.pool.shapes != [o.shape for o in grads]:
+        self._measure_pending('output_grad')
         lenses, axes = group[0][0].hook.grad_lenses, [self._axes[nm, o.ndim] for nm,o in zip(names, grads)]
-        film = self._new_film(reel, names, Pool(grads, axes, by_unit=False), grads, lenses, names)
-    film.take(grads)
+        buffer = self._new_buffer(pending, names, Pool(grads, axes, by_unit=False), grads, lenses, names)
+    buffer.append(grads)
 
 @patch
-def _new_film(self:Inspector, reel, key, pool, tensors, lenses, names):
-    if len(reel.films) > 64: reel.films = {}   # shapes that change all the time
-    film = Film(pool, _moments_for(tensors), any(o.before for o in lenses))
-    return reel.add(key, film, lenses, names)
+def _new_buffer(self:Inspector, pending, key, pool, tensors, lenses, names):
+    if len(pending.buffers) > 64: pending.buffers = {}   # shapes that change all the time
+    buffer = PoolBuffer(pool, _capacity_for(tensors), any(o.before for o in lenses))
+    return pending.add(key, buffer, lenses, names)
 
 @patch
-def _measure_grad(self:Inspector, reel, follow, grad):
+def _measure_grad(self:Inspector, pending, follow, grad):
     "A large one is measured at once."
     lenses, source = follow.hook.grad_lenses, follow.source
     look = Look(_widen(grad)[None], self._axes[source, grad.ndim]+1)
     before = self._before.get(source)
     if before is not None and before.a.shape == look.a.shape: look.before = before
-    for lens,values in self._ask(lenses, (source,), look): reel.keep(lens, (source,), values)
+    for lens,values in self._ask(lenses, (source,), look): pending.keep(lens, (source,), values)
     look.before = None
     if any(o.before for o in lenses): self._before[source] = look
 
@@ -661,9 +686,9 @@ def _find_parameters(self:Inspector):
     self._by_id = {id(o.p) for o in self.params}
     self._selections = {tap: self._select(tap) for tap in ('grad', 'update', 'parameter')}
     self._optimizers, self._known = {}, {}
-    for key in [o for o in self._reels if o[0] in ('grad', 'update')]:
-        self._develop(*key)
-        del self._reels[key]
+    for key in [o for o in self._waiting if o[0] in ('grad', 'update')]:
+        self._measure_pending(*key)
+        del self._waiting[key]
 
 @patch
 def _select(self:Inspector, tap):
@@ -701,45 +726,46 @@ def _read_grads(self:Inspector, optimizer):
         for lenses,params in self._selections[tap]:
             if tap == 'update' and lenses[0].optimizer not in (None, optimizer): continue
             for group in self._groups_of(params, optimizer):
-                self._guard(group.names, self._film_group, tap, lenses, group, optimizer, scale)
+                self._guard(group.names, self._append_group, tap, lenses, group, optimizer, scale)
     self._end_step('grad', optimizer)
     self._guard('the norm of all gradients', self._write_norms, optimizer)
 
 @patch
-def _film_group(self:Inspector, tap, lenses, group, optimizer, scale):
+def _append_group(self:Inspector, tap, lenses, group, optimizer, scale):
     "The gradients of a group, or the parameters before the step."
-    reel = self._reel(tap, id(optimizer))
-    known = reel.films.get(group.names)
-    if known is None: known = self._film_for(reel, tap, lenses, group, optimizer)
-    film, _, _, start = known
+    pending = self._pending(tap, id(optimizer))
+    known = pending.buffers.get(group.names)
+    if known is None: known = self._new_group_buffer(pending, tap, lenses, group, optimizer)
+    buffer, _, _, start = known
     if tap == 'grad':
         grads = group.grads()
-        film.take(grads if scale is None else [o if o is None else o/scale for o in grads])
+        buffer.append(grads if scale is None else [o if o is None else o/scale for o in grads])
     else:
-        del start.there[len(film):]   # of a step that failed
+        del start.there[len(buffer):]   # of a step that failed
         tensors = group.changing()
-        start.take(tensors)
-        self._starts.append((film, tensors))
+        start.append(tensors)
+        self._starts.append((buffer, tensors))
 
 @patch
-def _film_for(self:Inspector, reel, tap, lenses, group, optimizer):
+def _new_group_buffer(self:Inspector, pending, tap, lenses, group, optimizer):
     "A new group; those it takes the place of are measured and dropped."
-    self._develop(tap, id(optimizer))
-    reel.films = {nm: o for nm,o in reel.films.items() if o[1] != lenses or not {*nm} & {*group.names}}
+    self._measure_pending(tap, id(optimizer))
+    mine = {*group.names}
+    pending.buffers = {nm: o for nm,o in pending.buffers.items() if o[1] != lenses or not mine & {*nm}}
     params = [o.p for o in group.params]
     pool = Pool(params, group.axes)
-    self._new_film(reel, group.names, pool, params, lenses, group.names)
+    self._new_buffer(pending, group.names, pool, params, lenses, group.names)
     if tap == 'update':
-        film = reel.films[group.names][0]
-        reel.add(group.names, film, lenses, group.names, Film(pool, film.most, False))
-    return reel.films[group.names]
+        buffer = pending.buffers[group.names][0]
+        pending.add(group.names, buffer, lenses, group.names, PoolBuffer(pool, buffer.capacity, False))
+    return pending.buffers[group.names]
 
 @patch
 def _end_step(self:Inspector, tap, optimizer):
-    reel = self._reel(tap, id(optimizer))
-    if not reel.films: return
-    reel.next(self._since_step or 1, self.step)
-    if reel.is_full(): self._develop(tap, id(optimizer))
+    pending = self._pending(tap, id(optimizer))
+    if not pending.buffers: return
+    pending.end_step(self._since_step or 1, self.step)
+    if pending.is_full(): self._measure_pending(tap, id(optimizer))
 
 @patch
 def _groups_of(self:Inspector, params, optimizer):
@@ -765,7 +791,7 @@ def _after_step(self:Inspector, optimizer):
 
 @patch
 def _read_updates(self:Inspector, optimizer):
-    for film,tensors in self._starts: self._guard('the updates', film.take, tensors)
+    for buffer,tensors in self._starts: self._guard('the updates', buffer.append, tensors)
     self._end_step('update', optimizer)
 
 # %% ../nbs/19_inspector.ipynb #8fe0075e
@@ -795,8 +821,10 @@ def _write_norms(self:Inspector, optimizer):
     (places, before), self._unclipped = self._unclipped or ({}, None), None
     held = [o.p for o in self.params if o.p.grad is not None and id(o.p) in self._held(optimizer)]
     if not lenses or before is None or not held: return
-    found = {'grad_norm': before[[places[id(p)] for p in held if id(p) in places]],
-             'grad_norm_clipped': _norms([p.grad for p in held])}
+    at = [places[id(p)] for p in held if id(p) in places]
+    if not at: return
+    if len(at) < len(places): before = torch.stack([before[i] for i in at])   # a list as index would wait
+    found = {'grad_norm': before, 'grad_norm_clipped': _norms([p.grad for p in held])}
     for lens in lenses:
         for stat,norms in found.items(): self._write_norm(lens, stat, torch.linalg.vector_norm(norms))
 
@@ -878,8 +906,8 @@ def _loss_lenses(self:Inspector): return [o for o in self.lenses if o.tap == 'lo
 
 # %% ../nbs/19_inspector.ipynb #21472afd
 @patch
-def _pending(self:Inspector):
-    return bool(self.windows or self._fresh or self._grads or any(len(o) for o in self._reels.values()))
+def _has_values(self:Inspector):
+    return bool(self.windows or self._fresh or self._grads or any(len(o) for o in self._waiting.values()))
 
 @patch
 def tick_epoch(self:Inspector,
@@ -904,7 +932,7 @@ def _close_epoch(self:Inspector, share):
     with torch.no_grad():
         if self._fresh: self._guard('the model', self._end_outputs)
         self._guard('the gradients', self._flush_grads)
-        self._develop_all()
+        self._measure_all_pending()
     if share: self._share()
     for (who,phase),window in self.windows.items(): self._close(who, phase, window)
     if self.model is not None: self._read_parameters()
@@ -978,13 +1006,18 @@ def _share(self:Inspector):
     everyone = [None]*torch.distributed.get_world_size()
     # waits for the device and for the others
     torch.distributed.all_gather_object(everyone, (mine, self._batches))
-    for key in {key: None for windows,_ in everyone for key in windows}:
-        windows = [Window.unpacked(o[key]) for o,_ in everyone if key in o]
-        for o in windows[1:]: windows[0].merge(o)
-        self.windows[self._who(key)] = windows[0]
+    windows, batches = zip(*everyone)
+    for key in {key: None for o in windows for key in o}:
+        self.windows[self._who(key)] = _merged([o[key] for o in windows if key in o])
     self._batches = {}
-    for _,batches in everyone:
-        for phase,sizes in batches.items(): self._batches.setdefault(phase, Counter()).update(sizes)
+    for o in batches:
+        for phase,sizes in o.items(): self._batches.setdefault(phase, Counter()).update(sizes)
+
+def _merged(packed):
+    "The window of all processes."
+    first, *others = map(Window.unpacked, packed)
+    for o in others: first.merge(o)
+    return first
 
 def _differs(who): return (who[0] if isinstance(who, tuple) else who).tap not in ('grad', 'update')
 
@@ -1010,7 +1043,7 @@ def iter(self:Inspector,
             yield o
             done = True
         finally:
-            if done or self._pending(): self.tick_epoch()
+            if done or self._has_values(): self.tick_epoch()
 
 @patch
 def range(self:Inspector, *args): # numbers of epochs
@@ -1053,16 +1086,20 @@ def cost(self:Inspector) -> Cost: # seconds, bytes, layers, steps seen and sampl
 # %% ../nbs/19_inspector.ipynb #8513be3d
 @patch
 def frame(self:Inspector): # pandas.DataFrame, as `History.frame`
-    "The table in long form, of all runs."
+    "The table in long form, of all runs. What was not there in a step has no row; NaN is what has no value."
     return self.history.frame()
 
 @patch
-def to_csv(self:Inspector, path):
+def to_csv(self:Inspector,
+    path # of the file
+):
     "Write the table."
     self.frame().to_csv(path, index=False)
 
 @patch
-def to_parquet(self:Inspector, path):
+def to_parquet(self:Inspector,
+    path # of the file
+):
     "Write the table, and how to draw this run: `open_recording` reads it."
     save_parquet(self.frame(), self.panels(), max(self.history.run, 0), path)
 
@@ -1124,8 +1161,8 @@ class InspectorCB(Callback):
 
     def before_epoch(self, learn):
         if not self._on(learn): return
-        if learn.training and self.inspector._pending(): self.inspector.tick_epoch()
-        if not self.inspector._pending(): self.inspector.begin_epoch(learn.epoch)
+        if learn.training and self.inspector._has_values(): self.inspector.tick_epoch()
+        if not self.inspector._has_values(): self.inspector.begin_epoch(learn.epoch)
 
     def before_batch(self, learn):
         if self._on(learn): self.inspector.told('train' if learn.training else 'valid', learn.n_steps)
@@ -1137,7 +1174,7 @@ class InspectorCB(Callback):
         if self._on(learn) and not learn.training: self.inspector.tick_epoch()
 
     def after_fit(self, learn):
-        if self._on(learn) and self.inspector._pending(): self.inspector.tick_epoch()   # without validation
+        if self._on(learn) and self.inspector._has_values(): self.inspector.tick_epoch()   # no validation
 
     def cleanup_fit(self, learn):
         if not getattr(learn, 'trial', False): self.inspector.detach()

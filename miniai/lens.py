@@ -68,8 +68,7 @@ class Lens:
     def __init__(self,
         tap:str=None,              # 'output', 'output_grad', 'grad', 'update'; 'parameter', once an epoch
         modules=None,              # whose outputs: as for `select_modules`; default all leaves
-        *, parameters=('weight',
-                       'bias'), # which parameters: names, globs, or 'weight' and 'bias' for the two kinds
+        *, parameters=('weight', 'bias'), # which: names, globs, or 'weight' and 'bias' for the two kinds
         title:str=None,            # of its column of plots
         log_scale:bool=False,      # logarithmic axis
         line_aggregation='mean',   # of an epoch's values, drawn as a line: one or some of `points`
@@ -82,8 +81,8 @@ class Lens:
     ):
         who = type(self).__name__
         self.tap = _names(tap or self.tap, taps, f'{who}: tap')[0]
-        self.modules, self.parameters = modules, (parameters,) if isinstance(parameters,
-                                                                             str) else tuple(parameters)
+        self.modules = modules
+        self.parameters = (parameters,) if isinstance(parameters, str) else tuple(parameters)
         self.title, self.log_scale, self.kind = title, log_scale, kind
         self.lines = _names(line_aggregation, points, f'{who}: line_aggregation')
         self.bands = _names(range_aggregation, ranges, f'{who}: range_aggregation')
@@ -99,9 +98,9 @@ class Lens:
         return True
 
     def measure(self,
-        look # at n tensors
-    ) -> torch.Tensor: # [k, n], a row for each of `stats`; NaN for a gap
-        "The numbers."
+        look # at n tensors, perhaps those of several steps, one step after the other
+    ) -> torch.Tensor: # [k, n], a row for each of `stats`, a number for each tensor; NaN for a gap
+        "The numbers of each tensor, from that tensor alone: who stands beside it changes from call to call."
         return torch.stack([torch.stack([f(a).detach().float().reshape(()) for a in look.tensors])
                             for f in self.functions.values()])
 
@@ -136,8 +135,10 @@ class LossMetrics(Lens):
         separate_loss_and_metrics:bool=True, # two plots
         loss_fn:nn.Module=None,  # its results are the loss; it is hooked while the inspector is attached
         loss_fn_inplace:bool=True, # keep an epoch's aggregates only; False: each batch's loss as well
-        loss_line='mean', loss_range='std',     # as `line_aggregation`, `range_aggregation`
-        metrics_line='mean', metrics_range=None # likewise for metrics
+        loss_line='mean',        # as `line_aggregation` of `Lens`
+        loss_range='std',        # as its `range_aggregation`
+        metrics_line='mean',     # likewise for metrics
+        metrics_range=None       # likewise for metrics
     ):
         super().__init__(line_aggregation=loss_line, range_aggregation=loss_range, inplace=loss_fn_inplace,
                          evaluation_from_grad=evaluation_from_grad)
@@ -257,7 +258,8 @@ class OutputNorm(_ByType):
         channel_last:bool=False,   # as for `OutputActivation`; a norm does not depend on it
         comparison_plot:bool=True, # a wide plot of the layers' norms as shares of their sum
         comparison_aggregation:str=None, # for that; default the first of `line_aggregation`
-        line_aggregation='mean', range_aggregation=('std', 'min-max') # as for `Lens`
+        line_aggregation='mean', # as for `Lens`
+        range_aggregation=('std', 'min-max') # as for `Lens`
     ):
         self.stats, self.normalize = ('rms' if normalize_by_size else 'norm',), normalize_by_size
         super().__init__(activation, False, include, exclude, channel_last, inplace=inplace,
@@ -316,7 +318,8 @@ class OutputGradientGeometry(_Geometry):
         log_scale:bool=False,        # logarithmic axis for the norm
         compute_correlation:bool=True, # with the backward pass before; a gap where the shape has changed
         skip_activation:bool=True,   # leave out activation layers
-        line_aggregation='mean', range_aggregation=('std', 'min-max') # as for `Lens`
+        line_aggregation='mean', # as for `Lens`
+        range_aggregation=('std', 'min-max') # as for `Lens`
     ):
         super().__init__(normalize_by_size, compute_correlation, inplace=inplace, log_scale=log_scale,
                          line_aggregation=line_aggregation, range_aggregation=range_aggregation)
@@ -336,7 +339,8 @@ class ParameterGradientGeometry(_Geometry):
         log_scale:bool=False,        # logarithmic axis for the norm
         compute_correlation:bool=True, # with the gradient of the step before
         parameters=('weight', 'bias'), # as for `Lens`; one column for each
-        line_aggregation='mean', range_aggregation=('std', 'min-max'), # as for `Lens`
+        line_aggregation='mean', # as for `Lens`
+        range_aggregation=('std', 'min-max'), # as for `Lens`
         before_clipping:bool=False, # the norm over all parameters as well, before and after clipping
         scaler=None                # a loss scaler with `get_scale()`, by which the norm before is divided
     ):
@@ -365,7 +369,8 @@ class ParameterUpdateGeometry(_Geometry):
         log_scale:bool=False,        # logarithmic axis for the norm
         compute_correlation:bool=True, # with the update of the step before
         parameters=('weight', 'bias'), # as for `Lens`; one column for each
-        line_aggregation='mean', range_aggregation=('std', 'min-max') # as for `Lens`
+        line_aggregation='mean', # as for `Lens`
+        range_aggregation=('std', 'min-max') # as for `Lens`
     ):
         super().__init__(normalize_by_size, compute_correlation, inplace=inplace, log_scale=log_scale,
                          parameters=parameters, line_aggregation=line_aggregation,
@@ -434,8 +439,8 @@ class ParameterNorm(Lens):
 class ParameterCond(Lens):
     """Condition number at the end of an epoch: a matrix's largest singular value over its smallest.
 
-    A weight of more than two axes is seen as `[units,
-                                                rest]`; one with fewer has none. Infinite if singular."""
+    A weight of more than two axes is seen as `[units, rest]`; one with fewer has none. Infinite if
+    singular."""
     tap, stats = 'parameter', ('condition',)
     def __init__(self,
         inplace:bool=True,       # an epoch has one value, kept either way

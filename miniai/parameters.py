@@ -47,7 +47,10 @@ class NamedParameter:
         "Of its units."
         return parameter_axis(self.owner, self.name.rsplit('.', 1)[-1], self.p.ndim)
 
-    def is_now(self, name, p):
+    def is_now(self,
+        name:str,      # of a parameter of the model as it is now
+        p:nn.Parameter # that parameter
+    ) -> bool:
         "Whether it still has this name, is this parameter, and has the shape it had."
         return self.name == name and self.p is p and self.shape == _shape(p)
 

@@ -136,9 +136,11 @@ def _draw_lines(ax, recording, panels, source_of, color=0):
 
 def _finish(ax, panel, x):
     "Axes as the panel asks for."
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogFormatter, MaxNLocator
     if panel.kind == 'shares': ax.set_ylim(-.04, 1.04)
-    if panel.log and any((line.get_ydata() > 0).any() for line in ax.lines): ax.set_yscale('log')
+    if panel.log and any((line.get_ydata() > 0).any() for line in ax.lines):
+        ax.set_yscale('log')
+        ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, .4)))   # 6, not 6 × 10⁰
     if panel.guide is not None:
         ax.axhline(panel.guide, color='0.4', lw=.8, ls=':', label=panel.guide_name or None)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
@@ -157,55 +159,67 @@ def _draw_wide(ax, recording, panels):
     else: _draw_lines(ax, recording, panels, lambda panel: panel.sources)
     _finish(ax, first, recording.epochs)
     ax.set_title(first.title, fontsize=10)
-    _legend(ax, [ax], loc='upper left', bbox_to_anchor=(1.005, 1.02), ncols=1
-            + len(first.sources)//9*(first.kind == 'stack'))
+    n_columns = 1 + len(first.sources)//9*(first.kind == 'stack')
+    _legend(ax, [ax], loc='upper left', bbox_to_anchor=(1.005, 1.02), ncols=n_columns)
 
 def _draw_stack(ax, recording, panel):
     "Each source's part of the sum, stacked."
     from matplotlib import colormaps
     how = (panel.lines or (None,))[0]
-    parts = np.array([recording.values(o, panel.stats[0], how) for o in panel.sources])
-    shares = np.nan_to_num(parts)/np.where(np.nansum(parts, 0) > 0, np.nansum(parts, 0), np.nan)
-    colors = colormaps['viridis'](np.linspace(0, 1, len(parts)))
-    ax.stackplot(recording.epochs, np.nan_to_num(shares), labels=[_short(o) for o in panel.sources],
-                 colors=colors)
+    shares = _shares(np.array([recording.values(o, panel.stats[0], how) for o in panel.sources]))
+    colors = colormaps['viridis'](np.linspace(0, 1, len(shares)))
+    ax.stackplot(recording.epochs, shares, labels=[_short(o) for o in panel.sources], colors=colors)
     ax.set_ylim(0, 1)
 
-# %% ../nbs/18_visualizer.ipynb #7043b6cb
+def _shares(parts):
+    "`parts` [n, epochs] of their sum; NaN, a gap, in an epoch that lacks what there is before and after."
+    there = np.isfinite(parts)
+    began, goes_on = np.maximum.accumulate(there, 1), np.maximum.accumulate(there[:, ::-1], 1)[:, ::-1]
+    parts = np.where((began & goes_on & ~there).any(0), np.nan, np.where(there, parts, 0))
+    return parts/np.where(parts.sum(0) > 0, parts.sum(0), np.nan)
+
+# %% ../nbs/18_visualizer.ipynb #c6aaa104
 def _draw_column(fig, recording, title, panels):
     "A small plot for each source."
     sources, x = panels[0].sources, recording.epochs
     axs = np.atleast_1d(fig.subplots(len(sources), 1, sharex=True, sharey=True))
     for ax,source in zip(axs, sources):
-        _draw_lines(ax, recording, panels, lambda panel: (source,), color=2
-                    if panels[0].kind == 'shares' else 0)
+        color = 2 if panels[0].kind == 'shares' else 0
+        _draw_lines(ax, recording, panels, lambda panel: (source,), color=color)
         _finish(ax, panels[0], x)
         ax.set_title(_short(source), fontsize=8, pad=2)
-        ax.tick_params(labelsize=7)
+        ax.tick_params(which='both', labelsize=7)
     axs[-1].set_xlabel('epoch', fontsize=7)
     fig.suptitle(title, fontsize=9, weight='bold')
 
 def _draw_heat(fig, recording, title, panels):
     "One heat map for all sources, the first of them on top."
-    from matplotlib.ticker import MaxNLocator
-    from miniai.plots import heatmap
     axs = np.atleast_1d(fig.subplots(len(panels), 1, sharex=True))
     for ax,panel in zip(axs, panels):
-        how, names = (panel.lines or (None,))[0], panel.sources
-        values = np.array([recording.values(o, panel.stats[0], how) for o in names])[::-1]
-        if panel.log: values = np.log10(np.where(values > 0, values, np.nan))
-        limits = dict(vmin=0, vmax=1) if panel.kind == 'shares' else {}
-        heatmap(ax, values, x=recording.epochs, cmap='viridis', colorbar=True, **limits)
-        every = math.ceil(len(names)/(60/len(panels)))
-        ax.set_yticks([len(names)-1-i for i in range(0, len(names), every)],
-                      [_short(o) for o in names[::every]], fontsize=6)
-        ax.set_title(('log10 of ' if panel.log else '') + row_stat(panel.stats[0], how).replace('_', ' '),
-                     fontsize=8)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        _draw_map(ax, recording, panel)
+        _name_rows(ax, panel.sources, 60/len(panels))
     axs[-1].set_xlabel('epoch', fontsize=7)
     fig.suptitle(title, fontsize=9, weight='bold')
 
-# %% ../nbs/18_visualizer.ipynb #c6aaa104
+def _draw_map(ax, recording, panel):
+    from matplotlib.ticker import MaxNLocator
+    from miniai.plots import heatmap
+    how = (panel.lines or (None,))[0]
+    values = np.array([recording.values(o, panel.stats[0], how) for o in panel.sources])[::-1]
+    if panel.log: values = np.log10(np.where(values > 0, values, np.nan))
+    limits = dict(vmin=0, vmax=1) if panel.kind == 'shares' else {}
+    heatmap(ax, values, x=recording.epochs, cmap='viridis', colorbar=True, **limits)
+    name = row_stat(panel.stats[0], how).replace('_', ' ')
+    ax.set_title(f'log10 of {name}' if panel.log else name, fontsize=8)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+
+def _name_rows(ax, names, most):
+    "The first name on top; so many are left out that they don't overlap."
+    every = math.ceil(len(names)/most)
+    ax.set_yticks([len(names)-1-i for i in range(0, len(names), every)],
+                  [_short(o) for o in names[::every]], fontsize=6)
+
+# %% ../nbs/18_visualizer.ipynb #228de59e
 class MatplotlibVisualizer:
     "One figure of everything, drawn from the table whenever `show_fig` is called."
     def __init__(self,
@@ -227,25 +241,29 @@ class MatplotlibVisualizer:
         return _figure(recording or self.recording(), self)
 
 def _figure(recording, style):
-    import matplotlib.pyplot as plt
-    from miniai.plots import _show_once
     wide = _titled(o for o in recording.panels if o.wide and _any(recording, o))
     small = _titled(o for o in recording.panels if not o.wide and _any(recording, o))
     bands = [small[i:i+style.columns] for i in range(0, len(small), style.columns)]
     heights = [1.7*len(wide)]*bool(wide) + [style.height*_n_rows(band, style) + .8 for band in bands]
-    width = max(7, style.width*max((sum(_is_heat(o, style) + 1 for _,o in band) for band in bands),
-                                   default=0))
-    fig = plt.figure(layout='constrained', figsize=(width, sum(heights) or 2), **style.kw)
-    fig._ipython_display_ = partial(_show_once, fig)
+    n_columns = [sum(_is_heat(o, style) + 1 for _,o in band) for band in bands]
+    fig = _empty_figure(max(7, style.width*max(n_columns, default=0)), sum(heights) or 2, style)
     if not heights: _nothing(fig); return fig
     parts = iter(np.atleast_1d(fig.subfigures(len(heights), 1, height_ratios=heights)))
     if wide: _wide_part(next(parts), recording, wide)
     for band in bands: _band_part(next(parts), recording, band, style)
     return fig
 
+def _empty_figure(width, height, style):
+    import matplotlib.pyplot as plt
+    from miniai.plots import _show_once
+    fig = plt.figure(layout='constrained', figsize=(width, height), **style.kw)
+    fig._ipython_display_ = partial(_show_once, fig)
+    return fig
+
 def _any(recording, panel): return recording.has('train', panel) or recording.has('valid', panel)
 def _is_heat(panels, style): return len(panels[0].sources) > style.max_rows
-def _n_rows(band, style): return max(12 if _is_heat(o, style) else len(o[0].sources) for _,o in band)
+def _height(panels, style): return 12 if _is_heat(panels, style) else len(panels[0].sources)
+def _n_rows(band, style): return max(_height(o, style) for _,o in band)
 
 def _nothing(fig):
     ax = fig.subplots()
@@ -260,13 +278,13 @@ def _wide_part(fig, recording, wide):
     axs[-1].set_xlabel('epoch', fontsize=8)
 
 def _band_part(fig, recording, band, style):
-    widths = [1 + _is_heat(o, style) for _,o in band]
-    # columns of different lengths begin at the same height
-    n, heights = _n_rows(band, style), [12 if _is_heat(o, style) else len(o[0].sources) for _,o in band]
-    for sub,(title,panels),h in zip(np.atleast_1d(fig.subfigures(1, len(band), width_ratios=widths)), band,
-                                    heights):
-        if h < n: sub = sub.subfigures(2, 1, height_ratios=[h + .5, n - h])[0]
-        (_draw_heat if _is_heat(panels, style) else _draw_column)(sub, recording, title, panels)
+    widths, n = [1 + _is_heat(o, style) for _,o in band], _n_rows(band, style)
+    parts = np.atleast_1d(fig.subfigures(1, len(band), width_ratios=widths))
+    for part,(title,panels) in zip(parts, band):
+        h = _height(panels, style)
+        # columns of different lengths begin at the same height
+        if h < n: part = part.subfigures(2, 1, height_ratios=[h + .5, n - h])[0]
+        (_draw_heat if _is_heat(panels, style) else _draw_column)(part, recording, title, panels)
     _legend(fig, [ax for sub in _inside(fig) for ax in sub.axes], loc='outside lower left', ncols=6)
 
 def _inside(fig): return [fig, *(o for sub in fig.subfigs for o in _inside(sub))]

@@ -12,6 +12,11 @@ from fastcore.basics import patch
 # %% ../nbs/06_window.ipynb #76a3e41b
 aggregates = 'mean', 'std', 'min', 'Q1', 'median', 'Q3', 'max'
 
+def _on(device, values, dtype):
+    "A list as a tensor on `device`, which does not wait for what that is computing."
+    res = torch.tensor(values, dtype=dtype)
+    return res.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else res.to(device)
+
 def _wide_type(device): return torch.float32 if device.type == 'mps' else torch.float64
 
 def _fold(rows, weights):
@@ -73,7 +78,7 @@ class Window:
         "Sum up the rows that wait."
         if not self.weights: return self
         rows = self.rows[:len(self.weights)].to(_wide_type(self.rows.device))
-        state = _fold(rows, torch.tensor(self.weights, dtype=rows.dtype, device=rows.device))
+        state = _fold(rows, _on(rows.device, self.weights, rows.dtype))
         self.state = state if self.state is None else _merge(self.state, state)
         self._keep(rows[::self.stride].clone())
         self.weights = []
@@ -90,7 +95,7 @@ class Window:
         new = tuple(o for o in names if o not in self.names)
         if new: self._grow(new)
         if names == self.names: return rows
-        at = torch.tensor([self.names.index(o) for o in names], device=rows.device)
+        at = _on(rows.device, [self.names.index(o) for o in names], torch.int64)
         return rows.new_full((*rows.shape[:-1], len(self.names)), torch.nan).index_copy_(-1, at, rows)
 
     def _grow(self, new):
@@ -133,7 +138,9 @@ def packed(self:Window) -> tuple: # on the CPU
     self.fold()
     return self.names, tuple(o.cpu() for o in self.state), torch.cat(self.sample).cpu(), self.stride
 
-def _unpacked(o):
+def _unpacked(
+    o:tuple # from `packed`
+) -> Window:
     "The window that was packed."
     res = Window()
     res.names, res.state, sample, res.stride = o
