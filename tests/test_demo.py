@@ -51,7 +51,7 @@ def test_findings(done):
     "The failing run has an error, the cured one none; what is said is what the page says."
     said = done[1][0].stdout.split('What is wrong:')[1].split('Everything')[0]
     failing, cured = said.split('\ncured: ')
-    assert 'error, ' in failing and 'error' not in cured and 'rules were checked' in cured
+    assert 'error, ' in failing and 'error' not in cured and 'Rules checked' in cured
     html = (done[0][0]/'miniai_demo'/'report.html').read_text(encoding='utf-8')
     assert html.count('class="finding error"') == failing.count('    error, ')
 
