@@ -136,13 +136,12 @@ class StopOnCB(Callback):
     "Ends the fit, and says why, when one of its conditions holds; looks every `every` training steps."
     order = 1000   # the others have recorded by then
     def __init__(self,
-        *conditions, # 'nan', 'dead>0.5', 'loss>20', 'std<1e-4 at act2', or names of rules
+        *conditions, # 'nan', 'dead>0.5', 'loss>20', 'std<1e-4 at act2', or names of rules; default 'nan'
         every:int=50 # training steps between two looks, each of which waits for the device
     ):
-        if not conditions: raise ValueError("StopOnCB: give a condition, such as 'nan'")
         if not isinstance(every, int) or every < 1:
             raise ValueError(f'StopOnCB: every is {every!r}; it must be 1 or more, a whole number')
-        self.conditions, self.every, self.reason = [_Condition(o) for o in conditions], every, None
+        self.conditions, self.every, self.reason = [_Condition(o) for o in conditions or ['nan']], every, None
 
     def before_fit(self, learn):
         self._bad, self._n, self.reason = None, 0, None
