@@ -13,7 +13,7 @@ import torch
 # %% ../nbs/01_looks.ipynb #bc5941a0
 def _pieces(flat):
     "`flat` [n, size] in pieces short enough that adding one number after the other loses nothing."
-    return [flat] if flat.shape[1] <= 2**16 or flat.device.type != 'cpu' else flat.split(2**16, 1)
+    return [flat] if flat.shape[1] <= 2**18 or flat.device.type != 'cpu' else flat.split(2**18, 1)
 
 def norms(
     flat:torch.Tensor # [n, size]
@@ -42,9 +42,9 @@ def unit_counts(
     "For each unit of each tensor the number of entries that are not exactly zero; NaN is not zero."
     if a.ndim == 2: return torch.ne(a, 0).to(a.dtype)
     if a.device.type != 'cpu': return _count_nonzero(a, axis, torch.empty_like(a))
-    whole = max(1, 2**16*len(a)//max(a.numel(), 1))   # tensors at a time, in room that stays in the cache
+    whole = max(1, 2**18*len(a)//max(a.numel(), 1))   # tensors at a time, in room that stays in the cache
     if whole > 1 or axis == 1: return _counts_by_parts(a, axis, 0, whole, torch.cat)
-    some = max(1, 2**16*a.shape[1]*len(a)//a.numel())
+    some = max(1, 2**18*a.shape[1]*len(a)//a.numel())
     return torch.cat([_counts_by_parts(o, axis, 1, some, sum) for o in a.split(1)])
 
 def _counts_by_parts(a, axis, dim, step, join):
