@@ -74,6 +74,7 @@ class HooksCallback(Callback):
         "What watching has cost so far, over all fits."
         return self.pace.cost(layers=len(self))
 
+    def __getstate__(self): return {**vars(self), 'learn': None}   # nothing of the learner, nor its data
     def __iter__(self): return iter(self.hooks)
     def __len__(self): return len(self.hooks)
 
@@ -234,7 +235,7 @@ class ActivationStats(HooksCallback):
             tracker = self.trackers[phase, tuple(sources)] = UnitTracker()
             tracker.load_state_dict(state)
 
-    def __getstate__(self): return {**vars(self), '_model': noop}   # a weak reference can't be pickled
+    def __getstate__(self): return {**vars(self), 'learn': None, '_model': noop}   # no weak reference
 
 # %% ../nbs/10_activations.ipynb #470e65f7
 @patch

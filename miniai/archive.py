@@ -45,8 +45,9 @@ def _write_lines(frame, path, facts):
     with open(path, 'w', encoding='utf-8') as f:
         f.write(json.dumps(dict(facts=facts)) + '\n')
         for row in frame.to_dict('records'):
-            row = row | (dict(value=_spelled(row['value'])) if row['values'] is None else dict(value=None))
-            f.write(json.dumps(row) + '\n')
+            values = row['values'] and [_spelled(o) for o in row['values']]
+            row |= dict(value=None if values is not None else _spelled(row['value']), values=values)
+            f.write(json.dumps(row, allow_nan=False) + '\n')
 
 def _write_events(frame, path, facts):
     writer = TensorBoardVisualizer(str(path))
@@ -76,6 +77,7 @@ def _read_parquet(path):
     return frame.to_dict('records'), frame.attrs.get('miniai_facts', {})
 
 def _read_csv(path):
+    csv.field_size_limit(2**31-1)   # a layer of many units has long rows
     with open(path, newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
     for row in rows: row['values'] = json.loads(row.get('values') or 'null')
     return rows, {}

@@ -8,7 +8,9 @@ __all__ = ['levels', 'Facts', 'facts_of_dict', 'Param', 'Track', 'Evidence', 'tw
 
 # %% ../nbs/21_case.ipynb #83d864a8
 import html, textwrap
+from bisect import bisect_left
 from dataclasses import asdict, dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +109,12 @@ def _last_run(history):
     runs = [c.facts[-1][0] for (phase,_,_),c in history._columns.items() if c.facts and phase == 'train']
     return max(runs, default=max(history.run, 0))
 
+def _has_rows(history, key, run):
+    "Whether a series has rows of this run; an earlier one may have had another model."
+    facts = [history._columns[o].facts for o,_ in history._series[key]]
+    at = [bisect_left(o, run, key=itemgetter(0)) for o in facts]   # rows of earlier runs
+    return any(i < len(o) and o[i][0] == run for i,o in zip(at, facts))
+
 class Evidence:
     "Recorded values and facts of one run."
     def __init__(self,
@@ -117,7 +125,9 @@ class Evidence:
         self.facts, self._kept = facts or Facts(), {}
         self._where = {}   # (phase, source, stat) -> (table, run); of two that have it the first
         for h in self.histories:
-            for key in h.flush().keys(): self._where.setdefault(key, (h, _last_run(h)))
+            run = _last_run(h.flush())
+            for key in h.keys():
+                if _has_rows(h, key, run): self._where.setdefault(key, (h, run))
 
     def keys(self):
         "(phase, source, stat) of everything that was recorded, in order of first appearance."
@@ -253,9 +263,16 @@ def _dead_since(cb):
     return {nm: row for names,since in trackers if since is not None
             for nm,row in zip(names, since.tolist())}   # reads from the device, after the fit
 
+def _is_weighted(f):
+    "Whether a loss function is known not to be the plain mean over the samples."
+    known = {**getattr(f, '__dict__', {}), **getattr(f, '_buffers', {}), **getattr(f, 'keywords', {})}
+    weights = known.get('weight'), known.get('pos_weight')
+    return known.get('reduction', 'mean') != 'mean' or any(o is not None for o in weights)
+
 def _n_classes(learn, loss):
     "The number of classes, if the last predictions look like a classification by cross entropy."
     preds, loss = getattr(learn, 'preds', None), loss.lower()
+    if _is_weighted(learn.loss_func): return None   # log(C) is not what guessing costs
     if 'binary' in loss or loss.startswith('bce'): return 2
     if 'cross' not in loss or not isinstance(preds, torch.Tensor) or preds.ndim < 2: return None
     return preds.shape[1]

@@ -12,7 +12,7 @@ __all__ = ['rules', 'Missing', 'rule', 'exploding_activations', 'vanishing_activ
 import numpy as np
 from torch import nn
 
-from .case import Chart, Evidence, Finding
+from .case import Chart, Evidence, Finding, levels
 
 # %% ../nbs/21_checks.ipynb #cff62249
 rules = {}   # name -> function; of one level, findings come in this order
@@ -200,8 +200,10 @@ def _total(evidence):
 
 def _jumping(evidence, limit):
     track = _total(evidence)
-    usual, high = _median(track.values), _finite(track.values).max(initial=0.)
-    if not high > limit*usual > 0: return []
+    high = _finite(track.values).max(initial=0.)
+    before = track.values[:np.flatnonzero(track.values == high)[0]] if high else track.values[:0]
+    usual = np.nanmax([_median(track.values), _median(before), 0.])
+    if not len(_finite(before)) or not high > limit*usual > 0: return []   # a fall from the start is no jump
     return [Finding(
         'exploding_gradients', 'warning', '', _span(track, track.values > limit*usual), float(high/usual),
         limit,
@@ -224,10 +226,14 @@ def learning_rate_high(evidence:Evidence, # of a run
     track = _loss(evidence)
     first, high, late = _first(track), _finite(track.values).max(initial=-np.inf), _late(track)
     limit = first + (max_rise-1)*abs(first)
-    if not high > limit: return _collapses(evidence, track, max_fall)
-    lost, layers = not np.isfinite(track.values[-1]) or late > first, _collapsed(evidence)
+    noisy = 0 < _median(track.samples) < 16   # single losses and deviations over so few vary by themselves
+    if not high > limit: return [] if noisy else _collapses(evidence, track, max_fall)
+    if noisy and _is_usual(track, first, high, max_rise): return []
+    layers = _collapsed(evidence)
+    lost = not np.isfinite(track.values[-1]) or late > first or bool(layers)
+    level = int(not lost) + (high < _chance(evidence))
     return [Finding(
-        'learning_rate_high', 'error' if lost else 'warning', '', _span(track, track.values > limit),
+        'learning_rate_high', levels[level], '', _span(track, track.values > limit),
         float(high/first) if first else np.inf, max_rise,
         f'The training loss rises from {first:.3g} to {high:.3g}, and '
         f'{"ends at" if lost else "comes back to"} {late:.3g}.'
@@ -236,6 +242,13 @@ def learning_rate_high(evidence:Evidence, # of a run
         ['a tenth of it', '`learn.lr_find()`', 'clip the gradients (GradClipCB)'], _caveats(evidence, track),
         layers,
         _steps_chart('Training loss', dict(loss=track), log=first > 0, guides=(limit,)))]
+
+def _chance(evidence): return np.log(evidence.facts.n_classes or 1)   # what guessing costs; 0 where unknown
+
+def _is_usual(track, low, high, limit):
+    "Whether losses in the end, too, are as low as `low`, and some nearly as high as `high`."
+    end = _finite(track.values[-max(1, len(track)//4):])
+    return len(end) > 1 and end.min() <= low and high <= limit*end.max()
 
 def _falls(track):
     "At each row by which factor the values have fallen within three rows."
@@ -296,7 +309,7 @@ def _bad_grads(evidence):
     if row is None: return []
     step, tracks = int(total.steps[row]), _tracks(evidence, evidence.sources('grad_norm'), 'grad_norm')
     bad = [nm for nm,o in tracks.items() if not np.isfinite(o.values[o.steps == step].astype(float)).all()]
-    return [(step, 10**6-i, nm, 'gradient') for i,nm in enumerate(bad)]
+    return [(step, 10**8-i, nm, 'gradient') for i,nm in enumerate(bad)]   # after the loss
 
 _stages = 'weights', 'output', 'loss', 'gradient', 'update'   # of a step, in their order
 
@@ -399,7 +412,9 @@ def no_gradient(evidence:Evidence # of a run
 @rule
 def not_trained(evidence:Evidence # of a run
 ):
-    """Layers whose weights are frozen, or are missing from the optimizer; most of all layers: a note.
+    """Layers whose weights are frozen, or are missing from the optimizer.
+
+    Most of all layers frozen: a note. Not one in the optimizer: an error.
 
     Source: PyTorch, `torch.optim`: an optimizer changes the parameters it was given, and of those the ones
     with a gradient. Who fine-tunes freezes most of a model on purpose."""
@@ -407,18 +422,20 @@ def not_trained(evidence:Evidence # of a run
     if not params: raise Missing('the parameters are not known; diagnose the Learner or the Inspector')
     frozen = _layers_of(nm for nm,p in params.items() if not p.trained and len(p.shape) > 1)
     missing = _layers_of(nm for nm,p in params.items() if p.trained and p.held is False)
-    return [_untrained(evidence, layers, *words)
-            for layers,words in ((frozen, _frozen), (missing, _left_out)) if layers]
+    most = lambda layers: len(layers) > len(_layers_of(params))/2
+    none = not any(p.trained and p.held for p in params.values())
+    found = ((frozen, 'note' if most(frozen) else 'warning', _frozen),
+             (missing, 'error' if none else 'warning', _left_out))
+    return [_untrained(evidence, layers, level, *words) for layers,level,words in found if layers]
 
 _frozen = ('frozen (requires_grad is False)', ['frozen on purpose', 'left frozen from another training'],
            ['`requires_grad_(True)`, if it is to be trained'])
 _left_out = ('not among the parameters of the optimizer', ['added after the optimizer was made',
                                                            'only a part was given to it'],
-             ['make the optimizer from `model.parameters()`'])
+             ['make the optimizer from `model.parameters()`', 'nothing, if another optimizer has them'])
 
-def _untrained(evidence, layers, why, causes, tries):
-    most = len(layers) > len(_layers_of(evidence.facts.params))/2
-    return Finding('not_trained', 'note' if most else 'warning', layers[0], (), float(len(layers)), 0.,
+def _untrained(evidence, layers, level, why, causes, tries):
+    return Finding('not_trained', level, layers[0], (), float(len(layers)), 0.,
                    f'Not trained: {evidence.facts.named(layers[0])}{_and(layers)}; {why}.', causes, tries, [],
                    layers)
 

@@ -70,7 +70,7 @@ class _AtSteps(Callback):
             raise ValueError(f'{who}: stats is {stats!r}; give a tuple of some of {self.known_stats}')
         self.parameters, self.stats, self.history = parameters, tuple(stats), History(max_bytes=max_bytes)
         self.pace, self.first_run, self._model = Pace(every, budget, who), 0, noop
-        self.active, self._trial, self._where = False, False, None
+        self.active, self._trial, self._where, self._groups = False, False, None, []
         self.beside = None   # another callback, whose steps are looked at in place of `every` and `budget`
         self._start_model()
 

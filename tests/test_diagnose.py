@@ -1,5 +1,6 @@
 "Findings: planted faults are named first, healthy runs are left alone; evidence of every kind; nothing is read in a step."
 import json, warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from shared import CountReads, HandSGD, ReadsPerStep
 from torch import nn, optim
 
 from miniai.activations import ActivationStats
+from miniai.archive import plain_frame, read_table, write_table
+from miniai.callback import Callback
 from miniai.compare import compare
 from miniai.datasets import DataLoaders, fashion_mnist
 from miniai.demo import train_run
@@ -311,3 +314,96 @@ def test_compare_leaves_gaps(dead):
     bare.record('batch', 'loss', 1., step=0)
     table = compare(dict(bare=bare, dead=dead)).table.set_index(['layer', 'stat'])
     assert np.isnan(table.loc[('act2', 'std'), 'bare']) and table.loc[('batch', 'loss'), 'bare'] == 1
+
+
+# what is no fault, and what is told apart
+
+def _losses(values, samples=64):
+    h = History()
+    h.start_run()
+    for i, value in enumerate(values): h.record('batch', 'loss', float(value), step=i, phase='train', samples=samples)
+    return h
+
+
+def test_single_losses_over_a_few_samples_vary_by_themselves():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0)).square().clamp(min=.01)
+    values[0] = .5
+    assert diagnose(_losses(values, 64), 'learning_rate_high').of('error', 'warning')
+    assert not diagnose(_losses(values, 1), 'learning_rate_high')
+    assert diagnose(_losses([.4, *values[1:]*50], 1), 'learning_rate_high')[0].level == 'error'
+
+
+def test_collapse_after_a_rise_of_the_loss_is_an_error_that_comes_before_its_effects():
+    h = _losses([2.3, 900., *[2.2]*60])
+    for i in range(62): h.record('act', 'death_rate', float(i > 1), step=i, phase='train', samples=64)
+    assert [(o.rule, o.level) for o in diagnose(h)][:2] == [('learning_rate_high', 'error'), ('dead_units', 'error')]
+
+
+def test_a_fall_of_the_gradient_from_the_start_is_no_jump():
+    def found(norms):
+        h = History()
+        h.start_run()
+        for i, value in enumerate(norms): h.record('all', 'grad_norm', value, step=i, phase='train')
+        for i, value in enumerate(norms): h.record('fc.weight', 'grad_norm', value, step=i, phase='train')
+        return diagnose(h, 'exploding_gradients')
+    falling = np.geomspace(10, 1e-9, 80).tolist()
+    assert not found(falling)
+    assert found([1.]*40 + [5e4] + [1.]*40)[0].steps == (40, 40)
+    assert found([1.]*10 + [5e4] + falling)[0].steps[0] == 10
+
+
+def test_loss_comes_before_the_gradients_it_spoils(dls):
+    class Spoil(Callback):
+        def after_loss(self, learn): learn.loss = learn.loss*(torch.nan if learn.n_steps == 9 else 1.)
+    learn = Learner(mlp(784, 16, 10), dls, F.cross_entropy, .1, [TrainCB(), Spoil(), ActivationStats(), GradientStats()])
+    learn.fit(1)
+    first = learn.diagnose('not_finite')[0]
+    assert (first.layer, first.steps[0]) == ('', 9) and 'in the loss' in first.text
+
+
+@pytest.mark.parametrize('loss,n', [(nn.CrossEntropyLoss(), 10), (nn.CrossEntropyLoss(reduction='sum'), None),
+                                    (partial(F.cross_entropy, reduction='sum'), None),
+                                    (nn.CrossEntropyLoss(weight=torch.ones(10)), None)])
+def test_guessing_is_log_c_for_a_plain_mean_only(loss, n, dls):
+    learn = Learner(mlp(784, 16, 10), dls, loss, 1e-3, [TrainCB()])
+    learn.fit(1)
+    assert evidence_of(learn).facts.n_classes == n
+
+
+@pytest.mark.parametrize('own,level', [(False, 'error'), (True, 'warning')])
+def test_optimizer_of_another_model_is_an_error(own, level, dls):
+    net, other = mlp(784, 16, 10), mlp(784, 16, 10)
+    learn = Learner(net, dls, F.cross_entropy, .1, [TrainCB(), GradientStats()],
+                    lambda params, lr: optim.SGD([*net.fc2.parameters()] if own else other.parameters(), lr))
+    learn.fit(1)
+    first = learn.diagnose('not_trained')[0]
+    assert (first.level, first.layer) == (level, 'fc1')
+
+
+def test_layers_of_an_earlier_model_are_not_in_the_run(dls):
+    learn = Learner(mlp(784, 16, 16, 10), dls, F.cross_entropy, .1, [TrainCB(), ActivationStats(), GradientStats(), UpdateStats()])
+    learn.fit(1)
+    learn.model = mlp(784, 16, 10)
+    learn.fit(1)
+    evidence = evidence_of(learn)
+    assert evidence.sources('std') == ['flatten', 'fc1', 'act1', 'fc2']
+    assert evidence.sources('grad_norm') == evidence.sources('update_ratio') == ['fc1.weight', 'fc1.bias', 'fc2.weight', 'fc2.bias']
+
+
+@pytest.mark.parametrize('ending', ['parquet', 'jsonl', 'csv'])
+def test_files_are_exact(ending, tmp_path):
+    h = History()
+    for run, value in enumerate([1/3, torch.nan, torch.inf, -torch.inf, 1e-45]):
+        h.start_run()
+        h.record('batch', 'loss', value, step=run, phase='train', samples=3)
+        h.record('a,"b"\n<c>', 'range', torch.tensor([value, 1e30]), step=run, phase='valid')
+        h.record('wide', 'dead_epoch', torch.arange(40_000) % 3 == 0, step=run, phase='train')
+    write_table(plain_frame(h.flush()), tmp_path/f'table.{ending}')
+    again, _ = read_table(tmp_path/f'table.{ending}')
+    assert again.keys() == h.keys()
+    for phase, source, stat in h.keys():
+        old, new = h.series(source, stat, phase), again.series(source, stat, phase)
+        assert np.array_equal(old.values.astype(float), new.values.astype(float), equal_nan=True)
+        assert all(np.array_equal(getattr(old, o), getattr(new, o)) for o in ('runs', 'steps', 'samples'))
+    if ending == 'jsonl':   # JSON has no NaN, in arrays neither
+        for line in (tmp_path/'table.jsonl').read_text().splitlines(): json.loads(line, parse_constant=pytest.fail)

@@ -18,6 +18,7 @@ from miniai.learner import MetricsCB, TrainLearner
 from miniai.page import kept_rows, numbers, write_page
 from miniai.report import ReportCB, report_html, write_report
 from miniai.training import accuracy
+from miniai.watch import Watcher
 from shared import CountReads, ReadsPerStep
 
 hostile = '<script>alert(1)</script>', '"><img src=x onerror=alert(2)>', '%{y}$x$ & <b>bold</b>'
@@ -431,3 +432,9 @@ def test_without_scripts_words_and_tables_are_there(browser, page):
     assert tab.locator('.finding').first.is_visible() and tab.locator('svg.spark').first.is_visible()
     assert 'need a browser' in tab.inner_text('noscript')
     context.close()
+
+
+def test_before_the_first_fit_everybody_may_watch(tmp_path):
+    learn = hostile_learner()
+    assert isinstance(learn.watch(every=1, ranks=True, ranges=True), Watcher)
+    assert 'Cost of watching' in text(learn.report(tmp_path/'run.html'))

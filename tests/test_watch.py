@@ -353,3 +353,19 @@ def test_a_finding_is_saved(tmp_path):
 def test_wrong_arguments(wrong):
     with pytest.raises(ValueError, match='NanTracer: every'): NanTracer(every=wrong)
     with pytest.raises(ValueError, match='every'): learner().watch(every=wrong if wrong else -2)
+
+
+def test_before_the_first_fit():
+    watcher = learner().watch()
+    assert watcher.cost().steps_seen == 0 and 'of 0 steps' in repr(watcher)
+    assert watcher.gradients.cost().steps_seen == watcher.updates.cost().steps_seen == 0
+
+
+def test_a_kept_watcher_does_not_hold_the_learner():
+    learn = learner()
+    watcher = learn.watch(every=1, ranks=True, ranges=True)
+    learn.fit(1)
+    learn.loss_func = lambda preds, targets: None   # cannot be pickled
+    again = pickle.loads(pickle.dumps(watcher))
+    assert all(getattr(o, 'learn', None) is None for o in (again, *again.parts.values()))
+    assert again.gradients.rows('0.weight', 'grad_norm').values.tolist() == watcher.gradients.rows('0.weight', 'grad_norm').values.tolist()
