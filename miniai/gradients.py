@@ -55,8 +55,8 @@ class _PooledGroup:
         return self._padding
 
     def nbytes(self):
-        rooms = [room for pool in self.pools.values() for room in pool.rooms if room is not None]
-        return sum(flat.nbytes for flat,_ in rooms)
+        buffers = [o for pool in self.pools.values() for o in pool.buffers if o is not None]
+        return sum(flat.nbytes for flat,_ in buffers)
 
 # %% ../nbs/10_gradients.ipynb #45087eb6
 class _AtSteps(Callback):
