@@ -68,8 +68,10 @@ class _Pending:
 
     def end_step(self, *facts):
         "The step is over. What is told of it: its weight, its number."
-        for buffer,*_ in self.buffers.values():
+        for buffer,_,names,start in self.buffers.values():
             if isinstance(buffer, OutputBuffer): buffer.end_step()
+            elif 0 < len(buffer) <= len(self):   # it had nothing in this step
+                for o in (buffer, start): o is None or o.append([None]*len(names))
         self.facts.append(facts)
 
     def is_full(self):
@@ -78,7 +80,7 @@ class _Pending:
     def looks(self):
         "[(lenses, names, look)] at all steps."
         return [(lenses, names, buffer.look(*(() if start is None else (start.look(),))))
-                for buffer,lenses,names,start in self.buffers.values() if len(buffer)]
+                for buffer,lenses,names,start in self.buffers.values() if 0 < len(buffer) == len(self)]
 
     def measured(self):
         """[(lens, names, values [steps, k, n], steps)]: what was measured at once, with gaps for steps
@@ -150,7 +152,8 @@ class Inspector:
         self.pace = Pace(self.every, self.budget, 'Inspector')
         self._told, self._order, self._steps = set(), {}, {}
         self._me, self._forward, self._axes, self._gaps = weakref.ref(self), 0, {}, {}
-        self._optimizers, self._before, self._known, self._waiting, self._follows = {}, {}, {}, {}, []
+        self._optimizers, self._before, self._known, self._waiting = {}, {}, {}, {}
+        self._follows, self._grad_shapes = [], {}
         self._given, self.phase, self.by_grad, self._unclipped = None, 'train', 'train', None
         self._wants_norm = any(getattr(o, 'before_clipping', False) for o in self.lenses)
         self._clear()
@@ -251,7 +254,7 @@ def _hook_all(self:Inspector):
     self._n_layers = len([o for o in self.hooks if hasattr(o, 'lenses')])
     for lens in self.lenses:
         if lens.tap == 'loss': self._hook_loss(lens)
-    if self._at_steps(): self._hook_optimizers()
+    if self._at_steps() or not all(o.inplace for o in self.lenses): self._hook_optimizers()   # they count
 
 @patch
 def _hook_loss(self:Inspector, lens):
@@ -545,15 +548,20 @@ def _in_full_precision(measure, look):
 @patch
 def _measure_pending(self:Inspector, *key):
     "Measure what waits at a tap; each lens gets a row for each step."
-    pending, parts = self._waiting[key], {}
-    if not len(pending): return
+    pending = self._waiting[key]
+    try:
+        if len(pending): self._measure_steps(pending, key)
+    finally: pending.clear()
+
+@patch
+def _measure_steps(self:Inspector, pending, key):
+    parts = {}
     for lenses,names,look in pending.looks():
         for lens,values in self._ask(lenses, names, look):
             rows = values.view(len(values), len(pending), len(names)).transpose(0, 1)
             parts.setdefault(lens, []).append((names, rows, look.steps))
     for lens,*part in pending.measured(): parts.setdefault(lens, []).append(part)
     for lens,found in parts.items(): self._rows(lens, self._phase_in(lens, key), found, pending.facts)
-    pending.clear()
 
 @patch
 def _phase_in(self:Inspector, lens, key):
@@ -593,7 +601,7 @@ def _rows(self:Inspector, lens, phase, found, facts):
 
 @patch
 def _measure_all_pending(self:Inspector):
-    for key in self._waiting: self._measure_pending(*key)
+    for key in self._waiting: self._guard(key[0], self._measure_pending, *key)
 
 # %% ../nbs/19_inspector.ipynb #4350cb91
 class _Follow:
@@ -627,7 +635,7 @@ def _take_grads(self:Inspector, grads):
     buffer = self._same_buffer(pending, follows, grads)
     if buffer is not None: buffer.append([grad.detach() for _,grad in grads])
     else: self._sort_grads(pending, grads)
-    self._follows = follows
+    self._follows, self._grad_shapes = follows, {o.source: grad.shape for o,grad in grads}
     pending.end_step(self._samples or 1, self.step)
     if pending.is_full(): self._measure_pending('output_grad')
 
@@ -636,27 +644,35 @@ def _same_buffer(self:Inspector, pending, follows, grads):
     "The one buffer there is, if these gradients are like those of the last time, as they usually are."
     if follows != self._follows or len(pending.buffers) != 1: return None
     (buffer, _, names, _), = pending.buffers.values()
-    alike = len(names) == len(follows) and buffer.pool.shapes == [grad.shape for _,grad in grads]
-    return buffer if alike else None
+    return buffer if len(names) == len(follows) and self._goes_on(pending, grads) else None
+
+@patch
+def _goes_on(self:Inspector, pending, group):
+    "Whether there is a buffer with all steps so far, the last one of the same shapes."
+    buffer = pending.buffers.get(tuple(o.source for o,_ in group), (None,))[0]
+    shapes = [grad.shape for _,grad in group]
+    return (buffer is not None and len(buffer) == len(pending) and buffer.pool.shapes == shapes
+            and [self._grad_shapes.get(o.source) for o,_ in group] == shapes)
 
 @patch
 def _sort_grads(self:Inspector, pending, grads):
     small = [o for o in grads if o[1].numel() <= self.small]
-    for group in groupby(small, lambda o: (o[0].hook.grad_lenses, o[1].device)).values():
-        self._guard(group[0][0].source, self._append_grads, pending, group)
+    groups = groupby(small, lambda o: (o[0].hook.grad_lenses, o[1].device)).values()
+    new = [not self._goes_on(pending, group) for group in groups]
+    if any(new): self._measure_pending('output_grad')   # those that go on have as many steps as the new ones
+    for group,is_new in zip(groups, new):
+        self._guard(group[0][0].source, self._append_grads, pending, group, is_new)
     for follow,grad in grads:
         if grad.numel() <= self.small: continue
         self._guard(follow.source, self._measure_grad, pending, follow, grad.detach())
 
 @patch
-def _append_grads(self:Inspector, pending, group):
+def _append_grads(self:Inspector, pending, group, is_new):
     names, grads = tuple(o.source for o,_ in group), [grad.detach() for _,grad in group]
-    buffer = pending.buffers.get(names, (None,))[0]
-    if buffer is None or buffer.pool.shapes != [o.shape for o in grads]:
-        self._measure_pending('output_grad')
+    if is_new:
         lenses, axes = group[0][0].hook.grad_lenses, [self._axes[nm, o.ndim] for nm,o in zip(names, grads)]
-        buffer = self._new_buffer(pending, names, Pool(grads, axes, by_unit=False), grads, lenses, names)
-    buffer.append(grads)
+        self._new_buffer(pending, names, Pool(grads, axes, by_unit=False), grads, lenses, names)
+    pending.buffers[names][0].append(grads)
 
 @patch
 def _new_buffer(self:Inspector, pending, key, pool, tensors, lenses, names):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import nn, optim
 
 from shared import CountReads
 
@@ -879,3 +879,46 @@ def test_an_object_of_your_own():
     inspector = Inspector([OutputNorm()], module=model, visualizer=mine)
     for _ in inspector.range(2): train(model, torch.randn(8, 4))
     assert mine.last[0] == 1 and mine.last[1] == pytest.approx(values(inspector, '1', 'norm mean')[-1])
+
+
+@pytest.mark.parametrize('kind', ['lstm', 'linear', 'two groups'])
+def test_output_gradients_of_ragged_batches(kind):
+    "Outputs that are now large, now small, of other shapes than before: each step has its norm, a correlation only with its like."
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.LSTM(28, 32, batch_first=True) if kind == 'lstm' else nn.Linear(28, 32)
+            self.head = nn.Linear(32, 10)
+            if kind == 'two groups': self.side = nn.Linear(28, 7)   # which is called now and then
+        def forward(self, x):
+            h = self.body(x)
+            if kind == 'lstm': h = h[0]
+            if kind == 'two groups' and len(x) % 2: h = h + self.side(x).mean()
+            return self.head(h)[:, -1]
+    torch.manual_seed(1)
+    model, seen = Net(), []
+    opt = optim.SGD(model.parameters(), .1)
+    hooked = list(model.children())
+    def look(m, inp, out):
+        out = out[0] if isinstance(out, tuple) else out
+        out.register_hook(lambda grad: seen.append((hooked.index(m), len(steps), grad.clone())))
+    handles = [m.register_forward_hook(look) for m in hooked]
+    inspector, steps = Inspector([OutputGradientGeometry(inplace=False)], module=model, visualizer=None), []
+    for _ in inspector.range(3):
+        for n in 64, 64, 16, 5, 5, 64, 3:
+            x = torch.randn(n, 28, 28)
+            F.cross_entropy(model(x), torch.zeros(n, dtype=torch.long)).backward()
+            opt.step(); opt.zero_grad()
+            steps.append(n)
+    for handle in handles: handle.remove()
+    for i,name in enumerate(nm for nm,_ in model.named_children()):
+        if kind == 'lstm' and name == 'body': name = 'body[0]'
+        mine = [(step, grad) for j,step,grad in seen if j == i]
+        norms = inspector.history.series(name, 'output_grad_norm')
+        assert len(norms) == len(mine)
+        np.testing.assert_allclose(norms.values, [grad.norm().item() for _,grad in mine], rtol=1e-4)
+        angles = inspector.history.series(name, 'output_grad_correlation').values
+        for k,(_,grad) in enumerate(mine):
+            alike = k and mine[k-1][1].shape == grad.shape
+            want = F.cosine_similarity(mine[k-1][1].flatten(), grad.flatten(), dim=0).item() if alike else np.nan
+            if alike or kind != 'two groups': np.testing.assert_allclose(angles[k], want, atol=1e-4)
