@@ -686,7 +686,7 @@ def _measure_grad(self:Inspector, pending, follow, grad):
     lenses, source = follow.hook.grad_lenses, follow.source
     look = Look(_widen(grad)[None], self._axes[source, grad.ndim]+1)
     before = self._before.get(source)
-    if before is not None and before.a.shape == look.a.shape: look.before = before
+    if before is not None and self._grad_shapes.get(source) == grad.shape: look.before = before
     for lens,values in self._ask(lenses, (source,), look): pending.keep(lens, (source,), values)
     look.before = None
     if any(o.before for o in lenses): self._before[source] = look
