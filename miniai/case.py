@@ -238,7 +238,8 @@ def _params(model, optimizer=None):
 def _lr(optimizer):
     groups = getattr(optimizer, 'param_groups', None) or [{}]
     defaults = getattr(optimizer, 'defaults', {})
-    return groups[0].get('max_lr', groups[0].get('initial_lr', defaults.get('lr', groups[0].get('lr'))))
+    lr = groups[0].get('max_lr', groups[0].get('initial_lr', defaults.get('lr', groups[0].get('lr'))))
+    return lr if lr is None else float(lr)   # of a tensor it reads from the device, after the fit
 
 def _function_name(o):
     return getattr(o, '__name__', None) or getattr(getattr(o, 'func', None), '__name__', type(o).__name__)

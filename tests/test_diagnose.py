@@ -407,3 +407,11 @@ def test_files_are_exact(ending, tmp_path):
         assert all(np.array_equal(getattr(old, o), getattr(new, o)) for o in ('runs', 'steps', 'samples'))
     if ending == 'jsonl':   # JSON has no NaN, in arrays neither
         for line in (tmp_path/'table.jsonl').read_text().splitlines(): json.loads(line, parse_constant=pytest.fail)
+
+
+def test_learning_rate_in_a_tensor(dls, tmp_path):
+    learn = Learner(mlp(784, 16, 10), dls, F.cross_entropy, .5, [TrainCB(), GradientStats()], lambda ps, lr: optim.Adam(ps, torch.tensor(lr)))
+    learn.fit(1)
+    evidence = evidence_of(learn)
+    evidence.save(tmp_path/'run.jsonl')
+    assert evidence.facts.lr == evidence_of(tmp_path/'run.jsonl').facts.lr == .5
