@@ -189,6 +189,9 @@ class Inspector:
 
     def __enter__(self): return self
     def __exit__(self, *args): self.detach()
+    def __getattr__(self, name):
+        hint = f'; `import miniai.{name}` gives it' if name in ('diagnose', 'report') else ''
+        raise AttributeError(f'{type(self).__name__} has no attribute {name!r}{hint}')
     def __repr__(self):
         on = f'on {type(self.model).__name__}' if self.attached else 'detached'
         return f"Inspector({', '.join(type(o).__name__ for o in self.lenses)}; {on}, epoch {self.epoch})"

@@ -119,7 +119,7 @@ class Learner:
         resume=None    # a file of `miniai.checkpoint`, or a folder of them: go on where that fit was
     ):
         "Train and validate; the mode (train or eval) of every module is afterwards what it was before."
-        self._check_fit()
+        self._check_fit(n_epochs)
         added = [o for o in as_cbs(cbs) if not any(o is cb for cb in self.cbs)]
         modes = [(self.model, self.model.training), *((m, m.training) for m in self.model.modules())]
         try:
@@ -137,7 +137,8 @@ class Learner:
 
     def __getattr__(self, name):
         if name in work_events: return partial(self.callback, name)
-        raise AttributeError(f'{type(self).__name__} has no attribute {name!r}')
+        hint = f'; `import miniai.{_given_by[name]}` gives it' if name in _given_by else ''
+        raise AttributeError(f'{type(self).__name__} has no attribute {name!r}{hint}')
 
     @property
     def training(self):
@@ -150,6 +151,10 @@ class Learner:
         return 'train' if self.training else 'valid'
 
 def _items(cbs): return getattr(cbs, 'items', cbs)
+
+# methods of later rooms
+_given_by = dict(watch='watch', unwatch='watch', diagnose='diagnose', report='report', summary='augment',
+                 capture_preds='augment', show_image_batch='augment')
 
 # %% ../nbs/09_learner.ipynb #0c13073a
 @patch
@@ -180,8 +185,16 @@ def _names(cbs): return ', '.join(type(o).__name__ for o in cbs) or 'none'
 
 # %% ../nbs/09_learner.ipynb #d8344205
 @patch
-def _check_fit(self:Learner):
+def _check_fit(self:Learner, n_epochs):
     "What would end somewhere deep inside."
+    if not isinstance(n_epochs, (int, np.integer)) or n_epochs < 0:
+        raise ValueError(f'fit: n_epochs is {n_epochs!r}; it must be a whole number, 0 or more')
+    if isinstance(self.loss_func, type):
+        name = self.loss_func.__name__
+        raise TypeError(f'fit: the loss is the class {name}; give an instance of it, `{name}()`')
+    if isinstance(self.opt_func, optim.Optimizer):
+        raise TypeError(f'fit: opt_func is an optimizer ({type(self.opt_func).__name__}); give what makes one '
+                        'of parameters and learning rate, such as its class, or None and set `learn.opt`')
     if not isinstance(self.model, nn.Module):
         raise TypeError(f'fit: the model is {self.model!r} ({type(self.model).__name__}); it must be an '
                         'nn.Module. A function goes into the forward of one')

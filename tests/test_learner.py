@@ -804,3 +804,31 @@ def test_what_cannot_be_fitted(change, text):
     learn = Learner(nn.Linear(3, 2), SimpleNamespace(train=batches, valid=batches), F.cross_entropy, cbs=TrainCB())
     vars(learn).update(change)
     with pytest.raises((TypeError, ValueError), match=text): learn.fit(1)
+
+
+def test_wrong_arguments_are_said():
+    def learner(**kw): return Learner(nn.Linear(2, 1), get_dls(), **{'loss_func': F.mse_loss, 'cbs': TrainCB(), **kw})
+    for n in '2', 2.5, -1, None:
+        with pytest.raises(ValueError, match='fit: n_epochs is'): learner().fit(n)
+    with pytest.raises(TypeError, match=r'the class MSELoss; give an instance of it, `MSELoss\(\)`'):
+        learner(loss_func=nn.MSELoss).fit(1)
+    model = nn.Linear(2, 1)
+    with pytest.raises(TypeError, match='opt_func is an optimizer'):
+        learner(opt_func=optim.SGD(model.parameters(), .1)).fit(1)
+    learner().fit(0)
+
+
+def test_methods_of_other_rooms_name_them():
+    "In a new program, where nobody has imported those."
+    code = '''
+from torch import nn
+from miniai.inspector import Inspector
+from miniai.learner import Learner
+from miniai.lens import OutputNorm
+for o,names in ((Learner(nn.Linear(1, 1)), ('watch', 'diagnose', 'report', 'summary')), (Inspector([OutputNorm()]), ('diagnose', 'report'))):
+    for name in names:
+        try: getattr(o, name)
+        except AttributeError as e: assert '`import miniai.' in str(e), e
+        else: raise AssertionError(name)
+'''
+    subprocess.run([sys.executable, '-c', code], check=True)

@@ -117,6 +117,7 @@ def test_users_code_passes_a_type_checker(root):
 
 def test_users_code_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(1)
     x, y = torch.randn(64, 1, 8, 8), torch.randint(10, (64,))
     dl = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 16)
     dls, net = DataLoaders(dl, dl), nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.ReLU())
