@@ -238,7 +238,8 @@ def _worst(means, who):
     return {f'lowest activation, {who}': rate, f'highest death rate, {who}': death}
 
 def _activity_panels(lens, title, sources, stats, how, who):
-    warning = [Panel(f'Warning: {title.lower()}', (f'{o}, {who}',), ('all',), (), wide=True, kind='shares')
+    worst = f'Lowest activation rate, highest death rate of {who}'
+    warning = [Panel(worst, (f'{o}, {who}',), ('all',), (), wide=True, kind='shares')
                for o in ('lowest activation', 'highest death rate')]
     return ([Panel(title, (stat,), tuple(sources), (o,), kind='shares') for stat,o in zip(stats, how)]
             + warning*lens.warning_plot)

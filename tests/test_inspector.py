@@ -837,7 +837,8 @@ def test_a_figure_of_everything(tmp_path):
     fig = inspector.visualizer.show_fig()
     fig.savefig(tmp_path/'figure.png')
     titles = {o.get_text() for o in fig.findobj(lambda o: hasattr(o, 'get_text'))}
-    assert {'Loss', 'Metrics', 'Output activation', 'Weight grad norm', 'Bias update ratio', 'Condition', 'Warning: gradient activation'} <= titles
+    assert {'Loss', 'Metrics', 'Output activation', 'Weight grad norm', 'Bias update ratio', 'Condition',
+            'Lowest activation rate, highest death rate of gradients'} <= titles
     inside = fig.bbox.padded(2)
     for text in fig.findobj(lambda o: hasattr(o, 'get_text') and o.get_text() and o.get_visible()):
         box = text.get_window_extent()
