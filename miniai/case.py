@@ -42,6 +42,8 @@ class Facts:
     twins:dict = field(default_factory=dict)   # layer -> share of its units that have another one's weights
     since:dict = field(default_factory=dict)   # source -> for each unit the step it is dead from; -1: alive
     constant:bool = None      # whether the model gave the last batch one and the same answer for all samples
+    answers:str = ''          # to the last batch: 'distribution' (rows add up to 1), 'share' (0 to 1), 'number'
+    weight_decay:float = None # largest that the optimizer has
     looked:dict = field(default_factory=dict)  # phase -> (batches looked at, batches that went by)
 
     def layer(self,
@@ -286,12 +288,26 @@ def _constant(learn):
     a = preds.detach().float()
     return bool((a - a[:1]).abs().amax() <= 1e-6*a.abs().amax())   # reads from the device, after the fit
 
+def _answers(learn):
+    "What the predictions of the last batch look like, as `Facts.answers` says it."
+    preds = getattr(learn, 'preds', None)
+    if not isinstance(preds, torch.Tensor) or not preds.is_floating_point() or not preds.numel(): return ''
+    a = preds.detach().float()
+    if not ((a >= 0) & (a <= 1)).all(): return 'number'   # reads from the device, after the fit
+    sums = a.sum(1) if a.ndim > 1 and a.shape[1] > 1 else a.new_zeros(1)
+    return 'distribution' if (sums - 1).abs().amax() < .01 else 'share'
+
+def _weight_decay(optimizer):
+    groups = getattr(optimizer, 'param_groups', None) or []
+    return max((float(o['weight_decay']) for o in groups if 'weight_decay' in o), default=None)
+
 def _learner_facts(learn):
     loss, model = _function_name(learn.loss_func), unwrap(learn.model)
     layers = {name: type(m).__name__ for name,m in select_modules(model)}
     return Facts(type(model).__name__, type(learn.opt).__name__ if learn.opt is not None else '', loss,
                  _lr(learn.opt), None, _n_classes(learn, loss), layers, params=_params(model, learn.opt),
-                 constant=_constant(learn), twins=twins(model))
+                 constant=_constant(learn), twins=twins(model), answers=_answers(learn),
+                 weight_decay=_weight_decay(learn.opt))
 
 def _rows(m):
     "[units, weights and bias] of a layer; of many weights 64 to the unit will do."

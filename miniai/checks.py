@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['rules', 'Missing', 'rule', 'exploding_activations', 'vanishing_activations', 'exploding_gradients',
-           'learning_rate_high', 'not_finite', 'never_called', 'no_gradient', 'not_trained', 'identical_units',
-           'dead_units', 'saturated', 'vanishing_gradients', 'constant_output', 'learning_rate_low', 'update_ratio',
-           'at_chance', 'metric_stuck', 'overfitting', 'little_data']
+           'learning_rate_high', 'not_finite', 'never_called', 'no_gradient', 'not_trained', 'softmax_before_loss',
+           'identical_units', 'dead_units', 'saturated', 'vanishing_gradients', 'constant_output', 'learning_rate_low',
+           'update_ratio', 'at_chance', 'metric_stuck', 'overfitting', 'little_data']
 
 # %% ../nbs/21_checks.ipynb #02021be6
 import numpy as np
@@ -438,6 +438,48 @@ def _untrained(evidence, layers, level, why, causes, tries):
     return Finding('not_trained', level, layers[0], (), float(len(layers)), 0.,
                    f'Not trained: {evidence.facts.named(layers[0])}{_and(layers)}; {why}.', causes, tries, [],
                    layers)
+
+# %% ../nbs/21_checks.ipynb #cece3f49
+_loss_wants = dict(   # name of the loss, small and without _ -> what it wants
+    crossentropy='logits', crossentropyloss='logits', bcewithlogitsloss='logits',
+    binarycrossentropywithlogits='logits', nllloss='log-probabilities')
+_ends = 'Softmax', 'Softmax2d', 'Sigmoid'
+
+def _last_called(facts):
+    "The last layer in model order that ran and does something; '' if layers are not known."
+    names = [o for o in facts.layers if o not in facts.silent
+             and not facts.kind(o).startswith(('Identity', 'Dropout', 'Flatten', 'Unflatten'))]
+    return names[-1] if names else ''
+
+@rule
+def softmax_before_loss(evidence:Evidence # of a run
+):
+    """A softmax or sigmoid at the end of the model, and a loss that does one itself.
+
+    An error if the last predictions show it, a warning if only the type of the last layer does. Source:
+    PyTorch, `CrossEntropyLoss` and `BCEWithLogitsLoss`: the input is expected to be unnormalized logits."""
+    facts = evidence.facts
+    wants = _loss_wants.get(facts.loss.lower().replace('_', ''))
+    if not facts.loss or not (facts.answers or facts.layers):
+        raise Missing('the loss function, or how the model ends, is not known; diagnose the Learner')
+    last = _last_called(facts)
+    ends = facts.kind(last) in _ends and facts.answers != 'number'
+    seen = facts.answers == 'distribution' and not facts.loss.lower().startswith('b')
+    return [_normalised(facts, last if ends else '', wants, seen)] if wants and (seen or ends) else []
+
+def _normalised(facts, layer, wants, seen):
+    what = 'softmax' if seen or 'Softmax' in facts.kind(layer) else 'sigmoid'
+    where = f'{facts.named(layer)} is the last' if layer else 'its last predictions add up to 1'
+    sure = seen or bool(layer and facts.answers)
+    return Finding(
+        'softmax_before_loss', 'error' if sure else 'warning', layer, (), None, None,
+        f'The model ends in a {what} ({where}), but {facts.loss} wants {wants}.',
+        [f'a {what} in the model, and another one in the loss' if wants == 'logits'
+         else f'a {what} without its logarithm'],
+        [f'take the {what} out of the model; for probabilities apply it after training' if wants == 'logits'
+         else 'a LogSoftmax instead, or cross entropy of what comes before it'],
+        [] if sure else ['read from the type of the last layer in the model, which may not be the last that runs'],
+        (layer,) if layer else ())
 
 # %% ../nbs/21_checks.ipynb #d00b09d7
 @rule

@@ -284,6 +284,30 @@ def test_stop_refuses_what_it_cannot_read(text):
     with pytest.raises(ValueError, match='StopOnCB: got the condition'): StopOnCB(text)
 
 
+# a softmax too many
+
+class _SoftmaxInForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = mlp(784, 16, 10)
+    def forward(self, x): return F.softmax(self.body(x), 1)
+
+
+def _few_steps(net, loss=F.cross_entropy):
+    learn = Learner(net, DataLoaders.in_memory(fashion_mnist('small'), batch_size=512), loss, lr=.1, cbs=[TrainCB()])
+    learn.fit(1)
+    return diagnose(learn, 'softmax_before_loss')
+
+
+def test_softmax_that_is_no_layer_is_seen_by_its_answers():
+    first, = _few_steps(_SoftmaxInForward(), nn.CrossEntropyLoss())
+    assert (first.level, first.layer) == ('error', '') and 'add up to 1' in first.text
+
+
+def test_log_softmax_and_plain_logits_are_left_alone():
+    for act in nn.Identity(), nn.LogSoftmax(1): assert not _few_steps(nn.Sequential(mlp(784, 16, 10), act))
+
+
 # rules of one's own
 
 def test_rule_of_ones_own(dead):
