@@ -533,7 +533,9 @@ class Findings(list):
         counts = [f'{len(self.of(o))} {o}{"s"*(len(self.of(o)) != 1)}' for o in levels if self.of(o)]
         text = f'{", ".join(counts) or "Nothing found"}. Rules checked: {len(self.checked)}.'
         if not self.unchecked: return text
-        return text + f' Not checked, for want of records: {len(self.unchecked)} (see `unchecked`).'
+        few = len(self.unchecked) < 4
+        which = ', '.join(self.unchecked) if few else f'{len(self.unchecked)} (see `unchecked`)'
+        return f'{text} Not checked, for want of records: {which}.'
 
     def __str__(self): return '\n\n'.join([self.summary(), *map(str, self)])
     __repr__ = __str__

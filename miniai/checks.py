@@ -57,6 +57,13 @@ def _span(track, where=None):
     return (int(steps[0]), int(steps[-1])) if len(steps) else ()
 
 # %% ../nbs/21_checks.ipynb #d727d175
+def _decay(evidence):
+    "Weight decay among the causes, where it alone would take a thousandth of a weight each step, or is 0.1."
+    o = evidence.facts
+    if not o.weight_decay or not (o.weight_decay*(o.lr or 0) >= 1e-3
+                                  or o.weight_decay >= .1 and o.optimizer != 'AdamW'): return []
+    return [f'weight decay that is too strong (it was {o.weight_decay:g})']
+
 def _caveats(evidence, track, *more, few=20):
     "Why a finding that was read from `track` may be wrong."
     found, (sampled, seen) = [o for o in more if o], evidence.facts.looked.get('train', (0, 0))
@@ -143,7 +150,7 @@ def _shrunk(evidence, stat, names, when, sizes, limit, found):
         limit,
         f'Outputs shrink to {share:.2g} of those of {evidence.facts.named(names[0])}, at the {when} step; '
         f'{evidence.facts.named(layers[0])} is the first below {limit:g}.',
-        [cause, 'weight decay that is too strong'],
+        [cause, *(_decay(evidence) or ['weight decay that is too strong'])],
         ['Kaiming initialisation, or LSUV (`miniai.init`)', 'BatchNorm or LayerNorm',
          'shortcuts around layers'],
         _caveats(evidence, track), layers, _depth_chart('Size of outputs, by depth', names, **found))
@@ -610,7 +617,7 @@ def vanishing_gradients(evidence:Evidence, # of a run
         min_gradient,
         f'The gradient of {layers[0]} is {share:.1g} of that of {names[-1]} (root mean squares), so it '
         f'hardly learns{_and(layers)}.',
-        ['many layers of sigmoid or tanh' if bounded else 'weights that are too small at the start',
+        [*_decay(evidence), 'many layers of sigmoid or tanh' if bounded else 'weights that are too small at the start',
          'no shortcuts in a deep net'],
         ['ReLU with Kaiming initialisation', 'BatchNorm or LayerNorm', 'shortcuts around layers (ResBlock)'],
         _caveats(evidence, track), layers, _depth_chart('Gradient (RMS), by depth', names, **sizes))]
@@ -633,8 +640,9 @@ def constant_output(evidence:Evidence # of a run
         'The model gives one answer for all samples of the last batch'
         + (f'; {evidence.facts.named(flat[0])} is the first layer whose output does not vary.' if flat
            else '.'),
-        ['layers that are dead or saturated', 'too high a learning rate', 'inputs that are all the same'],
-        ['see the findings above this one', 'look at a batch (`learn.show_image_batch()`)'],
+        [*_decay(evidence), 'layers that are dead or saturated', 'too high a learning rate',
+         'inputs that are all the same'],
+        ['look at a batch (`learn.show_image_batch()`)'],
         ['only the last batch was looked at'] if constant else [], flat,
         _steps_chart('Deviation of the last output', _tracks(evidence, names[-1:], 'std')))]
 
@@ -732,7 +740,7 @@ def at_chance(evidence:Evidence, # of a run
     return [Finding(
         'at_chance', 'note' if early else 'error', '', _span(track), last, chance*(1-min_gain),
         f'The training loss ends at {last:.3f}; guessing among {n} classes gives {chance:.3f}.',
-        ['what findings above this one say', 'targets that do not belong to their inputs (shuffled apart?)',
+        [*_decay(evidence), 'targets that do not belong to their inputs (shuffled apart?)',
          'too high or too low a learning rate'],
         ['look at inputs and targets of a batch', 'train on one batch only: its loss must go to 0',
          '`learn.lr_find()`'],

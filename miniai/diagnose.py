@@ -48,6 +48,14 @@ def _asked(nm, f, evidence, given):
         warnings.warn(f'diagnose: rule {nm!r} failed ({type(e).__name__}: {e})', stacklevel=3)
         return [], f'it failed ({type(e).__name__}: {e})'
 
+_followers = 'constant_output', 'at_chance'   # what many faults lead to
+
+def _refer_up(found):
+    "A finding that an error above it may explain says so."
+    for i,o in enumerate(found):
+        if o.rule in _followers and any(above.level == 'error' for above in found[:i]):
+            o.causes.insert(0, 'what the findings above this one say')
+
 def diagnose(
     x,           # History, Learner, Inspector, Watcher, callback, Recording, path of a file; a list of them
     rules=None,  # name or names of the rules to ask; default all
@@ -61,6 +69,7 @@ def diagnose(
         found += new
         if why: unchecked[nm] = why
     found.sort(key=lambda o: levels.index(o.level))   # stable: of one level, in the order of the rules
+    _refer_up(found)
     return Findings(found, [nm for nm in chosen if nm not in unchecked], unchecked, evidence)
 
 # %% ../nbs/21_diagnose.ipynb #9dcc232e

@@ -308,6 +308,22 @@ def test_log_softmax_and_plain_logits_are_left_alone():
     for act in nn.Identity(), nn.LogSoftmax(1): assert not _few_steps(nn.Sequential(mlp(784, 16, 10), act))
 
 
+# causes that are known
+
+def test_strong_weight_decay_is_named(dls):
+    learn = Learner(mlp(784, 32, 10), dls, F.cross_entropy, .1, [TrainCB()], partial(optim.SGD, weight_decay=1.))
+    learn.fit(1)
+    found = {o.rule: o for o in learn.diagnose()}
+    assert found['at_chance'].causes[0] == 'weight decay that is too strong (it was 1)', found
+
+
+def test_findings_above_are_only_spoken_of_if_there_are_any(dls):
+    alone = train(faults['labels shuffled'], dls).diagnose()
+    assert alone[0].rule == 'at_chance' and 'above' not in str(alone[0])
+    found = {o.rule: o for o in train(faults['lr 30'], dls).diagnose()}
+    assert 'above' in found['at_chance'].causes[0]
+
+
 # rules of one's own
 
 def test_rule_of_ones_own(dead):
