@@ -64,6 +64,10 @@ def _decay(evidence):
                                   or o.weight_decay >= .1 and o.optimizer != 'AdamW'): return []
     return [f'weight decay that is too strong (it was {o.weight_decay:g})']
 
+def _try_rates(evidence):
+    "How to find a learning rate; whoever has no Learner has no `lr_find`."
+    return '`learn.lr_find()`' if evidence.facts.optimizer else 'a few steps at each of several rates'
+
 def _caveats(evidence, track, *more, few=20):
     "Why a finding that was read from `track` may be wrong."
     found, (sampled, seen) = [o for o in more if o], evidence.facts.looked.get('train', (0, 0))
@@ -246,7 +250,7 @@ def learning_rate_high(evidence:Evidence, # of a run
         f'{"ends at" if lost else "comes back to"} {late:.3g}.'
         + (f' By then units have died in {layers[0]}{_and(layers)}.' if layers else ''),
         ['too high a learning rate' + _rate(evidence), 'no warm-up', 'inputs that are not scaled'],
-        ['a tenth of it', '`learn.lr_find()`', 'clip the gradients (GradClipCB)'], _caveats(evidence, track),
+        ['a tenth of it', _try_rates(evidence), 'clip the gradients (GradClipCB)'], _caveats(evidence, track),
         layers,
         _steps_chart('Training loss', dict(loss=track), log=first > 0, guides=(limit,)))]
 
@@ -285,7 +289,7 @@ def _collapses(evidence, loss, limit):
         f'At step {first} the output of {evidence.facts.named(layer)} collapses and the loss jumps from '
         f'{before:.3g}; it ends at {late:.3g}.',
         ['too high a learning rate' + _rate(evidence), 'no warm-up', 'weights that began small'],
-        ['a third of it', '`learn.lr_find()`', 'Kaiming initialisation', 'clip the gradients (GradClipCB)'],
+        ['a third of it', _try_rates(evidence), 'Kaiming initialisation', 'clip the gradients (GradClipCB)'],
         _caveats(evidence, tracks[layer]), layers,
         _steps_chart('Deviation of outputs', {nm: tracks[nm] for nm in layers}))]
 
@@ -485,7 +489,7 @@ def _normalised(facts, layer, wants, seen):
          else f'a {what} without its logarithm'],
         [f'take the {what} out of the model; for probabilities apply it after training' if wants == 'logits'
          else 'a LogSoftmax instead, or cross entropy of what comes before it'],
-        [] if sure else ['read from the type of the last layer in the model, which may not be the last that runs'],
+        [] if sure else ["read from the type of the model's last layer, which may not be the last that runs"],
         (layer,) if layer else ())
 
 # %% ../nbs/21_checks.ipynb #d00b09d7
@@ -617,7 +621,8 @@ def vanishing_gradients(evidence:Evidence, # of a run
         min_gradient,
         f'The gradient of {layers[0]} is {share:.1g} of that of {names[-1]} (root mean squares), so it '
         f'hardly learns{_and(layers)}.',
-        [*_decay(evidence), 'many layers of sigmoid or tanh' if bounded else 'weights that are too small at the start',
+        [*_decay(evidence),
+         'many layers of sigmoid or tanh' if bounded else 'weights that are too small at the start',
          'no shortcuts in a deep net'],
         ['ReLU with Kaiming initialisation', 'BatchNorm or LayerNorm', 'shortcuts around layers (ResBlock)'],
         _caveats(evidence, track), layers, _depth_chart('Gradient (RMS), by depth', names, **sizes))]
@@ -642,7 +647,7 @@ def constant_output(evidence:Evidence # of a run
            else '.'),
         [*_decay(evidence), 'layers that are dead or saturated', 'too high a learning rate',
          'inputs that are all the same'],
-        ['look at a batch (`learn.show_image_batch()`)'],
+        ['look at a batch of inputs'],
         ['only the last batch was looked at'] if constant else [], flat,
         _steps_chart('Deviation of the last output', _tracks(evidence, names[-1:], 'std')))]
 
@@ -694,7 +699,7 @@ def _low(evidence, track, value, limit, text, chart, *caveats):
         'learning_rate_low', 'error', '', _span(track), float(value), limit,
         f'{text}, and the loss stays: it falls by {_fall(track):.1%}.',
         ['too low a learning rate' + _rate(evidence), 'a schedule that stays near zero'],
-        ['`learn.lr_find()`', 'a thousand times as much'], _caveats(evidence, track, *caveats), chart=chart)
+        [_try_rates(evidence), 'a thousand times as much'], _caveats(evidence, track, *caveats), chart=chart)
 
 # %% ../nbs/21_checks.ipynb #f913214d
 @rule
@@ -720,7 +725,7 @@ def _ratio(evidence, tracks, names, value, limit, word, max_ratio, guides):
         value, limit,
         f'A step changes {names[0]} by {value:.1g} of itself, which is {word}{_and(names)}.',
         [f'a learning rate that is {which} for this layer', 'weights that were small or large at the start'],
-        [f'a {dict(high="lower", low="higher")[which]} learning rate', '`learn.lr_find()`'],
+        [f'a {dict(high="lower", low="higher")[which]} learning rate', _try_rates(evidence)],
         _caveats(evidence, track), names,
         _steps_chart('Update:weight ratio', {nm: tracks[nm] for nm in names}, log=True, guides=guides))
 
@@ -743,7 +748,7 @@ def at_chance(evidence:Evidence, # of a run
         [*_decay(evidence), 'targets that do not belong to their inputs (shuffled apart?)',
          'too high or too low a learning rate'],
         ['look at inputs and targets of a batch', 'train on one batch only: its loss must go to 0',
-         '`learn.lr_find()`'],
+         _try_rates(evidence)],
         _caveats(evidence, track, early and f'only {evidence.n_steps()} steps so far',
                  'where classes differ in size, guessing does better than this'),
         chart=_steps_chart('Training loss, and that of guessing', dict(loss=track), guides=(chance,)))]

@@ -324,6 +324,28 @@ def test_findings_above_are_only_spoken_of_if_there_are_any(dls):
     assert 'above' in found['at_chance'].causes[0]
 
 
+# names that do not exist
+
+@pytest.mark.parametrize('call, near', [
+    (lambda x: assert_healthy(x, allow='at_chnce'), 'at_chance'), (lambda x: assert_healthy(x, allow=['dead_unit']), 'dead_units'),
+    (lambda x: assert_healthy(x, 'eror'), 'error'), (lambda x: diagnose(x).of('eror'), 'error'), (lambda x: diagnose(x, 'ded_units'), 'dead_units')])
+def test_a_wrong_name_is_told_the_nearest(call, near):
+    with pytest.raises(ValueError, match=near): call(History())
+
+
+def test_a_wrong_limit_is_told_the_nearest(dead):
+    with pytest.raises(TypeError, match="did you mean 'max_dead'"): dead.diagnose(max_ded=.9)
+
+
+def test_only_that_name_is_allowed(dead):
+    with pytest.raises(AssertionError): assert_healthy(dead, allow='at_chance')
+
+
+def test_lr_find_is_for_those_who_have_it():
+    losses = _losses([1.]*20 + [50.]*20)
+    assert 'lr_find' not in str(diagnose(losses, 'learning_rate_high')) and diagnose(losses, 'learning_rate_high')
+
+
 # rules of one's own
 
 def test_rule_of_ones_own(dead):
