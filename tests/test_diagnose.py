@@ -376,6 +376,19 @@ def test_compare_leaves_gaps(dead):
     bare.record('batch', 'loss', 1., step=0)
     table = compare(dict(bare=bare, dead=dead)).table.set_index(['layer', 'stat'])
     assert np.isnan(table.loc[('act2', 'std'), 'bare']) and table.loc[('batch', 'loss'), 'bare'] == 1
+    assert table.loc[('act2', 'std'), 'only in'] == 'dead' and table.loc[('batch', 'loss'), 'only in'] == ''
+    assert table['only in'].iloc[-1] == '' and (table['only in'].iloc[:-1] == 'dead').all()   # gaps come first
+
+
+def test_compare_does_not_rank_noise_around_0():
+    runs = {}
+    for nm, mean, std in (('a', .0001, 1.), ('b', -.0001, 2.)):
+        runs[nm] = History()
+        runs[nm].start_run()
+        for i in range(40):
+            runs[nm].record('fc', 'mean', mean + .01*(-1)**i, step=i)
+            runs[nm].record('fc', 'std', std + .01*(-1)**i, step=i)
+    assert compare(runs).table.stat.tolist() == ['std', 'mean']
 
 
 # what is no fault, and what is told apart
