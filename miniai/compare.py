@@ -58,11 +58,11 @@ class Comparison:
     def table(self): # pandas.DataFrame: layer, stat, a column for each run, its ratio for each but the first
         """How each quantity ends: those that only some runs have, then the largest difference first.
 
-        Where there are such quantities, `only in` names those with finite numbers. Differences are told from how much
-        the values vary in the last quarter, so that numbers around 0 do not come first by their ratio."""
+        Where there are such quantities, `only in` names the runs with finite numbers. Differences are told
+        from how much values vary in the last quarter: numbers around 0 do not come first by their ratio."""
         import pandas as pd
-        ends, spreads = np.moveaxis(np.array([[_end(o.track(*key, self.phase)) for o in self.runs.values()]
-                                              for key in self.keys]), 2, 0)
+        found = [[_end(o.track(*key, self.phase)) for o in self.runs.values()] for key in self.keys]
+        ends, spreads = np.moveaxis(np.array(found), 2, 0)
         with np.errstate(all='ignore'): ratios = ends[:, 1:]/ends[:, :1]
         size, names, gaps = _size(ends, spreads), list(self.runs), np.isnan(ends)
         table = pd.DataFrame(self.keys, columns=['layer', 'stat']).assign(**dict(zip(names, ends.T)))
