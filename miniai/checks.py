@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['rules', 'Missing', 'rule', 'exploding_activations', 'vanishing_activations', 'exploding_gradients',
-           'learning_rate_high', 'not_finite', 'never_called', 'no_gradient', 'not_trained', 'identical_units',
-           'dead_units', 'saturated', 'vanishing_gradients', 'constant_output', 'learning_rate_low', 'update_ratio',
-           'at_chance', 'metric_stuck', 'overfitting', 'little_data']
+           'learning_rate_high', 'not_finite', 'never_called', 'no_gradient', 'not_trained', 'softmax_before_loss',
+           'identical_units', 'dead_units', 'saturated', 'vanishing_gradients', 'constant_output', 'learning_rate_low',
+           'update_ratio', 'at_chance', 'metric_stuck', 'overfitting', 'little_data']
 
 # %% ../nbs/21_checks.ipynb #02021be6
 import numpy as np
@@ -57,6 +57,17 @@ def _span(track, where=None):
     return (int(steps[0]), int(steps[-1])) if len(steps) else ()
 
 # %% ../nbs/21_checks.ipynb #d727d175
+def _decay(evidence):
+    "Weight decay among the causes, where it alone would take a thousandth of a weight each step, or is 0.1."
+    o = evidence.facts
+    if not o.weight_decay or not (o.weight_decay*(o.lr or 0) >= 1e-3
+                                  or o.weight_decay >= .1 and o.optimizer != 'AdamW'): return []
+    return [f'weight decay that is too strong (it was {o.weight_decay:g})']
+
+def _try_rates(evidence):
+    "How to find a learning rate; whoever has no Learner has no `lr_find`."
+    return '`learn.lr_find()`' if evidence.facts.optimizer else 'a few steps at each of several rates'
+
 def _caveats(evidence, track, *more, few=20):
     "Why a finding that was read from `track` may be wrong."
     found, (sampled, seen) = [o for o in more if o], evidence.facts.looked.get('train', (0, 0))
@@ -143,7 +154,7 @@ def _shrunk(evidence, stat, names, when, sizes, limit, found):
         limit,
         f'Outputs shrink to {share:.2g} of those of {evidence.facts.named(names[0])}, at the {when} step; '
         f'{evidence.facts.named(layers[0])} is the first below {limit:g}.',
-        [cause, 'weight decay that is too strong'],
+        [cause, *(_decay(evidence) or ['weight decay that is too strong'])],
         ['Kaiming initialisation, or LSUV (`miniai.init`)', 'BatchNorm or LayerNorm',
          'shortcuts around layers'],
         _caveats(evidence, track), layers, _depth_chart('Size of outputs, by depth', names, **found))
@@ -239,7 +250,7 @@ def learning_rate_high(evidence:Evidence, # of a run
         f'{"ends at" if lost else "comes back to"} {late:.3g}.'
         + (f' By then units have died in {layers[0]}{_and(layers)}.' if layers else ''),
         ['too high a learning rate' + _rate(evidence), 'no warm-up', 'inputs that are not scaled'],
-        ['a tenth of it', '`learn.lr_find()`', 'clip the gradients (GradClipCB)'], _caveats(evidence, track),
+        ['a tenth of it', _try_rates(evidence), 'clip the gradients (GradClipCB)'], _caveats(evidence, track),
         layers,
         _steps_chart('Training loss', dict(loss=track), log=first > 0, guides=(limit,)))]
 
@@ -278,7 +289,7 @@ def _collapses(evidence, loss, limit):
         f'At step {first} the output of {evidence.facts.named(layer)} collapses and the loss jumps from '
         f'{before:.3g}; it ends at {late:.3g}.',
         ['too high a learning rate' + _rate(evidence), 'no warm-up', 'weights that began small'],
-        ['a third of it', '`learn.lr_find()`', 'Kaiming initialisation', 'clip the gradients (GradClipCB)'],
+        ['a third of it', _try_rates(evidence), 'Kaiming initialisation', 'clip the gradients (GradClipCB)'],
         _caveats(evidence, tracks[layer]), layers,
         _steps_chart('Deviation of outputs', {nm: tracks[nm] for nm in layers}))]
 
@@ -439,6 +450,48 @@ def _untrained(evidence, layers, level, why, causes, tries):
                    f'Not trained: {evidence.facts.named(layers[0])}{_and(layers)}; {why}.', causes, tries, [],
                    layers)
 
+# %% ../nbs/21_checks.ipynb #cece3f49
+_loss_wants = dict(   # name of the loss, small and without _ -> what it wants
+    crossentropy='logits', crossentropyloss='logits', bcewithlogitsloss='logits',
+    binarycrossentropywithlogits='logits', nllloss='log-probabilities')
+_ends = 'Softmax', 'Softmax2d', 'Sigmoid'
+
+def _last_called(facts):
+    "The last layer in model order that ran and does something; '' if layers are not known."
+    names = [o for o in facts.layers if o not in facts.silent
+             and not facts.kind(o).startswith(('Identity', 'Dropout', 'Flatten', 'Unflatten'))]
+    return names[-1] if names else ''
+
+@rule
+def softmax_before_loss(evidence:Evidence # of a run
+):
+    """A softmax or sigmoid at the end of the model, and a loss that does one itself.
+
+    An error if the last predictions show it, a warning if only the type of the last layer does. Source:
+    PyTorch, `CrossEntropyLoss` and `BCEWithLogitsLoss`: the input is expected to be unnormalized logits."""
+    facts = evidence.facts
+    wants = _loss_wants.get(facts.loss.lower().replace('_', ''))
+    if not facts.loss or not (facts.answers or facts.layers):
+        raise Missing('the loss function, or how the model ends, is not known; diagnose the Learner')
+    last = _last_called(facts)
+    ends = facts.kind(last) in _ends and facts.answers != 'number'
+    seen = facts.answers == 'distribution' and not facts.loss.lower().startswith('b')
+    return [_normalised(facts, last if ends else '', wants, seen)] if wants and (seen or ends) else []
+
+def _normalised(facts, layer, wants, seen):
+    what = 'softmax' if seen or 'Softmax' in facts.kind(layer) else 'sigmoid'
+    where = f'{facts.named(layer)} is the last' if layer else 'its last predictions add up to 1'
+    sure = seen or bool(layer and facts.answers)
+    return Finding(
+        'softmax_before_loss', 'error' if sure else 'warning', layer, (), None, None,
+        f'The model ends in a {what} ({where}), but {facts.loss} wants {wants}.',
+        [f'a {what} in the model, and another one in the loss' if wants == 'logits'
+         else f'a {what} without its logarithm'],
+        [f'take the {what} out of the model; for probabilities apply it after training' if wants == 'logits'
+         else 'a LogSoftmax instead, or cross entropy of what comes before it'],
+        [] if sure else ["read from the type of the model's last layer, which may not be the last that runs"],
+        (layer,) if layer else ())
+
 # %% ../nbs/21_checks.ipynb #d00b09d7
 @rule
 def identical_units(evidence:Evidence, # of a run
@@ -568,7 +621,8 @@ def vanishing_gradients(evidence:Evidence, # of a run
         min_gradient,
         f'The gradient of {layers[0]} is {share:.1g} of that of {names[-1]} (root mean squares), so it '
         f'hardly learns{_and(layers)}.',
-        ['many layers of sigmoid or tanh' if bounded else 'weights that are too small at the start',
+        [*_decay(evidence),
+         'many layers of sigmoid or tanh' if bounded else 'weights that are too small at the start',
          'no shortcuts in a deep net'],
         ['ReLU with Kaiming initialisation', 'BatchNorm or LayerNorm', 'shortcuts around layers (ResBlock)'],
         _caveats(evidence, track), layers, _depth_chart('Gradient (RMS), by depth', names, **sizes))]
@@ -591,8 +645,9 @@ def constant_output(evidence:Evidence # of a run
         'The model gives one answer for all samples of the last batch'
         + (f'; {evidence.facts.named(flat[0])} is the first layer whose output does not vary.' if flat
            else '.'),
-        ['layers that are dead or saturated', 'too high a learning rate', 'inputs that are all the same'],
-        ['see the findings above this one', 'look at a batch (`learn.show_image_batch()`)'],
+        [*_decay(evidence), 'layers that are dead or saturated', 'too high a learning rate',
+         'inputs that are all the same'],
+        ['look at a batch of inputs'],
         ['only the last batch was looked at'] if constant else [], flat,
         _steps_chart('Deviation of the last output', _tracks(evidence, names[-1:], 'std')))]
 
@@ -644,7 +699,7 @@ def _low(evidence, track, value, limit, text, chart, *caveats):
         'learning_rate_low', 'error', '', _span(track), float(value), limit,
         f'{text}, and the loss stays: it falls by {_fall(track):.1%}.',
         ['too low a learning rate' + _rate(evidence), 'a schedule that stays near zero'],
-        ['`learn.lr_find()`', 'a thousand times as much'], _caveats(evidence, track, *caveats), chart=chart)
+        [_try_rates(evidence), 'a thousand times as much'], _caveats(evidence, track, *caveats), chart=chart)
 
 # %% ../nbs/21_checks.ipynb #f913214d
 @rule
@@ -670,7 +725,7 @@ def _ratio(evidence, tracks, names, value, limit, word, max_ratio, guides):
         value, limit,
         f'A step changes {names[0]} by {value:.1g} of itself, which is {word}{_and(names)}.',
         [f'a learning rate that is {which} for this layer', 'weights that were small or large at the start'],
-        [f'a {dict(high="lower", low="higher")[which]} learning rate', '`learn.lr_find()`'],
+        [f'a {dict(high="lower", low="higher")[which]} learning rate', _try_rates(evidence)],
         _caveats(evidence, track), names,
         _steps_chart('Update:weight ratio', {nm: tracks[nm] for nm in names}, log=True, guides=guides))
 
@@ -690,10 +745,10 @@ def at_chance(evidence:Evidence, # of a run
     return [Finding(
         'at_chance', 'note' if early else 'error', '', _span(track), last, chance*(1-min_gain),
         f'The training loss ends at {last:.3f}; guessing among {n} classes gives {chance:.3f}.',
-        ['what findings above this one say', 'targets that do not belong to their inputs (shuffled apart?)',
+        [*_decay(evidence), 'targets that do not belong to their inputs (shuffled apart?)',
          'too high or too low a learning rate'],
         ['look at inputs and targets of a batch', 'train on one batch only: its loss must go to 0',
-         '`learn.lr_find()`'],
+         _try_rates(evidence)],
         _caveats(evidence, track, early and f'only {evidence.n_steps()} steps so far',
                  'where classes differ in size, guessing does better than this'),
         chart=_steps_chart('Training loss, and that of guessing', dict(loss=track), guides=(chance,)))]

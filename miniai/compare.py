@@ -17,10 +17,19 @@ from .case import evidence_of
 _first_stats = 'loss', 'std', 'death_rate', 'grad_norm', 'update_ratio'   # the order of rows of a figure
 
 def _end(track):
-    "The median of what is finite in the last quarter; NaN where there is nothing, or no number."
-    if not len(track) or track.values.ndim > 1 or track.values.dtype == object: return np.nan
+    "Median and deviation of what is finite in the last quarter; NaN where there is nothing, or no number."
+    if not len(track) or track.values.ndim > 1 or track.values.dtype == object: return np.nan, np.nan
     values = track.values[-max(1, len(track)//4):].astype(float)
-    return float(np.median(values[np.isfinite(values)])) if np.isfinite(values).any() else np.nan
+    values = values[np.isfinite(values)]
+    return (float(np.median(values)), float(values.std())) if len(values) else (np.nan, np.nan)
+
+def _size(ends, spreads):
+    "[rows] How much runs differ from the first: in units of the smaller value and of how much it varies."
+    with np.errstate(all='ignore'):
+        smaller = np.minimum(np.abs(ends[:, 1:]), np.abs(ends[:, :1]))
+        unit = smaller + np.maximum(spreads[:, 1:], spreads[:, :1])
+        size = np.nan_to_num(np.abs(ends[:, 1:] - ends[:, :1])/unit, nan=0., posinf=1e9).max(1)
+    return np.where(np.isnan(ends).any(1), np.inf, size)   # what only some have comes first
 
 def _asked(name, patterns): return patterns is None or any(fnmatchcase(name, o) for o in patterns)
 
@@ -39,7 +48,7 @@ class Comparison:
         layers, stats = ([o] if isinstance(o, str) else o for o in (layers, stats))
         found = {(who, what): None for o in self.runs.values() for p,who,what in o.keys() if p == phase
                  and _asked(who, layers) and _asked(what, stats)}
-        self.keys = [key for key in found if any(np.isfinite(_end(o.track(*key, phase)))
+        self.keys = [key for key in found if any(np.isfinite(_end(o.track(*key, phase))[0])
                                                  for o in self.runs.values())]
         if not self.keys:
             raise ValueError(f'compare: no run has numbers of layers {layers or "(all)"}, statistics '
@@ -47,26 +56,33 @@ class Comparison:
 
     @property
     def table(self): # pandas.DataFrame: layer, stat, a column for each run, its ratio for each but the first
-        "How each quantity ends, largest difference first."
+        """How each quantity ends: those that only some runs have, then the largest difference first.
+
+        Where there are such quantities, `only in` names the runs with finite numbers. Differences are told
+        from how much values vary in the last quarter: numbers around 0 do not come first by their ratio."""
         import pandas as pd
-        ends = np.array([[_end(o.track(*key, self.phase)) for o in self.runs.values()] for key in self.keys])
-        with np.errstate(all='ignore'):
-            ratios = ends[:, 1:]/ends[:, :1]
-            size = np.nan_to_num(np.abs(np.log(np.abs(ratios))), nan=0., posinf=1e9).max(1)
-        names = list(self.runs)
+        found = [[_end(o.track(*key, self.phase)) for o in self.runs.values()] for key in self.keys]
+        ends, spreads = np.moveaxis(np.array(found), 2, 0)
+        with np.errstate(all='ignore'): ratios = ends[:, 1:]/ends[:, :1]
+        size, names, gaps = _size(ends, spreads), list(self.runs), np.isnan(ends)
         table = pd.DataFrame(self.keys, columns=['layer', 'stat']).assign(**dict(zip(names, ends.T)))
         table = table.assign(**{f'{nm}/{names[0]}': o for nm,o in zip(names[1:], ratios.T)})
+        if gaps.any():
+            table['only in'] = [', '.join(nm for nm,gap in zip(names, row) if not gap) if row.any() else ''
+                                for row in gaps]
         return table.iloc[np.argsort(-size, kind='stable')].reset_index(drop=True)
 
     def _repr_html_(self): return self.table._repr_html_()
     def __repr__(self): return repr(self.table)
 
 def compare(
-    runs,     # name -> Learner, History, Inspector, path of a file, ...: two or more
-    **kw      # layers, stats, phase: as for `Comparison`
+    runs,          # name -> Learner, History, Inspector, path of a file, ...: two or more
+    layers=None,   # globs of layers and parameters to compare, such as 'layer1.*'; default all
+    stats=None,    # names of statistics, such as 'std'; default all
+    phase='train'  # 'train' or 'valid'
 ) -> Comparison:
     "Runs side by side: a table of differences, and `.plot()`."
-    return Comparison(runs, **kw)
+    return Comparison(runs, layers, stats, phase)
 
 # %% ../nbs/21_compare.ipynb #c0567e32
 def _some(names, n):

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 
 from .callback import Callback, CancelFitException
-from .case import Chart, Evidence, Facts, Finding, Findings, Param, Track, evidence_of, levels
+from .case import Chart, Evidence, Facts, Finding, Findings, Param, Track, evidence_of, levels, unknown
 from .checks import Missing, rule, rules
 from .history import History, is_main
 from .inspector import Inspector
@@ -33,11 +33,10 @@ def _chosen(names, given):
     "The rules to ask, by name; unknown names are refused."
     names = [names] if isinstance(names, str) else names
     wrong = [nm for nm in names or () if nm not in rules]
-    if wrong: raise ValueError(f'diagnose: there is no rule {wrong[0]!r}; there are {", ".join(rules)}')
+    if wrong: raise ValueError(unknown('diagnose: no rule is called', wrong[0], rules))
     known = {nm for f in rules.values() for nm in list(inspect.signature(f).parameters)[1:]}
     wrong = [nm for nm in given if nm not in known]
-    if wrong:
-        raise TypeError(f'diagnose: no rule has the limit {wrong[0]!r}; there are {", ".join(sorted(known))}')
+    if wrong: raise TypeError(unknown('diagnose: no rule has the limit', wrong[0], sorted(known)))
     return {nm: rules[nm] for nm in names or rules}
 
 def _asked(nm, f, evidence, given):
@@ -48,12 +47,23 @@ def _asked(nm, f, evidence, given):
         warnings.warn(f'diagnose: rule {nm!r} failed ({type(e).__name__}: {e})', stacklevel=3)
         return [], f'it failed ({type(e).__name__}: {e})'
 
+_followers = 'constant_output', 'at_chance'   # what many faults lead to
+
+def _refer_up(found):
+    "A finding that an error above it may explain says so."
+    for i,o in enumerate(found):
+        if o.rule in _followers and any(above.level == 'error' for above in found[:i]):
+            o.causes.insert(0, 'what the findings above this one say')
+
 def diagnose(
     x,           # History, Learner, Inspector, Watcher, callback, Recording, path of a file; a list of them
     rules=None,  # name or names of the rules to ask; default all
-    **limits     # of the rules, by their names, such as max_dead=.9
+    **limits     # keyword arguments of the rules, such as max_dead=.9 (of `dead_units`), by which they judge
 ) -> Findings: # a list, worst first
-    "What is wrong with the last run of `x`, in words."
+    """What is wrong with the last run of `x`, in words.
+
+    `miniai.checks` has the rules, each with its limits and their defaults: max_rise, min_gradient, ratios,
+    min_slope, min_gain, min_steps and so on. A limit is given to every rule that has one of that name."""
     evidence, found, unchecked = evidence_of(x), [], {}
     chosen = _chosen(rules, limits)
     for nm,f in chosen.items():
@@ -61,6 +71,7 @@ def diagnose(
         found += new
         if why: unchecked[nm] = why
     found.sort(key=lambda o: levels.index(o.level))   # stable: of one level, in the order of the rules
+    _refer_up(found)
     return Findings(found, [nm for nm in chosen if nm not in unchecked], unchecked, evidence)
 
 # %% ../nbs/21_diagnose.ipynb #9dcc232e
@@ -68,30 +79,32 @@ _diagnose = diagnose
 
 @patch
 def diagnose(self:Learner,
-    *args, # as for the function `diagnose`
-    **kw   # likewise
-) -> Findings:
+    rules=None, # name or names of the rules to ask; default all
+    **limits    # of the rules, as for the function `diagnose`: max_dead=.9, say
+) -> Findings: # a list, worst first
     "What is wrong with the last fit, in words."
-    return _diagnose(self, *args, **kw)
+    return _diagnose(self, rules, **limits)
 
 @patch
 def diagnose(self:Inspector,
-    *args, # as for the function `diagnose`
-    **kw   # likewise
-) -> Findings:
+    rules=None, # name or names of the rules to ask; default all
+    **limits    # of the rules, as for the function `diagnose`: max_dead=.9, say
+) -> Findings: # a list, worst first
     "What is wrong with the run that was watched, in words."
-    return _diagnose(self, *args, **kw)
+    return _diagnose(self, rules, **limits)
 
 # %% ../nbs/21_diagnose.ipynb #9804285a
 def assert_healthy(
     x,               # as for `diagnose`
     level='warning', # findings of this level and worse fail
-    allow=(),        # names of rules that may find something
+    allow=(),        # name or names of the rules that may find something
     **limits         # of the rules, by their names
 ) -> Findings: # all of them, if none fails
     "An AssertionError that says what is wrong, if anything is."
-    if level not in levels:
-        raise ValueError(f'assert_healthy: level is {level!r}; it is one of {", ".join(levels)}')
+    if level not in levels: raise ValueError(unknown('assert_healthy: no level is called', level, levels))
+    allow = [allow] if isinstance(allow, str) else allow
+    wrong = [nm for nm in allow if nm not in rules]
+    if wrong: raise ValueError(unknown('assert_healthy: no rule is called', wrong[0], rules))
     findings = diagnose(x, **limits)
     failing = [o for o in findings.of(*levels[:levels.index(level)+1]) if o.rule not in allow]
     if failing: raise AssertionError('The training is not healthy.\n\n' + '\n\n'.join(map(str, failing)))
@@ -133,10 +146,16 @@ def _last_values(learn, stat, layer):
 
 # %% ../nbs/21_diagnose.ipynb #a4b2db6b
 class StopOnCB(Callback):
-    "Ends the fit, and says why, when one of its conditions holds; looks every `every` training steps."
+    """Ends the fit, and says why, when one of its conditions holds; looks every `every` training steps.
+
+    A condition is a text of one of three kinds. 'nan': the loss was NaN or infinite since the last look.
+    A number that was recorded, a sign (> >= < <=) and a limit: 'loss>20', 'dead>0.5', 'std<1e-4',
+    'grad_norm>1e3'; any layer will do, or one named by ' at ': 'dead>0.5 at act2', 'grad_norm>1e3 at all'.
+    Names are those of the tables ('dead' is short for 'death_rate'), so a watcher must record them.
+    The name of a rule, such as 'learning_rate_high': it has found an error or a warning."""
     order = 1000   # the others have recorded by then
     def __init__(self,
-        *conditions, # 'nan', 'dead>0.5', 'loss>20', 'std<1e-4 at act2', or names of rules; default 'nan'
+        *conditions, # texts such as 'nan', 'dead>0.5', 'std<1e-4 at act2', 'at_chance'; default 'nan'
         every:int=50 # training steps between two looks, each of which waits for the device
     ):
         if not isinstance(every, int) or every < 1:

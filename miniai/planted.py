@@ -188,6 +188,8 @@ faults = {
     'layer never called': Case(_learner(_Unused), 'never_called', 'extra'),
     'layer outside the graph': Case(_learner(_Detached), 'no_gradient', 'stem.fc1'),
     'NaN at step 40': Case(_learner(_with_nan), 'not_finite', 'act2.scale', 40),
+    'softmax before cross entropy': Case(_learner(lambda: nn.Sequential(OrderedDict(
+        body=mlp(*_sizes), prob=nn.Softmax(1)))), 'softmax_before_loss', 'prob'),
     'labels shuffled': Case(_learner(cnn, .05, _momentum, [_ShuffleCB()]), 'at_chance'),
     '64 images, 60 epochs': Case(_learner(cnn, 2e-3, optim.Adam, n=64), 'overfitting', epochs=60),
     'metric of the wrong axis': Case(_learner(lambda: mlp(*_sizes), metric=_wrong_axis, n=640),

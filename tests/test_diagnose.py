@@ -284,6 +284,68 @@ def test_stop_refuses_what_it_cannot_read(text):
     with pytest.raises(ValueError, match='StopOnCB: got the condition'): StopOnCB(text)
 
 
+# a softmax too many
+
+class _SoftmaxInForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = mlp(784, 16, 10)
+    def forward(self, x): return F.softmax(self.body(x), 1)
+
+
+def _few_steps(net, loss=F.cross_entropy):
+    learn = Learner(net, DataLoaders.in_memory(fashion_mnist('small'), batch_size=512), loss, lr=.1, cbs=[TrainCB()])
+    learn.fit(1)
+    return diagnose(learn, 'softmax_before_loss')
+
+
+def test_softmax_that_is_no_layer_is_seen_by_its_answers():
+    first, = _few_steps(_SoftmaxInForward(), nn.CrossEntropyLoss())
+    assert (first.level, first.layer) == ('error', '') and 'add up to 1' in first.text
+
+
+def test_log_softmax_and_plain_logits_are_left_alone():
+    for act in nn.Identity(), nn.LogSoftmax(1): assert not _few_steps(nn.Sequential(mlp(784, 16, 10), act))
+
+
+# causes that are known
+
+def test_strong_weight_decay_is_named(dls):
+    learn = Learner(mlp(784, 32, 10), dls, F.cross_entropy, .1, [TrainCB()], partial(optim.SGD, weight_decay=1.))
+    learn.fit(1)
+    found = {o.rule: o for o in learn.diagnose()}
+    assert found['at_chance'].causes[0] == 'weight decay that is too strong (it was 1)', found
+
+
+def test_findings_above_are_only_spoken_of_if_there_are_any(dls):
+    alone = train(faults['labels shuffled'], dls).diagnose()
+    assert alone[0].rule == 'at_chance' and 'above' not in str(alone[0])
+    found = {o.rule: o for o in train(faults['lr 30'], dls).diagnose()}
+    assert 'above' in found['at_chance'].causes[0]
+
+
+# names that do not exist
+
+@pytest.mark.parametrize('call, near', [
+    (lambda x: assert_healthy(x, allow='at_chnce'), 'at_chance'), (lambda x: assert_healthy(x, allow=['dead_unit']), 'dead_units'),
+    (lambda x: assert_healthy(x, 'eror'), 'error'), (lambda x: diagnose(x).of('eror'), 'error'), (lambda x: diagnose(x, 'ded_units'), 'dead_units')])
+def test_a_wrong_name_is_told_the_nearest(call, near):
+    with pytest.raises(ValueError, match=near): call(History())
+
+
+def test_a_wrong_limit_is_told_the_nearest(dead):
+    with pytest.raises(TypeError, match="did you mean 'max_dead'"): dead.diagnose(max_ded=.9)
+
+
+def test_only_that_name_is_allowed(dead):
+    with pytest.raises(AssertionError): assert_healthy(dead, allow='at_chance')
+
+
+def test_lr_find_is_for_those_who_have_it():
+    losses = _losses([1.]*20 + [50.]*20)
+    assert 'lr_find' not in str(diagnose(losses, 'learning_rate_high')) and diagnose(losses, 'learning_rate_high')
+
+
 # rules of one's own
 
 def test_rule_of_ones_own(dead):
@@ -314,6 +376,19 @@ def test_compare_leaves_gaps(dead):
     bare.record('batch', 'loss', 1., step=0)
     table = compare(dict(bare=bare, dead=dead)).table.set_index(['layer', 'stat'])
     assert np.isnan(table.loc[('act2', 'std'), 'bare']) and table.loc[('batch', 'loss'), 'bare'] == 1
+    assert table.loc[('act2', 'std'), 'only in'] == 'dead' and table.loc[('batch', 'loss'), 'only in'] == ''
+    assert table['only in'].iloc[-1] == '' and (table['only in'].iloc[:-1] == 'dead').all()   # gaps come first
+
+
+def test_compare_does_not_rank_noise_around_0():
+    runs = {}
+    for nm, mean, std in (('a', .0001, 1.), ('b', -.0001, 2.)):
+        runs[nm] = History()
+        runs[nm].start_run()
+        for i in range(40):
+            runs[nm].record('fc', 'mean', mean + .01*(-1)**i, step=i)
+            runs[nm].record('fc', 'std', std + .01*(-1)**i, step=i)
+    assert compare(runs).table.stat.tolist() == ['std', 'mean']
 
 
 # what is no fault, and what is told apart
