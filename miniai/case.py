@@ -223,6 +223,8 @@ def n_steps(self:Evidence) -> int:
     "Training steps that the run took, as far as the tables show."
     batches = self.track('batch', 'loss').steps
     if len(batches): return int(batches[-1] - batches[0] + 1)
+    counts = self.track('batches', 'count')   # of an Inspector, for each epoch
+    if len(counts): return int(counts.values.sum())
     tracks = [self.track(who, what, p) for p,who,what in self.keys() if p == 'train']
     return int(max((o.steps.max() + (o.per == 'step') for o in tracks if len(o)), default=0))
 

@@ -490,3 +490,20 @@ def test_learning_rate_in_a_tensor(dls, tmp_path):
     evidence = evidence_of(learn)
     evidence.save(tmp_path/'run.jsonl')
     assert evidence.facts.lr == evidence_of(tmp_path/'run.jsonl').facts.lr == .5
+
+
+def test_steps_of_an_inspected_loop_are_its_batches():
+    "Whatever the lenses are, and also where they count no steps of an optimizer."
+    from miniai.inspector import Inspector
+    from miniai.lens import LossMetrics, OutputNorm
+    for lenses in ([LossMetrics()], [OutputNorm()], [LossMetrics(), OutputNorm(inplace=False)]):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        opt = torch.optim.SGD(model.parameters(), .01)
+        inspector = Inspector(lenses, module=model, visualizer=None)
+        for _ in inspector.range(2):
+            for _ in range(20):
+                loss = model(torch.randn(8, 4)).square().mean()
+                inspector.push_loss(loss, train=True)
+                loss.backward(); opt.step(); opt.zero_grad()
+        assert evidence_of(inspector).n_steps() == 40
