@@ -193,8 +193,8 @@ def _check_fit(self:Learner, n_epochs):
         name = self.loss_func.__name__
         raise TypeError(f'fit: the loss is the class {name}; give an instance of it, `{name}()`')
     if isinstance(self.opt_func, optim.Optimizer):
-        raise TypeError(f'fit: opt_func is an optimizer ({type(self.opt_func).__name__}); give what makes one '
-                        'of parameters and learning rate, such as its class, or None and set `learn.opt`')
+        raise TypeError(f'fit: opt_func is an optimizer ({type(self.opt_func).__name__}); give what makes '
+                        'one of parameters and learning rate, as its class, or None and set `learn.opt`')
     if not isinstance(self.model, nn.Module):
         raise TypeError(f'fit: the model is {self.model!r} ({type(self.model).__name__}); it must be an '
                         'nn.Module. A function goes into the forward of one')

@@ -463,7 +463,8 @@ def watch(self:Learner,
     "Watch this learner in all its fits from here on; a second call returns the watcher of the first."
     there = next((cb for cb in self.cbs if isinstance(cb, Watcher)), None)
     if there is not None: return there
-    pace = dict(every=1 if every is None else every, budget=.05 if every is None and budget is None else budget)
+    if every is None and budget is None: budget = .05
+    pace = dict(every=1 if every is None else every, budget=budget)
     outputs = dict(mod_filter=mod_filter, on_valid=kw.get('on_valid', False))
     make = dict(activations=(ActivationStats, True, dict(mod_filter=mod_filter, **pace, **kw)),
                 gradients=(GradientStats, gradients, pace), updates=(UpdateStats, updates, pace),
