@@ -13,7 +13,7 @@ import torch
 # %% ../nbs/01_looks.ipynb #bc5941a0
 def _pieces(flat):
     "`flat` [n, size] in pieces short enough that adding one number after the other loses nothing."
-    return [flat] if flat.shape[1] <= 2**18 or flat.device.type != 'cpu' else flat.split(2**18, 1)
+    return [flat] if flat.shape[1] <= 2**16 or flat.device.type != 'cpu' else flat.split(2**16, 1)
 
 def norms(
     flat:torch.Tensor # [n, size]
