@@ -3,6 +3,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from miniai.callback import Callback
+from miniai.learner import TrainCB
 
 reading = 'aten::_local_scalar_dense', 'aten::item', 'aten::nonzero', 'aten::equal', 'aten::is_nonzero'
 
@@ -34,3 +35,14 @@ class HandSGD:
             for p in self.params: p -= p.grad*self.lr
     def zero_grad(self):
         for p in self.params: p.grad = None
+
+
+class ClosureCB(TrainCB):
+    "For optimizers that compute the loss themselves."
+    def step(self, learn):
+        def closure():
+            learn.opt.zero_grad()
+            loss = learn.loss_func(learn.model(learn.batch[0]), learn.batch[1])
+            loss.backward()
+            return loss
+        learn.opt.step(closure)

@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 from torcheval.metrics import MulticlassAccuracy
 
-from shared import HandSGD
+from shared import ClosureCB, HandSGD
 
 from miniai import checkpoint
 from miniai.accel import AccumulateCB, GradClipCB, MixedPrecision
@@ -387,16 +387,6 @@ def pictures():
 
 def picture_net():
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.Flatten(), nn.Linear(512, 3)).to(memory_format=torch.channels_last)
-
-class ClosureCB(TrainCB):
-    "For optimizers that compute the loss themselves."
-    def step(self, learn):
-        def closure():
-            learn.opt.zero_grad()
-            loss = learn.loss_func(learn.model(learn.batch[0]), learn.batch[1])
-            loss.backward()
-            return loss
-        learn.opt.step(closure)
 
 class DoubleCB(Callback):
     def before_fit(self, learn): learn.model.double()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, optim
 
-from shared import CountReads, HandSGD, ReadsPerStep
+from shared import ClosureCB, CountReads, HandSGD, ReadsPerStep
 
 from miniai.accel import AccumulateCB, GradClipCB, MixedPrecision
 from miniai.callback import Callback, CancelBatchException, CancelFitException
@@ -88,14 +88,6 @@ def test_updates_of_any_optimizer(opt):
         np.testing.assert_allclose(values(updates, nm, 'update_correlation')[1:], cosines, atol=1e-3)
 
 def test_an_optimizer_with_a_closure_and_one_that_replaces_data():
-    class ClosureCB(TrainCB):
-        def step(self, learn):
-            def _closure():
-                learn.opt.zero_grad()
-                loss = learn.loss_func(learn.model(learn.batch[0]), learn.batch[1])
-                loss.backward()
-                return loss
-            learn.opt.step(_closure)
     class Replaces(HandSGD):
         def step(self):
             for p in self.params: p.data = p.data - .1*p.grad
