@@ -75,7 +75,7 @@ class _Pending:
         self.facts.append(facts)
 
     def is_full(self):
-        return len(self) >= min([self.most, *(buffer.capacity for buffer,*_ in self.buffers.values())])
+        return len(self) >= self.most or any(len(self) >= buffer.capacity for buffer,*_ in self.buffers.values())
 
     def looks(self):
         "[(lenses, names, look)] at all steps."
@@ -106,7 +106,8 @@ def _in_backward(): return torch._C._current_graph_task_id() != -1
 
 def _batch_len(o):
     "Length of the first tensor with axes somewhere in `o`; None without one."
-    return next((len(a) for _,a in named_tensors(o) if a.ndim), None)
+    if o and isinstance(o, tuple) and isinstance(o[0], torch.Tensor) and o[0].ndim: return o[0].shape[0]
+    return next((a.shape[0] for _,a in named_tensors(o) if a.ndim), None)
 
 # %% ../nbs/19_inspector.ipynb #05d39404
 def _distributed(): return torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -475,16 +476,21 @@ def _take_output(self:Inspector, hook, source, axis, a, comes_again):
 def _end_outputs(self:Inspector):
     "A forward is over: measure what was copied for the first or second time, and find room for it to come."
     self._fresh, outputs, self._outputs = False, self._outputs, []
+    groups = self._measure_new(outputs) if outputs else []
+    pending = self._pending('output', self.by_grad, self.phase)
+    pending.end_step(self._samples or 1, self.step)
+    if groups: self._make_output_buffers(pending, groups)
+    if groups or pending.is_full(): self._measure_pending('output', self.by_grad, self.phase)
+
+@patch
+def _measure_new(self:Inspector, outputs):
+    "Measure what has no place yet. Groups of those that come again in this shape."
     groups = list(groupby(outputs, itemgetter(0)).values())
     for group in groups:
         (lenses, axis, *_), *_ = group[0]
         look = Look(_widen(torch.stack([o[2] for o in group])), axis+1)
         self._measure_now(lenses, tuple(o[1] for o in group), look)
-    pending = self._pending('output', self.by_grad, self.phase)
-    pending.end_step(self._samples or 1, self.step)
-    groups = [group for group in groups if all(o[4] for o in group)]
-    if groups: self._make_output_buffers(pending, groups)
-    if groups or pending.is_full(): self._measure_pending('output', self.by_grad, self.phase)
+    return [group for group in groups if all(o[4] for o in group)]
 
 @patch
 def _make_output_buffers(self:Inspector, pending, groups):
@@ -624,6 +630,7 @@ def _flush_grads(self:Inspector):
     "Take the gradients that have come in; a source's second one (gradient penalty) is a row of its own."
     if not self._grads: return
     grads, self._grads = self._grads, []
+    if self._as_last_time(grads): return
     while grads:
         now, later = {}, []
         for o in grads:
@@ -632,22 +639,29 @@ def _flush_grads(self:Inspector):
         grads = later
 
 @patch
-def _take_grads(self:Inspector, grads):
-    "The gradients of one backward pass: small ones are copied, those of the same lenses and device together."
-    pending, follows = self._pending('output_grad'), [o for o,_ in grads]
-    buffer = self._same_buffer(pending, follows, grads)
-    if buffer is not None: buffer.append([grad.detach() for _,grad in grads])
-    else: self._sort_grads(pending, grads)
-    self._follows, self._grad_shapes = follows, {o.source: grad.shape for o,grad in grads}
+def _as_last_time(self:Inspector, grads):
+    "The usual case: gradients like those of the pass before, all in one buffer. Whether it was."
+    pending, shapes = self._pending('output_grad'), [grad.shape for _,grad in grads]
+    if len(pending.buffers) != 1 or [o for o,_ in grads] != self._follows: return False
+    (buffer, _, names, _), = pending.buffers.values()
+    if len(names) != len(grads) or len(buffer) != len(pending) or buffer.pool.shapes != shapes: return False
+    if list(self._grad_shapes.values()) != shapes: return False
+    buffer.append([grad.detach() for _,grad in grads])
+    self._end_pass(pending)
+    return True
+
+@patch
+def _end_pass(self:Inspector, pending):
     pending.end_step(self._samples or 1, self.step)
     if pending.is_full(): self._measure_pending('output_grad')
 
 @patch
-def _same_buffer(self:Inspector, pending, follows, grads):
-    "The one buffer there is, if these gradients are like those of the last time, as they usually are."
-    if follows != self._follows or len(pending.buffers) != 1: return None
-    (buffer, _, names, _), = pending.buffers.values()
-    return buffer if len(names) == len(follows) and self._goes_on(pending, grads) else None
+def _take_grads(self:Inspector, grads):
+    "The gradients of one backward pass: small ones are copied, those of the same lenses and device together."
+    pending = self._pending('output_grad')
+    self._sort_grads(pending, grads)
+    self._follows, self._grad_shapes = [o for o,_ in grads], {o.source: grad.shape for o,grad in grads}
+    self._end_pass(pending)
 
 @patch
 def _goes_on(self:Inspector, pending, group):
@@ -747,7 +761,7 @@ def _read_grads(self:Inspector, optimizer):
             for group in self._groups_of(params, optimizer):
                 self._guard(group.names, self._append_group, tap, lenses, group, optimizer, scale)
     self._end_step('grad', optimizer)
-    self._guard('the norm of all gradients', self._write_norms, optimizer)
+    if self._unclipped: self._guard('the norm of all gradients', self._write_norms, optimizer)
 
 @patch
 def _append_group(self:Inspector, tap, lenses, group, optimizer, scale):
@@ -837,7 +851,7 @@ def _norms(grads): return torch.stack(torch._foreach_norm([_widen(o) for o in gr
 def _write_norms(self:Inspector, optimizer):
     "The norm over what the optimizer holds, before clipping and now."
     lenses = [o for o in self.lenses if getattr(o, 'before_clipping', False)]
-    (places, before), self._unclipped = self._unclipped or ({}, None), None
+    (places, before), self._unclipped = self._unclipped, None
     held = [o.p for o in self.params if o.p.grad is not None and id(o.p) in self._held(optimizer)]
     if not lenses or before is None or not held: return
     at = [places[id(p)] for p in held if id(p) in places]
@@ -1020,7 +1034,7 @@ _why_silent = ('was never called. It is not part of what forward runs, or is use
 def _share(self:Inspector):
     "Take in what the other processes have seen."
     if not _distributed(): return
-    keys = {(self._number(who), phase): (who, phase) for who,phase in self.windows if _differs(who)}
+    keys = {(self._key_of(who), phase): (who, phase) for who,phase in self.windows if _differs(who)}
     mine = {key: self.windows[full].packed() for key,full in keys.items()}
     everyone = [None]*torch.distributed.get_world_size()
     # waits for the device and for the others
@@ -1041,7 +1055,7 @@ def _merged(packed):
 def _differs(who): return (who[0] if isinstance(who, tuple) else who).tap not in ('grad', 'update')
 
 @patch
-def _number(self:Inspector, who):
+def _key_of(self:Inspector, who):
     "A name for a lens, or a metric of one, that other processes understand."
     return (self.lenses.index(who[0]), who[1]) if isinstance(who, tuple) else self.lenses.index(who)
 

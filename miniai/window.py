@@ -43,7 +43,8 @@ class Window:
     size, kept = 128, 512   # rows that wait to be folded; rows that quantiles are computed from
 
     def __init__(self):
-        self.names, self.rows, self.weights, self.state, self.sample, self.stride = (), None, [], None, [], 1
+        self.names, self.weights, self.state, self.sample, self.stride = (), [], None, [], 1
+        self.rows = self.places = None
 
     def add(self,
         names:tuple,         # of n sources
@@ -51,7 +52,11 @@ class Window:
         weight:float=1       # such as the number of samples they were computed from
     ):
         "One more row; nothing is read from the device."
-        self.add_rows(names, values[None], (weight,))
+        n = len(self.weights)
+        if names != self.names or self.rows is None or n == self.size: self.add_rows(names, values[None], (weight,))
+        else:
+            self.places[n].copy_(values)
+            self.weights.append(weight)
 
     def add_rows(self,
         names:tuple,       # of n sources
@@ -60,7 +65,9 @@ class Window:
     ):
         "One row for each of some steps."
         if names != self.names: rows = self._placed(names, rows)
-        if self.rows is None: self.rows = self._room(rows[0])
+        if self.rows is None:
+            self.rows = self._room(rows[0])
+            self.places = self.rows.unbind()
         for i in range(0, len(rows), self.size): self._put(rows[i:i+self.size], weights[i:i+self.size])
 
     def _put(self, rows, weights):
