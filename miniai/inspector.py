@@ -75,7 +75,8 @@ class _Pending:
         self.facts.append(facts)
 
     def is_full(self):
-        return len(self) >= self.most or any(len(self) >= buffer.capacity for buffer,*_ in self.buffers.values())
+        n = len(self)
+        return n >= self.most or any(n >= buffer.capacity for buffer,*_ in self.buffers.values())
 
     def looks(self):
         "[(lenses, names, look)] at all steps."

@@ -52,11 +52,10 @@ class Window:
         weight:float=1       # such as the number of samples they were computed from
     ):
         "One more row; nothing is read from the device."
-        n = len(self.weights)
-        if names != self.names or self.rows is None or n == self.size: self.add_rows(names, values[None], (weight,))
-        else:
-            self.places[n].copy_(values)
+        if names == self.names and self.rows is not None and len(self.weights) < self.size:
+            self.places[len(self.weights)].copy_(values)   # the usual case, without a slice
             self.weights.append(weight)
+        else: self.add_rows(names, values[None], (weight,))
 
     def add_rows(self,
         names:tuple,       # of n sources
