@@ -40,7 +40,7 @@ def _merge(one, two):
 # %% ../nbs/06_window.ipynb #cfc05b00
 class Window:
     "The values of k statistics of n sources over one epoch, summed up on their device."
-    size, kept = 128, 512   # rows that wait to be folded; rows that quantiles are computed from
+    size, kept = 512, 512   # rows that wait to be folded; rows that quantiles are computed from
 
     def __init__(self):
         self.names, self.weights, self.state, self.sample, self.stride = (), [], None, [], 1

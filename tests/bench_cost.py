@@ -10,7 +10,7 @@ of the same moment; the tables show the median of their ratios, and the quartile
 programs disturb less than the clock on the wall; on a GPU by the clock, waiting for the device at the end of each step. The
 page `nbs/explanations/cost.ipynb` runs this file and keeps what it found.
 """
-import argparse, ctypes, importlib.util, platform, sys, threading, time, tracemalloc
+import argparse, ctypes, importlib.util, platform, sys, threading, time, tracemalloc, warnings
 from functools import partial
 
 import numpy as np
@@ -202,12 +202,12 @@ def around_table(blocks, device='cpu'):
                       for bs,turn in ((64, 10), (512, 1))})
 
 
-def every_lens(loss_fn):
-    "All lenses but the one that is asked once an epoch and does not scale, the condition number."
-    from miniai.lens import (LossMetrics, OutputActivation, OutputGradientGeometry, OutputNorm, ParameterGradientActivation,
-                             ParameterGradientGeometry, ParameterNorm, ParameterUpdateGeometry)
-    return [LossMetrics(loss_fn=loss_fn), OutputActivation(), OutputNorm(), OutputGradientGeometry(), ParameterGradientActivation(),
-            ParameterGradientGeometry(), ParameterNorm(), ParameterUpdateGeometry()]
+def every_lens(loss_fn, opt=None, package='miniai.lens'):
+    "All lenses but the one that is asked once an epoch and does not scale, the condition number; or monitorch's of these names."
+    lens = importlib.import_module(package)
+    return [lens.LossMetrics(loss_fn=loss_fn), lens.OutputActivation(), lens.OutputNorm(), lens.OutputGradientGeometry(),
+            lens.ParameterGradientActivation(), lens.ParameterGradientGeometry(), lens.ParameterNorm(),
+            lens.ParameterUpdateGeometry(opt)]
 
 
 def nine_layers():
@@ -223,11 +223,12 @@ def small_cnn():
     return nn.Sequential(*block(1, 16), *block(16, 32), nn.Flatten(), nn.Linear(32*49, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
-def looping(clock, net, watch=lambda model, loss_fn: None, device='cpu'):
+def looping(clock, net, make_opt, watch=lambda *_: None, device='cpu'):
     "A loop by hand with a loss module."
     torch.manual_seed(1)
     model, loss_fn = net().to(device).train(), nn.CrossEntropyLoss()
-    opt, watcher = optim.SGD(model.parameters(), .01), watch(model, loss_fn)
+    opt = make_opt(model.parameters(), .001)
+    watcher = watch(model, loss_fn, opt)
     for xb,yb in clock:
         loss_fn(model(xb), yb).backward()
         opt.step()
@@ -235,19 +236,25 @@ def looping(clock, net, watch=lambda model, loss_fn: None, device='cpu'):
     return watcher
 
 
-def inspected(model, loss_fn, lenses=every_lens, **kw):
+def inspected(model, loss_fn, opt):
     from miniai.inspector import Inspector
-    return Inspector(lenses(loss_fn), visualizer=None, module=model, **kw)
+    return Inspector(every_lens(loss_fn), visualizer=None, module=model)
 
 
-def only_hooks(model, loss_fn):
+def inspected_by_monitorch(model, loss_fn, opt):
+    from monitorch.inspector import PyTorchInspector
+    warnings.filterwarnings('ignore', 'Full backward hook is firing')
+    return PyTorchInspector(lenses=every_lens(loss_fn, opt, 'monitorch.lens'), module=model, visualizer='matplotlib')
+
+
+def only_hooks(model, loss_fn, opt=None):
     "Hooks that do nothing, as many as all lenses need: on layers, and on the outputs of those that are no activations."
     def on_output(m, inp, outp):
         if not isinstance(m, nn.ReLU): outp.register_hook(lambda grad: None)
     return [m.register_forward_hook(on_output) for m in model]
 
 
-def one_pass(model, loss_fn):
+def one_pass(model, loss_fn, opt=None):
     "Besides, one norm of each output and gradient, and one product of each gradient with the last: read once, and written nowhere."
     last = {}
     def on_grad(i, grad):
@@ -262,13 +269,18 @@ def one_pass(model, loss_fn):
 
 def lenses_table(blocks, device='cpu'):
     "An Inspector with all lenses over a loop by hand; and what hooks alone, and a single pass over the data, would cost."
+    mlp, cnn = (nine_layers, 64, (64,), 32), (small_cnn, 256, (1, 28, 28), 1)
+    nets = {'nine linear layers, batch 64, SGD': (*mlp, optim.SGD), 'nine linear layers, batch 64, Adam': (*mlp, optim.Adam),
+            'CNN, batch 256, Adam': (*cnn, optim.Adam)}
+    watches = {'plain loop': lambda *_: None, 'all lenses': inspected, 'hooks that do nothing': only_hooks,
+               'hooks, one norm and one product': one_pass}
+    if has_monitorch(): watches['all lenses of monitorch'] = inspected_by_monitorch
     parts = {}
-    for name,net,bs,shape,turn in (('nine linear layers, batch 64', nine_layers, 64, (64,), 32), ('CNN, batch 256', small_cnn, 256, (1, 28, 28), 1)):
+    for name,(net,bs,shape,turn,make_opt) in nets.items():
         batches = [(torch.randn(bs, *shape, device=device), torch.randint(0, 10, (bs,), device=device)) for _ in range(4)]
-        watches = {'plain loop': lambda *_: None, 'all lenses': inspected, 'hooks that do nothing': only_hooks, 'hooks, one norm and one product': one_pass}
-        variants = {nm: partial(looping, net=net, watch=watch, device=device) for nm,watch in watches.items()}
+        variants = {nm: partial(looping, net=net, make_opt=make_opt, watch=watch, device=device) for nm,watch in watches.items()}
         # an inspector measures many small steps together, once in 32: a block holds two such turns
-        parts[name] = compared(variants, batches, blocks, turn, device, block=2*turn)
+        parts[name] = compared(variants, batches, blocks, turn, device, block=max(2*turn, 10))
     return pd.concat(parts)
 
 

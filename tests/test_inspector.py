@@ -882,6 +882,32 @@ def test_an_object_of_your_own():
     assert mine.last[0] == 1 and mine.last[1] == pytest.approx(values(inspector, '1', 'norm mean')[-1])
 
 
+class Halves(nn.Module):
+    "Gives the second output of a node with two; and has a hook of its own on what it was given."
+    def forward(self, x):
+        if x.requires_grad: x.register_hook(lambda grad: 3*grad)
+        return x.chunk(2, 1)[1]
+
+
+def test_output_gradients_are_those_the_layer_gets():
+    "After hooks of the tensor itself, in every step alike; and of outputs that are one of several of their node."
+    model = nn.Sequential(nn.Linear(4, 8), Halves(), nn.Linear(4, 3))
+    inspector = Inspector([OutputGradientGeometry(inplace=False)], visualizer=None, module=model)
+    opt, wanted = optim.SGD(model.parameters(), .1), []
+    for xb,yb in batches(6):
+        opt.zero_grad()
+        loss = F.cross_entropy(model(xb), yb)
+        hidden = model[0].weight.detach()@xb.T + model[0].bias.detach()[:, None]
+        half = hidden.T[:, 4:].requires_grad_()
+        at_half, = torch.autograd.grad(F.cross_entropy(F.linear(half, model[2].weight.detach(), model[2].bias.detach()), yb), half)
+        wanted.append(at_half.norm().item())
+        loss.backward()
+        opt.step()
+    inspector.tick_epoch()
+    np.testing.assert_allclose(values(inspector, '1', 'output_grad_norm'), wanted, rtol=1e-5)
+    np.testing.assert_allclose(values(inspector, '0', 'output_grad_norm'), 3*np.array(wanted), rtol=1e-5)
+
+
 @pytest.mark.parametrize('kind', ['lstm', 'linear', 'two groups'])
 def test_output_gradients_of_ragged_batches(kind):
     "Outputs that are now large, now small, of other shapes than before: each step has its norm, a correlation only with its like."
