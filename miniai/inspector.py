@@ -390,12 +390,12 @@ def _put_in_buffer(self:Inspector, hook, mod, outp):
     "What is like last time, the usual case, is put in its place without further questions. Whether it was."
     if not self._inside or hook.forward == self._forward or type(outp) is not torch.Tensor: return False
     known = hook.places.get((self.by_grad, self.phase, outp.shape, outp.dtype))
-    if known is None: return False
+    if known is None or _in_backward(): return False
     hook.forward, hook.calls, place = self._forward, [1, 0], known[0]
     if place is not None:
         place[0].put(place[1], outp.detach())
         self._fresh = True
-    if hook.grad_lenses and outp.requires_grad: hook.follow.at(outp)
+    if hook.grad_lenses and outp.requires_grad: outp.register_hook(hook.follow)
     return True
 
 @patch
@@ -424,7 +424,7 @@ def _take_tensor(self:Inspector, hook, mod, source, a, again):
         return self._tell(source, f'gives whole numbers ({a.dtype}), of which nothing is measured')
     axis = self._axis_of(hook, mod, source, a)
     if a.numel() == 0: return
-    if hook.grad_lenses and a.requires_grad: self._follow(hook, source).at(a)
+    if hook.grad_lenses and a.requires_grad: a.register_hook(self._follow(hook, source))
     if again: return
     comes_again = self._comes_again(hook, source, a)
     if hook.lenses and self._lenses_now(hook): self._take_output(hook, source, axis, a, comes_again)
@@ -615,20 +615,9 @@ def _measure_all_pending(self:Inspector):
 
 # %% ../nbs/19_inspector.ipynb #4350cb91
 class _Follow:
-    "Catches the gradient by an output, where the node of the graph that made it gets it."
+    "What hangs on an output tensor."
     def __init__(self, inspector, hook, source):
         self.inspector, self.hook, self.source = inspector, hook, source
-
-    def at(self,
-        outp # tensor that requires a gradient
-    ):
-        "Wait for its gradient; a hook of the node costs half as much as one of the tensor."
-        if outp.grad_fn is None or outp.output_nr: outp.register_hook(self)
-        else: outp.grad_fn.register_prehook(self.at_node)
-
-    def at_node(self, grads):
-        if grads[0] is not None: self(grads[0])
-
     def __call__(self, grad):
         inspector = self.inspector()
         if inspector is not None and inspector.attached: inspector._grads.append((self, grad))

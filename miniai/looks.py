@@ -8,40 +8,33 @@ __all__ = ['norms', 'dots', 'unit_counts', 'Look', 'Pool', 'PooledLook', 'PoolBu
 # %% ../nbs/01_looks.ipynb #609146f6
 from math import sqrt
 
-import numpy as np
 import torch
 
 # %% ../nbs/01_looks.ipynb #bc5941a0
-_piece = 2**12   # entries that are added one after the other without a loss
-
-def _pieces(flat):
-    "`flat` [n, size] as [n, k, piece] and what is left, [n, rest]."
-    k = flat.shape[1]//_piece
-    return flat[:, :k*_piece].unflatten(1, (k, _piece)), flat[:, k*_piece:]
-
-def _is_short(flat): return flat.shape[1] <= _piece or flat.device.type != 'cpu'
+def _is_short(flat, most): return flat.shape[1] <= most or flat.device.type != 'cpu'
 
 def norms(
-    flat:torch.Tensor # [n, size]
+    flat:torch.Tensor, # [n, size]
+    piece:int=2**12    # entries that are summed in one go
 ) -> torch.Tensor: # [n] the L2 norm of each row
     "Square root of the sum of squares."
-    if _is_short(flat): return torch.linalg.vector_norm(flat, dim=1)
-    pieces, rest = (torch.linalg.vector_norm(o, dim=-1) for o in _pieces(flat))
-    return torch.linalg.vector_norm(torch.cat([pieces, rest[:, None]], 1), dim=1)
+    if _is_short(flat, piece): return torch.linalg.vector_norm(flat, dim=1)
+    k = flat.shape[1]//piece
+    parts = flat[:, :k*piece].unflatten(1, (k, piece)), flat[:, None, k*piece:]
+    return torch.linalg.vector_norm(torch.cat([torch.linalg.vector_norm(o, dim=2) for o in parts], 1), dim=1)
 
 def dots(
-    a:torch.Tensor, # [n, size]
-    b:torch.Tensor  # [n, size]
+    a:torch.Tensor,  # [n, size]
+    b:torch.Tensor,  # [n, size]
+    piece:int=2**16  # entries that are summed in one go
 ) -> torch.Tensor: # [n] inner product of each row of `a` with that of `b`
     "Sum of products."
-    if _is_short(a): return _dots(a, b)
-    pieces, rest = (_dots(*o) for o in zip(_pieces(a), _pieces(b)))
-    return pieces.sum(1) + rest
+    if _is_short(a, piece): return _dots(a, b)
+    return torch.stack([_dots(*o) for o in zip(a.split(piece, 1), b.split(piece, 1))]).sum(0)
 
 def _dots(a, b):
-    "Inner products over the last axis."
-    if a.device.type != 'cpu': return torch.linalg.vecdot(a, b)
-    return torch.from_numpy(np.einsum('...i,...i->...', a.numpy(), b.numpy()))
+    if len(a) == 1: return torch.dot(a[0], b[0])[None]   # reads both once; `vecdot` writes the products first
+    return torch.linalg.vecdot(a, b)
 
 # %% ../nbs/01_looks.ipynb #18a1a63b
 def unit_counts(
@@ -210,12 +203,13 @@ class Pool:
             if o is not None: view.copy_(o)
         return tuple(o is not None for o in tensors)
 
-    def flags(self,
-        rows:torch.Tensor # [steps, rows, width]
-    ) -> torch.Tensor: # of that shape, good until the next call
-        "1 for what is not exactly zero, else 0."
-        if self.scratch is None or len(self.scratch) < len(rows): self.scratch = torch.empty_like(rows)
-        return torch.ne(rows, self.zero, out=self.scratch[:len(rows)])
+    def work(self,
+        f,    # an operation that takes `out`
+        *args # for it; the first is a tensor like a buffer
+    ) -> torch.Tensor: # [steps, rows, width], good until the next call
+        "What `f` gives, row by row."
+        if self.scratch is None or len(self.scratch) < len(args[0]): self.scratch = torch.empty_like(args[0])
+        return f(*args, out=self.scratch[:len(args[0])]).view(len(args[0]), -1, self.width)
 
     def next_buffer(self):
         "The buffer, of one step, that was not used last."
@@ -254,17 +248,16 @@ class _InPool(_Seen):
         return self.pool.sum_rows(of_rows, self.pool.tensor_of_row, len(self.pool)).flatten()
 
     def _norms(self):
-        of_rows = torch.linalg.vector_norm(self._rows(), dim=2)
+        of_rows = torch.linalg.vector_norm(self.flat.view(len(self.flat), -1, Pool.width), dim=2)
         return self._by_tensor(of_rows.square_()).sqrt_()
 
-    def _rows(self): return self.flat.view(len(self.flat), -1, Pool.width)
-    def _dots(self, other): return self._by_tensor(_dots(self._rows(), other._rows()))
+    def _dots(self, other): return self._by_tensor(self.pool.work(torch.mul, self.flat, other.flat).sum(2))
 
     def activity(self):
         "[2, n] share of entries that are not exactly zero, share of units that have none of those."
         pool = self.pool
         if not pool.by_unit: return self._activity_one_by_one()
-        of_rows = pool.flags(self._rows()).sum(2)
+        of_rows = pool.work(torch.ne, self.flat, pool.zero).sum(2)
         counts = pool.sum_rows(of_rows, pool.unit_of_row, len(pool.tensor_of_unit))
         both = torch.stack([counts, torch.eq(counts, 0, out=torch.empty_like(counts))])
         rate, dead = pool.sum_rows(both, pool.tensor_of_unit, len(pool)).mul_(pool.per_entry_and_unit)

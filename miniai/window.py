@@ -43,8 +43,7 @@ class Window:
     size, kept = 512, 512   # rows that wait to be folded; rows that quantiles are computed from
 
     def __init__(self):
-        self.names, self.weights, self.state, self.sample, self.stride = (), [], None, [], 1
-        self.rows = self.places = None
+        self.names, self.rows, self.weights, self.state, self.sample, self.stride = (), None, [], None, [], 1
 
     def add(self,
         names:tuple,         # of n sources
@@ -53,7 +52,7 @@ class Window:
     ):
         "One more row; nothing is read from the device."
         if names == self.names and self.rows is not None and len(self.weights) < self.size:
-            self.places[len(self.weights)].copy_(values)   # the usual case, without a slice
+            self.rows[len(self.weights)].copy_(values)   # the usual case
             self.weights.append(weight)
         else: self.add_rows(names, values[None], (weight,))
 
@@ -64,9 +63,7 @@ class Window:
     ):
         "One row for each of some steps."
         if names != self.names: rows = self._placed(names, rows)
-        if self.rows is None:
-            self.rows = self._room(rows[0])
-            self.places = self.rows.unbind()
+        if self.rows is None: self.rows = self._room(rows[0])
         for i in range(0, len(rows), self.size): self._put(rows[i:i+self.size], weights[i:i+self.size])
 
     def _put(self, rows, weights):

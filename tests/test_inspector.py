@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn, optim
 
 from shared import CountReads
@@ -18,6 +19,7 @@ from miniai.lens import (Lens, LossMetrics, OutputActivation, OutputGradientGeom
                          ParameterGradientActivation, ParameterGradientGeometry, ParameterNorm, ParameterUpdateGeometry,
                          aggregates)
 from miniai.visualizer import MatplotlibVisualizer, open_recording
+from miniai.window import Window
 
 
 def all_lenses(loss_fn=None, **kw):
@@ -882,30 +884,78 @@ def test_an_object_of_your_own():
     assert mine.last[0] == 1 and mine.last[1] == pytest.approx(values(inspector, '1', 'norm mean')[-1])
 
 
-class Halves(nn.Module):
-    "Gives the second output of a node with two; and has a hook of its own on what it was given."
+class Tripled(nn.Module):
+    "Has the gradient of what it is given tripled, by a hook of its own."
     def forward(self, x):
         if x.requires_grad: x.register_hook(lambda grad: 3*grad)
-        return x.chunk(2, 1)[1]
+        return x*1
 
 
-def test_output_gradients_are_those_the_layer_gets():
-    "After hooks of the tensor itself, in every step alike; and of outputs that are one of several of their node."
-    model = nn.Sequential(nn.Linear(4, 8), Halves(), nn.Linear(4, 3))
+class Half(nn.Module):
+    "One output of a node with two."
+    def __init__(self, i):
+        super().__init__()
+        self.i = i
+    def forward(self, x): return x.chunk(2, 1)[self.i]
+
+
+@pytest.mark.parametrize('i', [0, 1])
+def test_output_gradients_beside_hooks_of_the_users_own(i):
+    "Those that come in, before a later hook of the tensor changes them: in every step alike, whichever output of its node it is."
+    model = nn.Sequential(nn.Linear(4, 8), Half(i), Tripled(), nn.Linear(4, 3))
     inspector = Inspector([OutputGradientGeometry(inplace=False)], visualizer=None, module=model)
-    opt, wanted = optim.SGD(model.parameters(), .1), []
     for xb,yb in batches(6):
-        opt.zero_grad()
-        loss = F.cross_entropy(model(xb), yb)
-        hidden = model[0].weight.detach()@xb.T + model[0].bias.detach()[:, None]
-        half = hidden.T[:, 4:].requires_grad_()
-        at_half, = torch.autograd.grad(F.cross_entropy(F.linear(half, model[2].weight.detach(), model[2].bias.detach()), yb), half)
-        wanted.append(at_half.norm().item())
-        loss.backward()
-        opt.step()
+        F.cross_entropy(model(xb), yb).backward()
     inspector.tick_epoch()
-    np.testing.assert_allclose(values(inspector, '1', 'output_grad_norm'), wanted, rtol=1e-5)
-    np.testing.assert_allclose(values(inspector, '0', 'output_grad_norm'), 3*np.array(wanted), rtol=1e-5)
+    at_half, at_tripled, below = (values(inspector, nm, 'output_grad_norm') for nm in '120')
+    assert len(at_half) == 6
+    np.testing.assert_allclose(at_half, at_tripled, rtol=1e-6)
+    np.testing.assert_allclose(below, 3*at_half, rtol=1e-6)
+
+
+def test_output_gradients_that_are_only_asked_for():
+    "`torch.autograd.grad(loss, output)`, as for a saliency map: the node of that output never runs, and its gradient is seen."
+    model, kept, wanted = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), [], []
+    handle = model[0].register_forward_hook(lambda m, inp, out: kept.append(out))
+    inspector = Inspector([OutputGradientGeometry(inplace=False)], visualizer=None, module=model)
+    for xb,yb in batches(5):
+        grad, = torch.autograd.grad(F.cross_entropy(model(xb), yb), kept[-1])
+        wanted.append(grad.norm().item())
+    inspector.tick_epoch()
+    handle.remove()
+    np.testing.assert_allclose(values(inspector, '0', 'output_grad_norm'), wanted, rtol=1e-5)
+
+
+class Repeats(nn.Module):
+    "Its second layer is computed again in the backward pass; the forward can be made to fail before it."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 8)
+    def forward(self, x, fail=False):
+        h = self.a(x)
+        if fail: raise ValueError
+        return torch.utils.checkpoint.checkpoint(self.b, h, use_reentrant=True)
+
+
+def test_a_failed_forward_before_a_repeated_one():
+    "What backward computes again is no output of the forward that failed in between."
+    model = Repeats()
+    inspector = Inspector([OutputNorm(inplace=False, include=nn.Linear)], visualizer=None, module=model)
+    for i in range(6):
+        out = model(torch.full((5, 4), float(i)))
+        if i == 4:
+            with pytest.raises(ValueError): model(torch.ones(5, 4), fail=True)
+        out.sum().backward()
+    inspector.tick_epoch()
+    assert len(values(inspector, 'b', 'norm')) == 6 and len(values(inspector, 'a', 'norm')) == 7
+
+
+def test_a_window_goes_on_after_a_pickle():
+    window = Window()
+    for v in 1., 2., 3.: window.add(('a',), torch.tensor([[v]]))
+    window = pickle.loads(pickle.dumps(window))
+    for v in 4., 5.: window.add(('a',), torch.tensor([[v]]))
+    np.testing.assert_allclose(window.summary().flatten(), [3, 2**.5, 1, 2, 3, 4, 5], rtol=1e-6)
 
 
 @pytest.mark.parametrize('kind', ['lstm', 'linear', 'two groups'])

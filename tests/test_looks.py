@@ -196,7 +196,7 @@ def test_long_rows(n):
     a = torch.full((n, 2**20 + 3), 1e-2)
     a[:, 0] = 1.
     torch.testing.assert_close(norms(a).double(), a.double().norm(dim=1), rtol=1e-5, atol=0)   # in one go: 4e-4
-    torch.testing.assert_close(dots(a, a).double(), a.double().square().sum(1), rtol=3e-5, atol=0)
+    torch.testing.assert_close(dots(a, a).double(), a.double().square().sum(1), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize('shape,axis', [((3, 7), 1), ((2, 5, 9), 1), ((2, 5, 9), 2), ((2, 300, 40, 40), 1), ((2, 300, 40, 40), 3)])
