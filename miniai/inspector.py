@@ -642,11 +642,10 @@ def _flush_grads(self:Inspector):
 @patch
 def _as_last_time(self:Inspector, grads):
     "The usual case: gradients like those of the pass before, all in one buffer. Whether it was."
-    pending, shapes = self._pending('output_grad'), [grad.shape for _,grad in grads]
+    pending = self._pending('output_grad')
     if len(pending.buffers) != 1 or [o for o,_ in grads] != self._follows: return False
-    (buffer, _, names, _), = pending.buffers.values()
-    if len(names) != len(grads) or len(buffer) != len(pending) or buffer.pool.shapes != shapes: return False
-    if list(self._grad_shapes.values()) != shapes: return False
+    if not self._goes_on(pending, grads): return False
+    (buffer, *_), = pending.buffers.values()
     buffer.append([grad.detach() for _,grad in grads])
     self._end_pass(pending)
     return True
