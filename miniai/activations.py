@@ -21,7 +21,7 @@ from .cost import Cost, Pace
 from .device import set_seed
 from .history import History, Parts, UnitTracker
 from .hooks import Hook, Hooks, named_tensors, select_modules, unwrap, warn_if_compiled
-from .stats import abs_hist, layer_stat_names, layer_stats, near_zero, outside, stacked_stats, unit_axis
+from .oldstats import abs_hist, layer_stat_names, layer_stats, near_zero, outside, stacked_stats, unit_axis
 
 # %% ../nbs/10_activations.ipynb #08949e34
 _all_ = ['Hook', 'Hooks', 'set_seed']

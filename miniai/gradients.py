@@ -21,7 +21,7 @@ from .hooks import named_tensors, unwrap
 from .learner import TrainCB, _batch_size
 from .looks import Pool, PooledLook
 from .parameters import ParameterGroup, choose_parameters, find_parameters, parameter_matches
-from .stats import effective_rank, log_hist, unit_axis
+from .oldstats import effective_rank, log_hist, unit_axis
 
 # %% ../nbs/10_gradients.ipynb #88229cd7
 class _PooledGroup:

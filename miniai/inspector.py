@@ -26,7 +26,7 @@ from .hooks import Hook, named_tensors, select_modules, unwrap, warn_if_compiled
 from .lens import row_stat
 from .looks import PoolBuffer, Look, Pool, OutputBuffer
 from .parameters import ParameterGroup, choose_parameters, find_parameters
-from .stats import _widen, unit_axis
+from .oldstats import _widen, unit_axis
 from .window import Window, aggregates
 from .visualizer import Recording, save_parquet, visualizer_named
 
