@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['facts', 'Cell', 'Chunk', 'joined', 'Units', 'Rows', 'to_host']
 
-# %% ../nbs/04_rows.ipynb #a842e5eb
+# %% ../nbs/04_rows.ipynb #b62b6829
 from collections import Counter
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ import torch
 from .stats import (Bins, Sums, add_rows, base_name, clear_rows, empty_rows, outside, output_bins, row_width, scalars,
                           stat_name, statistics)
 
-# %% ../nbs/04_rows.ipynb #216aa035
+# %% ../nbs/04_rows.ipynb #832211d9
 class Cell:
     "The pending rows of one source, [capacity, width] on its device."
     def __init__(self, bins, n_units, call, capacity, device):
@@ -59,7 +59,7 @@ def joined(chunks):
     return [o[0] if len(o) == 1 else Chunk(*(np.concatenate([getattr(c, nm) for c in o]) for nm in parts), o[0].n_units)
             for o in res]
 
-# %% ../nbs/04_rows.ipynb #07233aaa
+# %% ../nbs/04_rows.ipynb #9e10b9bb
 class Units:
     "What became of the units of one source in one phase."
     def __init__(self): self.since, self.batches, self.epochs, self.epoch = None, 0, [], None
@@ -95,7 +95,7 @@ class Units:
         vars(res).update({k: v.copy() if hasattr(v, 'copy') else v for k,v in vars(self).items()})
         return res
 
-# %% ../nbs/04_rows.ipynb #15c0f0db
+# %% ../nbs/04_rows.ipynb #b6822121
 class Rows:
     "The rows of sums of one tap: pending on the device, then on the host; read by the names of statistics."
     def __init__(self,
@@ -156,7 +156,7 @@ class Rows:
         self._move(complete_only=True)
         return self
 
-# %% ../nbs/04_rows.ipynb #586b2740
+# %% ../nbs/04_rows.ipynb #f3a8c31b
 def to_host(
     tensors:list # float64, of any shapes and devices
 ) -> list: # of arrays
@@ -169,7 +169,7 @@ def to_host(
         for i,part in zip(mine, np.split(flat, ends)): arrays[i] = part.reshape(tensors[i].shape)
     return arrays
 
-# %% ../nbs/04_rows.ipynb #40ec53f7
+# %% ../nbs/04_rows.ipynb #cd303c23
 from fastcore.basics import patch
 
 @patch
@@ -211,7 +211,7 @@ def _append(self:Rows, key, chunk):
     kept = chunk[-before % stride::stride]
     if len(kept): self.chunks[key] = joined([*self.chunks.get(key, ()), kept]) if len(kept) < 64 else [*self.chunks.get(key, ()), kept]
 
-# %% ../nbs/04_rows.ipynb #e4a97655
+# %% ../nbs/04_rows.ipynb #67601047
 @patch
 def keys(self:Rows) -> list: # (phase, source, stat) of all that is shown
     "Name what there is."
@@ -276,12 +276,28 @@ def _nbytes(self):
 Rows.nbytes = _nbytes
 
 @patch
+def __len__(self:Rows):
+    "Number of rows that have come to the host."
+    return sum(len(o) for chunks in self.chunks.values() for o in chunks)
+
+@patch
+def facts_of(self:Rows, phase, source) -> np.ndarray: # [n, 5], see `facts`
+    "Say what is known of each row."
+    found = [o.facts for (p,nm),chunks in self.chunks.items() if p == phase and source in (nm, 'all') for o in chunks]
+    return np.concatenate(found) if found else np.zeros((0, 5), np.int64)
+
+@patch
+def sizes(self:Rows) -> dict: # (phase, source) -> bytes, of series that can be thinned
+    "Say how much each series takes."
+    return {key: sum(o.nbytes() for o in v) for key,v in self.chunks.items() if sum(map(len, v)) > 1}
+
+@patch
 def thin(self:Rows, key):
     "Forget every second row of a series; what is known of its units stays."
     self.chunks[key] = [o[::2] for o in joined(self.chunks[key])]
     self.strides[key] = 2*self.strides.get(key, 1)
 
-# %% ../nbs/04_rows.ipynb #daf00c9d
+# %% ../nbs/04_rows.ipynb #29c4eb3f
 _kept_facts = 'tap', 'stats'
 
 @patch
@@ -300,7 +316,8 @@ def state_dict(self:Rows,
     cut = lambda key, chunks: _from(chunks, self.merged.get(key, 0)) if unmerged else joined(chunks)
     chunks = {key: [vars(o) for o in cut(key, chunks)] for key,chunks in self.chunks.items()}
     return dict(chunks=chunks, units={k: dict(vars(o)) for k,o in self.units.items()}, offered=dict(self.offered),
-                strides=dict(self.strides), merged=dict(self.merged))
+                strides=dict(self.strides), merged=dict(self.merged),
+                about=[self.tap, vars(self.bins), list(self.stats), self.follow])
 
 @patch
 def load_state_dict(self:Rows, state):
@@ -311,6 +328,15 @@ def load_state_dict(self:Rows, state):
     self.offered = Counter({tuple(k): v for k,v in state['offered'].items()})
     self.strides, self.merged = ({tuple(k): v for k,v in state[nm].items()} for nm in ('strides', 'merged'))
     self.before = {k: u.copy() for k,u in self.units.items()}
+
+def _rows_of_state(cls, state):
+    "Make the table that was saved."
+    tap, bins, stats, follow = state['about']
+    res = cls(tap, Bins(**bins), tuple(stats), follow)
+    res.load_state_dict(state)
+    return res
+
+Rows.of_state = classmethod(_rows_of_state)
 
 def _units_of(state):
     res = Units()
@@ -346,7 +372,7 @@ def _sum_of(parts):
         first = Chunk(facts, add_rows(first.table, o.table), first.hist + o.hist, active, first.n_units)
     return first
 
-# %% ../nbs/04_rows.ipynb #7597e26c
+# %% ../nbs/04_rows.ipynb #e54184a2
 @patch
 def merge(self:Rows,
     states # of all processes, this one among them: what `state_dict(unmerged=True)` gave
