@@ -35,9 +35,10 @@ from .callback import Callback, CancelFitException, as_cbs
 from .datasets import DataLoaders, MemoryLoader, fashion_mnist
 from .device import def_device, set_seed, to_device
 from .hooks import Hooks, named_tensors, select_modules, unwrap, warn_if_compiled
+from .kernels import add_to_row, empty_row
 from .learner import (DeviceCB, Learner, MetricsCB, TrainCB, _batch_size, _in_notebook, _in_terminal,
                             _rng_state, _set_rng_state)
-from .stats import activation_rate, mean_std, unit_axis, unit_dead
+from .stats import Sums, measure, output_bins, statistics, unit_axis, unit_view
 from .training import accuracy
 
 # %% ../nbs/20_actfns.ipynb #254e2d3a
@@ -475,8 +476,7 @@ class _Taps:
         tensors = [(nm, a) for nm,a in named_tensors(outp, hook.name) if a.numel()]
         if id(mod) in self.chosen:
             self.calls[hook.name] += 1
-            call = self.calls[hook.name]
-            again = f' (call {call})' if call > 1 else ''
+            again = f' (call {self.calls[hook.name]})' if self.calls[hook.name] > 1 else ''
             for nm,a in tensors: self.f(self._output(nm+again, mod, inp, a))
         if tensors: self.last = tensors[0][1].shape, self._axis(mod, tensors[0][1])
         if _has_matrix(mod): self.fed_by = hook.name   # not a normalisation
@@ -484,11 +484,11 @@ class _Taps:
 # %% ../nbs/20_actfns.ipynb #174696a9
 @patch
 def _axis(self:_Taps, mod, a):
-    "Which axis of `a` counts units."
+    "Find the axis of `a` that counts units."
     if self.axis: return self.axis(mod, a.ndim)
-    shape, axis = self.last   # of the layer before; padding or pooling may have changed the other axes
+    shape, axis = self.last   # of the output before; padding may have changed the other axes
     same = shape is not None and len(shape) == a.ndim > axis and shape[axis] == a.shape[axis]
-    return axis if same and not _has_weights(mod) else unit_axis(mod, a.ndim)
+    return unit_axis(mod, a.ndim, axis if same else None)
 
 @patch
 def _output(self:_Taps, source, mod, inp, a):
@@ -518,36 +518,29 @@ def _sample(a, most=100_000):
     flat = a.detach().reshape(-1)
     return flat[::-(-len(flat)//most) or 1].to('cpu', torch.float32, copy=True).numpy()
 
-def _share(mask): return torch.nan if mask is None else mask.float().mean().item()
+def _numbers(a, axis=1):
+    "Statistics of one tensor, read at once: this is for one batch, not for every step."
+    sums = Sums.of(measure(a, axis))
+    found = {nm: float(statistics[nm](sums)[0]) for nm in ('std', 'norm', 'activation_rate', 'death_rate')}
+    return dict(entries=a.numel(), values=_sample(a), zeros=1-found['activation_rate'], **found)
 
 def _output_row(o):
-    "Numbers of one output. They are read at once: this is for one batch, not for every step."
-    return dict(layer=o.source, function=o.function, samples=_batch_size(o.a), entries=o.a.numel(),
-                std=mean_std(o.a)[1].item(), zeros=1-activation_rate(o.a).item(),
-                saturated=_share(_saturated(o.x, o.a, o.shape)), dead=_share(unit_dead(o.a, o.axis)),
-                fed_by=o.fed_by, values=_sample(o.a))
+    "Numbers of one output."
+    numbers, flat = _numbers(o.a, o.axis), _saturated(o.x, o.a, o.shape)
+    return dict(numbers, layer=o.source, function=o.function, samples=_batch_size(o.a), fed_by=o.fed_by,
+                dead=numbers['death_rate'], saturated=np.nan if flat is None else flat.float().mean().item())
 
 def _grad_row(name, grad, saturated):
     "Numbers of the gradient of one parameter; one that has none is a gap."
-    row = dict(layer=name, entries=0, std=np.nan, norm=np.nan, zeros=np.nan, saturated=saturated,
-               values=np.zeros(0))
-    if grad is None: return row
-    grad = grad.to_dense() if grad.is_sparse else grad
-    return {**row, 'entries': grad.numel(), 'std': mean_std(grad)[1].item(),
-            'norm': grad.to(torch.promote_types(grad.dtype, torch.float32)).norm().item(),
-            'zeros': 1-activation_rate(grad).item(), 'values': _sample(grad)}
+    gap = dict(entries=0, std=np.nan, norm=np.nan, zeros=np.nan, values=np.zeros(0))
+    numbers = gap if grad is None else _numbers(grad.to_dense() if grad.is_sparse else grad)
+    return dict(numbers, layer=name, saturated=saturated)
 
 def _table(rows, columns):
     import pandas as pd
     return pd.DataFrame(rows, columns=columns.split())
 
 # %% ../nbs/20_actfns.ipynb #45dc2a7f
-def _outputs(net, inputs, layers):
-    "Run the model; its output, and a row for each output of the chosen layers."
-    rows = []
-    with _Taps(net, layers, lambda o: rows.append(_output_row(o))): preds = net(*inputs)
-    return preds, rows
-
 def _chosen_params(net, pattern, who):
     "The parameters whose names `pattern` fits."
     names = [nm for nm,_ in unwrap(net).named_parameters()]
@@ -571,7 +564,8 @@ def _look(net, batch_or_dl, who, what=None, params=None, loss_func=None, n_inp=1
         if params and not targets:
             raise ValueError(f'{who}: the batch has no targets; give (inputs, targets)')
         layers = _act_layers(net) if what is None else select_modules(net, what)
-        preds, outputs = _outputs(net, inputs, layers)
+        outputs = []
+        with _Taps(net, layers, lambda o: outputs.append(_output_row(o))): preds = net(*inputs)
         if not params: return outputs, []
         return outputs, _gradients(loss_func(preds, *targets), _chosen_params(net, params, who), outputs)
 
@@ -747,48 +741,46 @@ def _is_listed_batch(o):
         return False
     return len({len(a) for a in o}) == 1 and o[0].is_floating_point() and not o[-1].is_floating_point()
 
-class _Tally:
-    "Of one layer: which units have been zero for all samples so far, and how many outputs were saturated."
-    def __init__(self): self.dead, self.samples, self.entries, self.flat = None, 0, 0, 0
+class _Count:
+    "Of one layer: the row of sums over all samples so far, and how many of its outputs were saturated."
+    def __init__(self): self.row, self.flat = None, 0
 
     def add(self, o):
-        "Take in one batch; nothing is read from the device."
-        dead, flat = unit_dead(o.a, o.axis), _saturated(o.x, o.a, o.shape)
-        if self.dead is None: self.dead, self.o = dead, o._replace(a=None, x=None)
-        if dead.shape != self.dead.shape: raise ValueError(self._changed(o, len(dead)))
-        self.dead = self.dead & dead
+        "Add one batch; nothing is read from the device."
+        n, flat = unit_view(o.a.shape, o.axis)[2], _saturated(o.x, o.a, o.shape)
+        if self.row is None:
+            self.o, self.units, self.row = o._replace(a=None, x=None), n, empty_row(output_bins, n, o.a.device)
+        if n != self.units:
+            raise ValueError(f'measure_number_dead_neurons: layer {o.source!r} had {self.units} units and now has '
+                             f'{n} on axis {o.axis} of {tuple(o.a.shape)}; say with axis= which axis counts units')
+        add_to_row(self.row, o.a, o.axis, what=2)
         self.flat = None if flat is None or self.flat is None else self.flat + flat.sum()
-        self.samples += _batch_size(o.a)
-        self.entries += o.a.numel()
 
-    def _changed(self, o, n):
-        return (f'measure_number_dead_neurons: layer {o.source!r} had {len(self.dead)} units and now has {n} '
-                f'on axis {o.axis} of {tuple(o.a.shape)}; say with axis= which axis counts units')
-
-    def row(self):
-        "The result; this waits for the device."
-        indices, saturated = self.dead.nonzero()[:, 0].tolist(), self.o.shape and not self.o.shape.zeros
-        return dict(layer=self.o.source, function=self.o.function, units=len(self.dead), dead=len(indices),
-                    share=len(indices)/len(self.dead), samples=self.samples, indices=indices,
-                    saturated=np.nan if self.flat is None else float(self.flat)/self.entries,
+    def result(self):
+        "A row of the table; this waits for the device."
+        sums, saturated = Sums.of(self.row), self.o.shape and not self.o.shape.zeros
+        indices = np.flatnonzero(~sums.active[0]).tolist()
+        return dict(layer=self.o.source, function=self.o.function, units=self.units, dead=len(indices),
+                    share=len(indices)/self.units, samples=int(sums.samples[0]), indices=indices,
+                    saturated=np.nan if self.flat is None else float(self.flat)/sums.n[0],
                     report='saturated' if saturated else 'dead')
 
 # %% ../nbs/20_actfns.ipynb #27ae5af3
-def _tally(net, dl, layers, axis, progress, n_inp):
-    "Run all of the loader through the model; a `_Tally` for each output."
-    tallies = defaultdict(_Tally)
+def _count(net, dl, layers, axis, progress, n_inp):
+    "Run all of the loader through the model; a `_Count` for each output."
+    counts = defaultdict(_Count)
     hide = not (progress and (_in_notebook() or _in_terminal()))   # in a log file a bar would be many lines
     dl = [dl] if isinstance(dl, (torch.Tensor, tuple)) or _is_listed_batch(dl) else dl
-    with _undisturbed(net, dl), _Taps(net, layers, lambda o: tallies[o.source].add(o), axis) as taps:
+    with _undisturbed(net, dl), _Taps(net, layers, lambda o: counts[o.source].add(o), axis) as taps:
         for batch in tqdm(dl, leave=False, disable=hide):
             taps.start()
             net(*_split(to_device(batch, _device(net)), n_inp, 'measure_number_dead_neurons')[0])
-    if tallies: return tallies
+    if counts: return counts
     raise ValueError('measure_number_dead_neurons: the loader gave no samples, or no layer put out a tensor')
 
-def _warn_silent(layers, tallies):
+def _warn_silent(layers, counts):
     "Name the layers that were never called."
-    called = tuple(f'{o} ' for o in tallies)
+    called = tuple(f'{o} ' for o in counts)
     silent = [nm for nm,_ in layers if not any(o.startswith((f'{nm} ', f'{nm}[', f'{nm}.')) for o in called)]
     if silent: warnings.warn(f'measure_number_dead_neurons: never called: {", ".join(silent)}', stacklevel=3)
 
@@ -827,9 +819,9 @@ def measure_number_dead_neurons(
     `report` says which number to look at: 'dead', or 'saturated' for a function without exact zeros. Where
     that share can't be told (input overwritten in place, function not of each entry) it is NaN."""
     layers = _layers_to_count(net, what)
-    tallies = _tally(net, dl, layers, axis, progress, n_inp)
-    _warn_silent(layers, tallies)
-    table = _table([o.row() for o in tallies.values()],
+    counts = _count(net, dl, layers, axis, progress, n_inp)
+    _warn_silent(layers, counts)
+    table = _table([o.result() for o in counts.values()],
                    'layer function units dead share saturated report samples indices')
     if verbose: _say_dead(table)
     return table

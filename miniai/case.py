@@ -8,9 +8,7 @@ __all__ = ['levels', 'Facts', 'facts_of_dict', 'Param', 'Track', 'Evidence', 'tw
 
 # %% ../nbs/21_case.ipynb #83d864a8
 import difflib, html, textwrap
-from bisect import bisect_left
 from dataclasses import asdict, dataclass, field, replace
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -108,14 +106,12 @@ _no_rows = Track(*(np.zeros(0, int) for _ in range(3)), np.zeros(0))
 
 def _last_run(history):
     "Number of the last run that trained; of the last one, if none did."
-    runs = [c.facts[-1][0] for (phase,_,_),c in history._columns.items() if c.facts and phase == 'train']
-    return max(runs, default=max(history.run, 0))
+    runs = [o for key in history.keys() if key[0] == 'train' for o in history.runs_of(*key)[-1:]]
+    return int(max(runs, default=max(history.run, 0)))
 
 def _has_rows(history, key, run):
     "Whether a series has rows of this run; an earlier one may have had another model."
-    facts = [history._columns[o].facts for o,_ in history._series[key]]
-    at = [bisect_left(o, run, key=itemgetter(0)) for o in facts]   # rows of earlier runs
-    return any(i < len(o) and o[i][0] == run for i,o in zip(at, facts))
+    return run in history.runs_of(*key)
 
 class Evidence:
     "Recorded values and facts of one run."
@@ -250,23 +246,14 @@ def _function_name(o):
 
 def _watched(cb):
     "What a watcher of outputs knows of its layers: `layers`, `sources`, `silent`, `looked`."
-    if not hasattr(cb, 'sources') or not hasattr(cb, 'kinds'): return {}
+    if not hasattr(cb, 'dead_since'): return {}
     sources = {source: name for name,own in cb.sources.items() for source in own or [name]}
-    silent = tuple(name for name,own in cb.sources.items() if not own) if cb._looked else ()
     looked = {phase: (cb.pace.sampled[phase], n) for phase,n in cb.pace.seen.items() if n}
-    return dict(layers=dict(cb.kinds), sources=sources, silent=silent, looked=looked, since=_dead_since(cb))
+    return dict(layers=dict(cb.kinds), sources=sources, silent=cb.silent, looked=looked, since=cb.dead_since())
 
 def _unreached(cb):
     "What `GradientStats` knows."
-    if not hasattr(cb, 'gaps') or not hasattr(cb, 'hist_edges'): return {}
-    return dict(unreached=tuple(nm for nm,why in cb.gaps.items() if why.startswith('has had no gradient')))
-
-def _dead_since(cb):
-    "For each unit that was watched in training the step since which it has been dead, -1 if it is alive."
-    trackers = [(names, o.since) for (phase,names),o in getattr(cb, 'trackers', {}).items()
-                if phase == 'train']
-    return {nm: row for names,since in trackers if since is not None
-            for nm,row in zip(names, since.tolist())}   # reads from the device, after the fit
+    return dict(unreached=cb.unreached) if hasattr(cb, 'hist_edges') else {}
 
 def _is_weighted(f):
     "Whether a loss function is known not to be the plain mean over the samples."

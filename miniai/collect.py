@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .hooks import Hook, named_tensors
+from .hooks import Hooks, named_tensors
 from .kernels import add_to_row, compiled_loops, many_of, memory_view, one_of, plan, readable, slow_reason
 from .rows import Rows
 from .stats import unit_axis, unit_view
@@ -172,6 +172,8 @@ def in_backward():
     "Whether a backward pass is running, as when checkpointed blocks are computed again."
     return torch._C._current_graph_task_id() != -1
 
+def _kind(outp): return f'one of {outp.dtype}' if isinstance(outp, torch.Tensor) else type(outp).__name__
+
 class OutputTap:
     "Adds the outputs of modules to rows of sums while it listens."
     max_calls = 8   # of one module in one forward that are told apart; a cell in a long loop would fill the table
@@ -184,9 +186,9 @@ class OutputTap:
         what:int=7       # see `miniai.kernels.add_to_row`
     ):
         self.rows, self.sampler, self.told, self.axis, self.what = rows, sampler, told, axis, what
-        self.hooks, self.listening, self.forward = [], False, 0
+        self.hooks, self.live, self.forward = Hooks([], self._on_output), False, 0
         self.sources, self.kinds, self.axes, self.fired = {}, {}, {}, set()   # sources: layer -> its rows' names, in the order of calls
-        self._known, self._last = {}, None
+        self._known, self._last, self.paused = {}, None, False
         self.one, self.plan = (one_of(torch.float32), plan(rows.bins, torch.float32).address) if compiled_loops() else (None, 0)
 
     def attach(self,
@@ -194,31 +196,40 @@ class OutputTap:
     ):
         "Choose modules; they are hooked while the tap listens."
         self.detach()
-        self.modules = list(modules)
-        for name,m in self.modules:
-            self.kinds[name] = type(m).__name__
-            self.sources.setdefault(name, [])
+        self.hooks = Hooks(modules, self._on_output)
+        for o in self.hooks:
+            self.kinds[o.name] = type(o.m).__name__
+            self.sources.setdefault(o.name, [])
+        self.reset()
+        self.listen(False)
 
     def listen(self, on):
         "Hook the modules, or take the hooks off: in a step that is not sampled nothing of this is called."
-        if on == self.listening: return
-        if on: self.hooks = [Hook(m, self._on_output, name) for name,m in self.modules]
-        else:
-            for o in self.hooks: o.remove()
-        for o in self.hooks if on else (): o.shape, o.cell, o.forward = None, None, -1
-        self.listening = on
+        if on != self.live:
+            for o in self.hooks: o.put() if on else o.remove()
+        self.live = on
+
+    def reset(self):
+        "Forget what the last outputs were like."
+        for o in self.hooks: o.shape, o.cell, o.forward, o.call = None, None, -1, 0
+        self.forward, self._last, self.paused = 0, None, False
 
     def begin(self):
         "A forward of the model begins."
         self.forward += 1
-        self._last = None
+        self._last, self.paused = None, False
+
+    def end(self):
+        "It is over: calls until the next one are no part of it."
+        self.paused = True
 
     def detach(self):
-        "Take the hooks off."
-        self.listen(False)
+        "Take the hooks off; they keep what they have."
+        self.hooks.remove()
+        self.live = False
 
     def _on_output(self, hook, mod, inp, outp):
-        if in_backward(): return
+        if self.paused or in_backward(): return
         self.sampler.begin_watch()
         try:
             if type(outp) is torch.Tensor and outp.shape == hook.shape and hook.forward != self.forward \
@@ -237,12 +248,11 @@ class OutputTap:
         self.fired.add(hook.name)
         if hook.call >= self.max_calls:
             return self.told(hook.name, f'is called more than {self.max_calls} times in a step; the rest is not recorded')
-        found = named_tensors(outp, hook.name)
-        if not found: self.told(hook.name, f'returns no tensor to measure, but {type(outp).__name__}')
+        found = [o for o in named_tensors(outp, hook.name) if o[1].is_floating_point() or o[1].is_complex()]
+        if not found: self.told(hook.name, f'returns no tensor to measure, but {_kind(outp)}')   # indices, masks, lengths
         for source,a in found: self._take_tensor(hook, mod, inp, source, a)
 
     def _take_tensor(self, hook, mod, inp, source, a):
-        if not a.is_floating_point() and not a.is_complex(): return   # indices, masks, lengths: no activations
         if hook.call: source = f'{source} (call {hook.call+1})'
         if (source, a.ndim) not in self._known: self._known[source, a.ndim] = self.axis(mod, a.ndim, self._axis_before(inp, a))
         axis = self.axes[source] = self._known[source, a.ndim]
@@ -304,12 +314,15 @@ class ParameterTap:
         "The long way, for what is not plain memory."
         try:
             t = t.detach() if t.layout is torch.strided else t.detach().to_dense()
-            cell = self.rows.cell(o.name, unit_view(t.shape, o.axis())[2], t.device)
+            cell, axis = self.rows.cell(o.name, unit_view(_by_unit(t).shape, _axis(o, t))[2], t.device), _axis(o, t)
             known = o.name in self.before and self.before[o.name].shape == t.shape
             if self.pairs and not known: self.before[o.name] = torch.empty_like(t)
-            add_to_row(cell.rows[self.rows.i], t, o.axis(), self.rows.bins, self.what, self.before.get(o.name), known,
-                       self.starts.get(o.name) if from_start else None)
+            others = (_by_unit(d.get(o.name)) for d in (self.before, self.starts if from_start else {}))
+            add_to_row(cell.rows[self.rows.i], _by_unit(t), axis, self.rows.bins, self.what, next(others), known, next(others))
         except Exception as e: self.told.failed(o.name, e)
+
+def _by_unit(a): return a[None] if a is not None and a.ndim == 1 else a   # the entries of a bias are its units
+def _axis(o, t): return 1 if t.ndim == 1 else o.axis()
 
 class _Jobs:
     "The lines that the compiled loop takes, one for each parameter."
@@ -336,14 +349,14 @@ class _Jobs:
         "Fill in the line of a parameter that has changed, or is new. Whether it can be measured here."
         self.shapes[i] = None
         if self.many is None or not readable(t) or t.dtype is not torch.float32 or not t.is_contiguous() or not t.numel(): return False
-        tap, axis, before = self.tap, o.axis(), 0
+        tap, sizes, before = self.tap, unit_view(_by_unit(t).shape, _axis(o, t)), 0
         start = tap.starts[o.name] if self.from_start else None
         if start is not None and not (readable(start) and start.is_contiguous()): return False
         known = o.name in tap.before and tap.before[o.name].shape == t.shape
         if tap.pairs:
             if not known: tap.before[o.name] = torch.empty_like(t, memory_format=torch.contiguous_format)
             before = tap.before[o.name].data_ptr()
-        cell = tap.rows.cell(o.name, unit_view(t.shape, axis)[2])
-        self.lines[i] = [0, 0 if start is None else start.data_ptr(), before, known, 0, *unit_view(t.shape, axis), tap.what]
+        cell = tap.rows.cell(o.name, sizes[2])
+        self.lines[i] = [0, 0 if start is None else start.data_ptr(), before, known, 0, *sizes, tap.what]
         self.base[i], self.step[i], self.shapes[i] = cell.address, cell.nbytes, t.shape
         return True

@@ -15,135 +15,122 @@ from fastcore.basics import groupby, noop, patch
 
 from .activations import HooksCallback, _empty, _fit_size, _outside_text, _steps
 from .callback import Callback
-from .cost import Cost, Pace
+from .collect import Cost, ParameterTap, Sampler, Told
 from .history import History
 from .hooks import named_tensors, unwrap
 from .learner import TrainCB, _batch_size
-from .looks import Pool, PooledLook
-from .parameters import ParameterGroup, choose_parameters, find_parameters, parameter_matches
-from .oldstats import effective_rank, log_hist, unit_axis
+from .parameters import choose_parameters, find_parameters, parameter_matches
+from .rows import Rows
+from .stats import Bins, effective_rank, unit_axis, widen
 
 # %% ../nbs/10_gradients.ipynb #88229cd7
-class _PooledGroup:
-    "Parameters on one device, and memory to look at them."
-    def __init__(self, params, n_looks):
-        self.group, self.names, self.n_looks = ParameterGroup(params), tuple(o.name for o in params), n_looks
-        self.pools, self.before, self._padding = {}, None, None
-
-    def pool(self, kind, n_looks):
-        if kind not in self.pools:
-            self.pools[kind] = Pool([o.p for o in self.group.params], self.group.axes, n_looks)
-        return self.pools[kind]
-
-    def look(self, tensors, start=None):
-        "At tensors of the parameters' shapes, and back at the look before if there is room for two."
-        if self.before is not None: self.before.before = self.before.start = None   # else it would go on
-        look = PooledLook(self.pool('look', self.n_looks), tensors, self.before, start)
-        self.before = look if self.n_looks > 1 else None
-        return look
-
-    def start(self, tensors):
-        "A look to compare with after the step."
-        return PooledLook(self.pool('start', 1), tensors)
-
-    def padding(self):
-        "[n] zeros that fill up the rows of each tensor."
-        if self._padding is None:
-            pool = self.pools['look']
-            there = [u*r*Pool.width - shape.numel() for u,r,shape in zip(pool.units, pool.rows, pool.shapes)]
-            self._padding = torch.tensor(there, dtype=torch.int32, device=pool.device)
-        return self._padding
-
-    def nbytes(self):
-        buffers = [o for pool in self.pools.values() for o in pool.buffers if o is not None]
-        return sum(flat.nbytes for flat,_ in buffers)
-
-# %% ../nbs/10_gradients.ipynb #45087eb6
 class _AtSteps(Callback):
-    "Looks at parameters around the optimizer's step."
+    "Measures parameters around the optimizer's step."
     order = TrainCB.order-10   # before those who clip or change gradients, after those who add them up
-    known_stats, _tells = (), True
+    known_stats, measured, _tells = (), '', True
 
-    def __init__(self, parameters, every, budget, stats, max_bytes):
+    def __init__(self, parameters, every, budget, stats, max_bytes, bins, what):
         who = type(self).__name__
         if isinstance(stats, str) or not stats or set(stats) - set(self.known_stats):
             raise ValueError(f'{who}: stats is {stats!r}; give a tuple of some of {self.known_stats}')
         self.parameters, self.stats, self.history = parameters, tuple(stats), History(max_bytes=max_bytes)
-        self.pace, self.first_run, self._model = Pace(every, budget, who), 0, noop
-        self.active, self._trial, self._where, self._groups = False, False, None, []
-        self.beside = None   # another callback, whose steps are looked at in place of `every` and `budget`
+        self.table = self.history.add_table(Rows(self.measured, bins, self.stats, follow_units=False))
+        self.sampler, self.what, self.first_run, self._model = Sampler(every, budget, who), what, 0, noop
+        self.active, self._trial, self._going, self._samples = False, False, False, 0
         self._start_model()
 
-    def _start_model(self):
-        "What is known of one model is not mixed with another's."
-        self.params, self._found, self.gaps, self._told = (), [], {}, set()
-        self.pace = Pace(self.pace.every, self.pace.budget, type(self).__name__)
-
-    def before_fit(self, learn):
-        self._trial, self.active = getattr(learn, 'trial', False), False   # `lr_find` takes its steps back
-        if self._trial: return
-        run, model = self.history.start_run(), unwrap(learn.model)
-        if self._model() is not model:
-            self._start_model()
-            self._model, self.first_run = weakref.ref(model), run
-        self._groups, self._there, self._samples, self._going = [], None, 0, False
-        self.pace.start()   # a loop of your own may know no epochs
-
-    def before_epoch(self, learn):
-        if self._trial: return
-        self.pace.start()
-        if learn.training: self._find(learn)
-
-    def before_batch(self, learn):
-        self.active = False
-        if not self._trial and not self._going: self._samples = 0
-        self._going = False   # unless this batch, too, is added up with the next
-
-    def after_loss(self, learn):
-        if learn.training and not self._trial: self._samples += _batch_size(learn.batch)
-
-    def after_batch(self, learn): self._going = getattr(learn, 'hold', False)
-
-    def cleanup_fit(self, learn):
-        self.active, self._groups, self._there = False, [], None
-        self.pace.stop()
+    @property
+    def pace(self):
+        "The sampler, by its name in the first version."
+        return self.sampler
 
     def __len__(self): return len(self.params)
 
-    def __getstate__(self):   # no weak reference, and nothing of the learner
-        gone = dict(learn=None, beside=None, _model=noop, _groups=[], _there=None, params=(), _found=[])
-        return {**vars(self), **gone}
+    def __getstate__(self):   # no weak reference, nothing of the learner, no buffers
+        return {**vars(self), **dict(learn=None, _model=noop, tap=None, params=(), _found=[])}
 
-# %% ../nbs/10_gradients.ipynb #77c9ab3f
-_why = dict(frozen='is frozen (requires_grad is False)',
-            unused='has had no gradient in the steps looked at: the loss was not computed from it',
-            other='is not among the parameters of the optimizer',
-            complex='has complex numbers, which are not measured')
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._start_tap()
+
+# %% ../nbs/10_gradients.ipynb #eaa0e8d8
+@patch
+def _start_model(self:_AtSteps):
+    "What is known of one model is not mixed with another's."
+    self.params, self._found, self.gaps, self.unreached = (), [], {}, ()
+    self.told, o = Told(type(self).__name__), self.sampler
+    vars(o).update(vars(Sampler(o.every, o.budget, o.who, o.now)))   # in place: it may be others', too
+    self._start_tap()
 
 @patch
+def _start_tap(self:_AtSteps):
+    "A tap without buffers: nothing to compare with yet."
+    pairs = any(o.endswith('correlation') for o in self.stats)
+    self.tap, self._there = ParameterTap(self.table, self.told, pairs, self.what), None
+
+# %% ../nbs/10_gradients.ipynb #9fd47918
+@patch
+def before_fit(self:_AtSteps, learn):
+    self._trial, self.active, self._going = getattr(learn, 'trial', False), False, False
+    if self._trial: return
+    run, model = self.history.start_run(), unwrap(learn.model)
+    if self._model() is not model:
+        self._start_model()
+        self._model, self.first_run = weakref.ref(model), run
+    self._start_tap()
+    self.sampler.start()   # a loop of your own may know no epochs
+
+@patch
+def before_epoch(self:_AtSteps, learn):
+    self._going = False
+    if self._trial: return
+    self.sampler.start()
+    if learn.training: self._find(learn)
+
+@patch
+def before_batch(self:_AtSteps, learn):
+    going, self._going = self._going and learn.training, False
+    if going or self._trial: return
+    self._samples = 0
+    self.active = learn.training and self.sampler.wants('train', getattr(learn, 'n_steps', None))
+
+@patch
+def after_loss(self:_AtSteps, learn):
+    if self.active: self._samples += _batch_size(learn.batch)
+
+@patch
+def after_batch(self:_AtSteps, learn): self._going = getattr(learn, 'hold', False)
+
+# %% ../nbs/10_gradients.ipynb #a94a9210
+@patch
+def cleanup_fit(self:_AtSteps, learn):
+    if self._trial: return
+    self.active = False
+    self._watch(self.history.flush)
+    self.table.cells.clear()
+    self._start_tap()
+    self.sampler.stop()
+
+# %% ../nbs/10_gradients.ipynb #45087eb6
+@patch
 def _find(self:_AtSteps, learn):
-    "All parameters of the model as it is now."
+    "List the parameters of the model as it is now."
     found, self._there = find_parameters(unwrap(learn.model)), None
     same = all(a.is_now(b.name, b.p) for a,b in zip(self._found, found))
     if same and len(found) == len(self._found): return
-    self.params, self._found, self._groups = (), found, []
+    self.params, self._found = (), found
+    self.tap.choose(())
     self.params = choose_parameters(found, self.parameters, type(self).__name__)
 
 @patch
-def _groups_now(self:_AtSteps, learn):
-    "Groups of the optimizer's parameters that have ever had a gradient."
+def _choose(self:_AtSteps, learn):
+    "Tell the tap which of the optimizer's parameters have ever had a gradient."
     if not self._found: self._find(learn)
-    there = [o for o in self.params if o.p.grad is not None]
-    if there == self._there: return self._groups
-    self._there, self._held, known = there, _held(learn), self._known()
-    chosen = [o for o in self.params if (o in known or o.p.grad is not None) and not self._left_out(o)]
-    if set(chosen) != known:
-        n_looks = 1 + any(o.endswith('correlation') for o in self.stats)
-        self._groups = [_PooledGroup(o, n_looks) for o in groupby(chosen, lambda o: o.p.device).values()]
-    return self._groups
-
-@patch
-def _known(self:_AtSteps): return {o for pooled in self._groups for o in pooled.group.params}
+    there = [o.p.grad is not None for o in self.params]
+    if there == self._there: return
+    self._there, self._held, known = there, _held(learn), set(self.tap.params)
+    chosen = (o for o,has in zip(self.params, there) if has or o in known)
+    self.tap.choose(o for o in chosen if self._is_held(o))
 
 def _held(learn):
     "Ids of what the optimizer trains; None for one that does not say."
@@ -151,238 +138,182 @@ def _held(learn):
     return None if groups is None else {id(p) for group in groups for p in group['params']}
 
 @patch
-def _left_out(self:_AtSteps, o):
-    "Why a parameter is not looked at although it may have a gradient."
-    if self._held is not None and id(o.p) not in self._held: return 'other'
-    if o.p.is_complex(): return 'complex'
+def _is_held(self:_AtSteps, o): return self._held is None or id(o.p) in self._held
 
-# %% ../nbs/10_gradients.ipynb #c4867c6f
-@patch
-def _wants(self:_AtSteps, learn):
-    "Whether to look at the step that comes now; counts it."
-    leader = None if self.beside is None else self.beside.active
-    self.active = not self._trial and self.pace.wants('train', leader)
-    if not self.active: return False
-    # a Learner of your own may not count its steps
-    step = getattr(learn, 'n_steps', self.pace.seen['train']-1)
-    self._where = dict(step=step, epoch=getattr(learn, 'epoch', 0), samples=self._samples)
-    return True
-
+# %% ../nbs/10_gradients.ipynb #77c9ab3f
 @patch
 def _watch(self:_AtSteps, f, *args):
-    self.pace.begin_watch()
+    self.sampler.begin_watch()
     try:
         with torch.no_grad(): f(*args)
-    except Exception as e:
-        self._tell('a step', f'could not be measured and is left out ({type(e).__name__}: {e})')
-    finally: self.pace.end_watch()
+    except Exception as e: self.told.failed('a step', e)
+    finally:
+        self.table.close()
+        self.sampler.end_watch()
 
 @patch
-def _tell(self:_AtSteps, who, what):
-    "Warn once."
-    if what not in self._told: warnings.warn(f'{type(self).__name__}: {who} {what}', stacklevel=3)
-    self._told.add(what)
+def _add(self:_AtSteps, learn, tensors, from_start=False):
+    "Add a row for each parameter that has a tensor."
+    # a Learner of your own may not count its steps
+    step = getattr(learn, 'n_steps', self.sampler.seen['train']-1)
+    self._where = dict(step=step, epoch=getattr(learn, 'epoch', 0), samples=self._samples)
+    if not tensors: return
+    self.table.open('train', self.history.run, new=True, **self._where)
+    self.tap.read(tensors, from_start)
+
+# %% ../nbs/10_gradients.ipynb #c4867c6f
+_why = dict(frozen='is frozen (requires_grad is False)',
+            unused='has had no gradient in the sampled steps: the loss was not computed from it',
+            other='is not among the parameters of the optimizer')
 
 @patch
 def cleanup_epoch(self:_AtSteps, learn):
-    "Close the epoch: why there are gaps, and one transfer to the host."
     if self._trial: return
     if learn.training and self._there is not None: self._note_gaps()
-    self.pace.begin_watch()
-    self.history.flush()   # the device is waited for here, once per epoch
-    self.pace.end_watch()
-    self.pace.stop()
+    self._watch(self.history.flush)   # the device is waited for here, once per epoch
+    self.sampler.stop()
 
 @patch
 def _note_gaps(self:_AtSteps):
-    known = self._known()
-    why = {o.name: self._left_out(o) or ('unused' if o.p.requires_grad else 'frozen')
-           for o in self.params if o not in known}
+    measured = set(self.tap.params)
+    why = {o.name: 'other' if not self._is_held(o) else 'unused' if o.p.requires_grad else 'frozen'
+           for o in self.params if o not in measured}
     self.gaps = {nm: _why[key] for nm,key in why.items()}
-    self._tell_unused([nm for nm,key in why.items() if key == 'unused'])
+    self.unreached = tuple(nm for nm,key in why.items() if key == 'unused')
+    if self._tells: self._warn_unreached()
 
 @patch
-def _tell_unused(self:_AtSteps, names):
-    "One warning for all that are new."
-    new = [nm for nm in names if nm not in self._told]
-    self._told |= set(new)
-    if not new or not self._tells: return
+def _warn_unreached(self:_AtSteps):
+    new = [nm for nm in self.unreached if (nm, 'unused') not in self.told.known]
+    self.told.known |= {(nm, 'unused') for nm in new}
     more = f' and {len(new)-3} more' if len(new) > 3 else ''
-    warnings.warn(f"{type(self).__name__}: {', '.join(new[:3])}{more} {_why['unused']}", stacklevel=4)
+    if new: warnings.warn(f"{type(self).__name__}: {', '.join(new[:3])}{more} {_why['unused']}", stacklevel=4)
 
 # %% ../nbs/10_gradients.ipynb #deaa6873
 gradient_stat_names = 'grad_norm', 'grad_hist', 'grad_correlation', 'grad_activation_rate', 'grad_death_rate'
 
 class GradientStats(_AtSteps):
-    """Norm, histogram, correlation, activation and death rate of each parameter's gradient at every step, and
-    the norm of all of them before and after clipping; `history` has the rows.
+    """Records norm, histogram, correlation, activation and death rate of each parameter's gradient, and the
+    norm of all of them before and after clipping; `history` has the rows.
 
-    Takes memory for one copy of all gradients, two with the correlation, while a fit runs."""
-    known_stats = gradient_stat_names
+    Takes memory for one copy of all gradients while a fit runs, for the correlation."""
+    known_stats, measured = gradient_stat_names, 'grad'
 
     def __init__(self,
         parameters=('weight', 'bias'), # names or globs of them; 'weight' and 'bias' are the two kinds
-        every:int=1,             # look at every n-th step of the optimizer
+        every:int=1,             # sample every n-th step of the optimizer
         bins:int=48,             # of the histograms
         hist_range=(1e-12, 1e4), # of the histograms of absolute values, whose bins are logarithmic
-        budget=None,             # instead of `every`: the share of the fit's time it may take, such as 0.02
+        budget=None,             # instead of `every`: a fraction of the fit's time, such as 0.02
         stats=gradient_stat_names, # what to record
         max_bytes=56_000_000,    # memory for the rows; the largest series are thinned when it is full
         clipped:bool=None        # record the norm after clipping, too; default if another callback may clip
     ):
-        super().__init__(parameters, every, budget, stats, max_bytes)
-        log_hist(torch.zeros(1), bins, hist_range)   # complains here rather than in the first step
+        rates = {'grad_activation_rate', 'grad_death_rate'}
+        what = ('grad_hist' in stats) + 2*bool(rates & set(stats))   # see `miniai.kernels.add_to_row`
+        super().__init__(parameters, every, budget, stats, max_bytes, Bins(bins, *hist_range, log=True), what)
         self.bins, self.hist_range, self.clipped = bins, tuple(hist_range), clipped
-
-    def before_fit(self, learn):
-        super().before_fit(learn)
-        self._clipped = _may_clip(learn, self) if self.clipped is None else self.clipped
-
-    def after_backward(self, learn):
-        if self._wants(learn): self._watch(self._read, learn)
-
-    def after_step(self, learn):
-        if self.active and self._clipped: self._watch(self._read_clipped)
 
     @property
     def hist_edges(self):
-        "The borders of the histograms' bins, [bins+1]."
-        return np.geomspace(*self.hist_range, self.bins+1)
+        "The borders of the histograms' bins, [bins+1] float32."
+        return self.table.bins.edges
+
+# %% ../nbs/10_gradients.ipynb #ace58632
+@patch
+def before_fit(self:GradientStats, learn):
+    _AtSteps.before_fit(self, learn)
+    self._clipped = _may_clip(learn, self) if self.clipped is None else self.clipped
 
 def _may_clip(learn, me):
     "Whether somebody else comes between this callback and the optimizer."
     later = [cb for cb in getattr(learn, 'cbs', ()) if getattr(cb, 'order', 0) >= me.order]
     return any(callable(getattr(cb, 'after_backward', None)) and not isinstance(cb, _AtSteps) for cb in later)
 
-# %% ../nbs/10_gradients.ipynb #ace58632
+@patch
+def after_backward(self:GradientStats, learn):
+    if self.active: self._watch(self._read, learn)
+
 @patch
 def _read(self:GradientStats, learn):
-    totals = []
-    for pooled in self._groups_now(learn):
-        look = pooled.look(pooled.group.grads())
-        self._record_look(pooled, look)
-        totals.append(torch.linalg.vector_norm(look.norm))
-    if totals: self.history.record('all', 'grad_norm', _together(totals), **self._where)
+    self._choose(learn)
+    self._add(learn, [o.p.grad for o in self.tap.params])
+
+@patch
+def after_step(self:GradientStats, learn):
+    if self.active and self._clipped: self._watch(self._read_clipped)
+
+@patch
+def _read_clipped(self:GradientStats):
+    grads = [widen(o.p.grad) for o in self.tap.params if o.p.grad is not None]
+    kinds = groupby(grads, lambda o: (o.device, o.dtype)).values()
+    norms = [_together(torch._foreach_norm(o)) for o in kinds]
+    if norms: self.history.record('all', 'grad_norm_clipped', _together(norms), **self._where)
 
 def _together(norms):
     "The norm of the whole from those of parts."
     return torch.linalg.vector_norm(torch.stack([o.to(norms[0].device) for o in norms]))
 
-@patch
-def _record_look(self:GradientStats, pooled, look):
-    stats = tuple(o for o in self.stats if o != 'grad_hist')
-    if stats:
-        values = look.masked(_gradient_stats(look, stats))
-        self.history.record_many(pooled.names, stats, values, **self._where)
-    if 'grad_hist' in self.stats:
-        self.history.record_many(pooled.names, 'grad_hist', self._hist(pooled, look), **self._where)
-    # NaN in a row is a gap or a NaN; where some are gaps, this tells
-    if look.there is not None: self.history.record_many(pooled.names, 'has_grad', look.there, **self._where)
-
-def _gradient_stats(look, stats):
-    "[k, n]"
-    found = dict(grad_norm=look.norm)
-    if 'grad_correlation' in stats: found['grad_correlation'] = look.cosine
-    if {'grad_activation_rate', 'grad_death_rate'} & set(stats):
-        found['grad_activation_rate'], found['grad_death_rate'] = look.activity()
-    return torch.stack([found[nm] for nm in stats])
-
-@patch
-def _hist(self:GradientStats, pooled, look):
-    "[n, bins+4], without the zeros that fill up the pool's rows."
-    counts = log_hist(look.flat.view(-1, Pool.width), self.bins, self.hist_range, look.pool.tensor_of_row,
-                      len(look.views))
-    counts[:, self.bins] -= pooled.padding()
-    return counts if look.there is None else counts*look.there[:, None]
-
-@patch
-def _read_clipped(self:GradientStats):
-    grads = [o for pooled in self._groups for o in pooled.group.grads() if o is not None]
-    norms = [_together(o) for o in _norms_by_device(grads)]
-    if norms: self.history.record('all', 'grad_norm_clipped', _together(norms), **self._where)
-
-def _norms_by_device(tensors):
-    "Lists of norms, one fused operation each; of half precision in float32."
-    full = [o if o.dtype in (torch.float32, torch.float64) else o.float() for o in tensors]
-    return [torch._foreach_norm(o) for o in groupby(full, lambda o: (o.device, o.dtype)).values()]
-
 # %% ../nbs/10_gradients.ipynb #e5f1d38c
 update_stat_names = 'update_norm', 'update_ratio', 'update_correlation', 'param_norm'
 
 class UpdateStats(_AtSteps):
-    """How far each step of the optimizer moves each parameter: norm, ratio to the parameter's, correlation;
-    `history` has the rows.
+    """Records how far each step of the optimizer moves each parameter: norm, ratio to the parameter's,
+    correlation; `history` has the rows.
 
-    Takes memory for two copies of all parameters, three with the correlation, while a fit runs."""
-    known_stats = update_stat_names
+    Takes memory for one copy of all parameters while a fit runs, two with the correlation."""
+    known_stats, measured, _moving = update_stat_names, 'update', None
 
     def __init__(self,
         parameters=('weight', 'bias'), # names or globs of them; 'weight' and 'bias' are the two kinds
-        every:int=1,           # look at every n-th step of the optimizer
-        budget=None,           # instead of `every`: the share of the fit's time to stay within, such as 0.02
+        every:int=1,           # sample every n-th step of the optimizer
+        budget=None,           # instead of `every`: a fraction of the fit's time, such as 0.02
         stats=update_stat_names, # what to record
         max_bytes=56_000_000   # memory for the rows; the largest series are thinned when it is full
     ):
-        super().__init__(parameters, every, budget, stats, max_bytes)
+        super().__init__(parameters, every, budget, stats, max_bytes, Bins(1), 0)   # no histogram, no units
 
     def before_fit(self, learn):
-        super().before_fit(learn)
-        self._starts = []   # and one of the two is enough to say which parameters are not used
+        super().before_fit(learn)   # one of the two is enough to say which parameters are not used
         self._tells = not any(isinstance(cb, GradientStats) for cb in getattr(learn, 'cbs', ()))
 
     def after_backward(self, learn):
-        self._starts = []
-        if self._wants(learn): self._watch(self._note_start, learn)
+        self._moving = None
+        if self.active: self._watch(self._note_start, learn)
+
+    def _note_start(self, learn):
+        self._choose(learn)
+        moving = [None if o.p.grad is None else o.p for o in self.tap.params]   # without one it stays
+        self.tap.start(moving)
+        self._moving = moving
 
     def after_step(self, learn):
-        if self.active: self._watch(self._read)
-        self._starts = []
+        if self._moving: self._watch(self._add, learn, self._moving, True)
+        self._moving = None
 
-    def cleanup_fit(self, learn):
-        super().cleanup_fit(learn)
-        self._starts = []
+    def __getstate__(self): return {**super().__getstate__(), '_moving': None}
 
-# %% ../nbs/10_gradients.ipynb #291e3209
-@patch
-def _note_start(self:UpdateStats, learn):
-    moving = [(pooled, pooled.group.changing()) for pooled in self._groups_now(learn)]
-    self._starts = [(pooled, tensors, pooled.start(tensors)) for pooled,tensors in moving]
-
-@patch
-def _read(self:UpdateStats):
-    for pooled,tensors,start in self._starts:
-        look = pooled.look(tensors, start)
-        values = look.masked(torch.stack([_update_stat(look, nm) for nm in self.stats]))
-        self.history.record_many(pooled.names, self.stats, values, **self._where)
-        if look.there is None: continue
-        self.history.record_many(pooled.names, 'has_grad', look.there, **self._where)
-
-def _update_stat(look, nm):
-    weight = look.start.norm
-    if nm == 'param_norm': return weight
-    if nm == 'update_correlation': return look.cosine
-    if nm == 'update_norm': return look.norm
-    return torch.where(weight != 0, look.norm/weight, torch.nan)   # of a parameter that is 0: a gap
-
-# %% ../nbs/10_gradients.ipynb #873d6e21
+# %% ../nbs/10_gradients.ipynb #fa1e6caf
 @patch
 def rows(self:_AtSteps,
     source:str, # name of a parameter; 'all' for the norm of all gradients
     stat:str    # one of `stats`, or 'grad_norm_clipped' of 'all'
 ): # `Series`
-    "The rows of the model that is watched now."
+    "Give the rows of the model that is watched now."
     return self.history.series(source, stat, first_run=self.first_run)
 
 @patch
-def cost(self:_AtSteps) -> Cost: # seconds, bytes, parameters as `layers`, steps seen and sampled, share
-    "What watching this model has cost so far, and the memory that rows and looks take."
-    return self.pace.cost(self.history.nbytes + sum(o.nbytes() for o in self._groups), len(self))
+def cost(self:_AtSteps) -> Cost: # seconds, bytes, parameters as `layers`, steps seen and sampled
+    "Say what watching this model has cost so far, and the memory that rows and buffers take."
+    buffers = *self.tap.before.values(), *self.tap.starts.values()
+    return self.sampler.cost(self.history.nbytes + sum(o.nbytes for o in buffers), len(self))
 
 @patch
-def state_dict(self:_AtSteps) -> dict: # history, pace, gaps
-    "What is needed to go on."
-    return dict(history=self.history.state_dict(), pace=self.pace.state_dict(), first_run=self.first_run,
-                gaps=self.gaps, told=sorted(self._told))
+def state_dict(self:_AtSteps) -> dict: # history, sampler, gaps
+    "Give what is needed to go on."
+    told = sorted([list(o) for o in self.told.known if isinstance(o[1], str)])
+    return dict(history=self.history.state_dict(), sampler=self.sampler.state_dict(), told=told,
+                first_run=self.first_run, gaps=self.gaps, unreached=list(self.unreached))
 
 @patch
 def load_state_dict(self:_AtSteps,
@@ -390,9 +321,10 @@ def load_state_dict(self:_AtSteps,
 ):
     "Go on from there; in a fit, or before one with the same model."
     self.history.load_state_dict(state['history'])
-    self.pace.load_state_dict(state['pace'])
-    self.first_run, self.gaps = state['first_run'], dict(state['gaps'])
-    self._told = set(state['told'])
+    self.sampler.load_state_dict(state['sampler'])
+    self.first_run, self.told.known = state['first_run'], {tuple(o) for o in state['told']}
+    self.gaps, self.unreached = dict(state['gaps']), tuple(state['unreached'])
+    self._start_tap()   # the table has other memory now
 
 # %% ../nbs/10_gradients.ipynb #150e1fab
 def _sample_rows(a, axis, n):
@@ -402,27 +334,28 @@ def _sample_rows(a, axis, n):
     at = torch.arange(min(n, size), device=a.device)*size//min(n, size)
     return a[torch.unravel_index(at, a.shape[:-1])].float()
 
+# %% ../nbs/10_gradients.ipynb #1765e1c5
 class RankStats(HooksCallback):
     "Effective rank of each chosen layer's output, on a sample; `history` has the rows."
     max_waiting = 32_000_000   # bytes of samples
 
     def __init__(self,
         mod_filter=noop,     # predicate, type, name pattern or a list of these; default all leaves
-        every:int=100,       # look at every n-th batch of a phase
-        samples:int=256,     # rows of an output to look at; the rank cannot be more
-        on_train=True,       # look in training
-        on_valid=False,      # look in validation
+        every:int=100,       # sample every n-th step of a phase
+        samples:int=256,     # rows of an output to take; the rank cannot be more
+        on_train=True,       # in training
+        on_valid=False,      # in validation
         mods=None,           # a list of modules or names, instead of `mod_filter`
         axis=None,           # function (module, ndim) -> axis of the units; default `unit_axis`
-        budget=None,         # instead of `every`: the share of the fit's time to stay within, such as 0.02
+        budget=None,         # instead of `every`: a fraction of the fit's time, such as 0.02
         max_bytes=56_000_000,# memory for the rows
         center=False         # subtract each unit's mean over the sample first
     ):
         super().__init__(self._take, mod_filter, on_train, on_valid, mods, 1 if budget else every, budget)
         if samples < 2: raise ValueError(f'RankStats: samples is {samples!r}; it must be 2 or more')
         self.samples, self.axis, self.history = samples, axis or unit_axis, History(max_bytes=max_bytes)
-        self.limits, self._waiting, self._told, self.first_run, self._model = {}, [], set(), 0, noop
-        self.center = center
+        self.limits, self._waiting, self.told, self.center = {}, [], Told('RankStats'), center
+        self.first_run, self._model = 0, noop
 
     def before_fit(self, learn):
         super().before_fit(learn)
@@ -450,13 +383,13 @@ def _take(self:RankStats, hook, mod, inp, outp):
     self._called.add(hook.name)
     for source,a in named_tensors(outp, hook.name):
         try: self._take_tensor(source, mod, a)
-        except Exception as e: self._tell(source, f'could not be measured ({type(e).__name__}: {e})')
+        except Exception as e: self.told.failed(source, e)
     # on a GPU this waits for the device
     if sum(rows.nbytes for _,rows,_ in self._waiting) > self.max_waiting: self._measure()
 
 @patch
 def _take_tensor(self:RankStats, source, mod, a):
-    if not a.is_floating_point(): return self._tell(source, f'has no rank: {a.dtype}')
+    if not a.is_floating_point(): return self.told(source, f'has no rank: {a.dtype}')
     if a.ndim < 2 or not a.numel(): return
     rows = _sample_rows(a, self.axis(mod, a.ndim), self.samples)
     if self.center: rows -= rows.mean(0)
@@ -464,23 +397,19 @@ def _take_tensor(self:RankStats, source, mod, a):
     self._waiting.append((source, rows, self._where))
 
 @patch
-def _tell(self:RankStats, source, what):
-    if source not in self._told: warnings.warn(f'RankStats: layer {source!r} {what}', stacklevel=2)
-    self._told.add(source)
-
-@patch
 def _measure(self:RankStats):
     "Ranks of what waits, samples of one shape and moment together."
     waiting, self._waiting = self._waiting, []
-    self.pace.begin_watch()
+    self.sampler.begin_watch()
     together = lambda o: (tuple(o[1].shape), o[1].device, tuple(o[2].values()))
     for found in groupby(waiting, together).values():
         sources, rows, wheres = zip(*found)
-        ranks = effective_rank(torch.stack(rows))
-        self.history.record_many(sources, 'effective_rank', ranks, samples=len(rows[0]), **wheres[0])
+        for source,rank in zip(sources, effective_rank(torch.stack(rows))):
+            self.history.record(source, 'effective_rank', rank, samples=len(rows[0]), **wheres[0])
     self.history.flush()
-    self.pace.end_watch()
+    self.sampler.end_watch()
 
+# %% ../nbs/10_gradients.ipynb #99e7fd4e
 @patch
 def rows(self:RankStats,
     source:str,                  # name of a layer
@@ -493,13 +422,13 @@ def rows(self:RankStats,
 @patch
 def cost(self:RankStats) -> Cost: # seconds, bytes, layers, steps seen and sampled
     "What watching has cost so far, over all fits."
-    return self.pace.cost(self.history.nbytes, len(self))
+    return self.sampler.cost(self.history.nbytes, len(self))
 
 @patch
-def state_dict(self:RankStats) -> dict: # history, pace, limits
+def state_dict(self:RankStats) -> dict: # history, sampler, limits
     "What is needed to go on."
     self._measure()
-    return dict(history=self.history.state_dict(), pace=self.pace.state_dict(), limits=self.limits,
+    return dict(history=self.history.state_dict(), sampler=self.sampler.state_dict(), limits=self.limits,
                 first_run=self.first_run)
 
 @patch
@@ -508,7 +437,7 @@ def load_state_dict(self:RankStats,
 ):
     "Go on from there; in a fit, or before one with the same model."
     self.history.load_state_dict(state['history'])
-    self.pace.load_state_dict(state['pace'])
+    self.sampler.load_state_dict(state['sampler'])
     self.limits, self.first_run, self._waiting = dict(state['limits']), state['first_run'], []
 
 # %% ../nbs/10_gradients.ipynb #44dc34b8
@@ -521,7 +450,8 @@ def _matrix(self:_AtSteps, stat, names):
     values = np.full((len(names), len(order)), np.nan)
     for row,at,o in zip(values, places, found): row[[order[k] for k in at]] = o.values
     steps = np.array([step for _,step in order])
-    return (steps, 'step', values) if (np.diff(steps) > 0).all() else (np.arange(len(steps)), 'look', values)
+    if (np.diff(steps) > 0).all(): return steps, 'step', values
+    return np.arange(len(steps)), 'sampled step', values
 
 @patch
 def _named(self:_AtSteps, stat, parameters):
@@ -542,7 +472,7 @@ def _nothing(self:_AtSteps, stat, figsize):
 @patch
 def _scope(self:_AtSteps):
     "What the rows are of, for a caption."
-    seen, sampled = self.pace.seen['train'], self.pace.sampled['train']
+    seen, sampled = self.sampler.seen['train'], self.sampler.sampled['train']
     often = 'every step' if seen == sampled else f'{sampled} of {seen} steps'
     for stat,n in self.history.thinned().items(): often += f', of which 1 in {n} kept ({stat})'
     return f'Training, {often}.'
@@ -637,7 +567,7 @@ def color_dim(self:GradientStats,
     parameters='weight', # names or globs, or the kinds 'weight' and 'bias'
     figsize=(11, 5)      # inches; higher for more than twelve parameters
 ): # the figure
-    "Histograms of |gradient| over time, one panel per parameter: a column is a step, a row a bin."
+    "Histograms of |gradient| over time, one picture per parameter: a column is a step, a row a bin."
     from miniai.plots import caption, get_grid
     names = self._named('grad_hist', parameters)
     if not names: return self._nothing('grad_hist', figsize)
@@ -645,7 +575,7 @@ def color_dim(self:GradientStats,
     for ax,nm in zip(axs.flat, names): self._draw_hist(ax, nm)
     lo, hi = self.hist_range
     caption(fig, f'|gradient| at each step, {self.bins} logarithmic bins from {lo:g} to {hi:g}; the axis is '
-                 'log10. Colour: log(1 + count), each panel with its own scale. Zeros count as below. '
+                 'log10. Colour: log(1 + count), each picture with its own scale. Zeros count as below. '
                  f'{self._scope()}')
     return fig
 
@@ -692,7 +622,7 @@ def plot_ranks(self:RankStats,
     phase:str='train', # 'train' or 'valid'
     figsize=(7, 3)     # inches
 ): # the figure
-    "Effective rank over the steps as a share of the largest it can be, a line for each layer."
+    "Effective rank over the steps as a fraction of the largest it can be, a line for each layer."
     from miniai.plots import caption, subplots
     names = [nm for nm in self.limits if len(self.rows(nm, phase=phase))]
     if not names:
@@ -702,7 +632,7 @@ def plot_ranks(self:RankStats,
         s = self.rows(nm, phase=phase)
         x, xlabel = _steps(s)
         _line(ax, x, s.values/self.limits[nm], f'{nm} (of {self.limits[nm]})', i, len(names))
-    ax.set(title='Effective rank', xlabel=xlabel, ylabel='share of the largest possible', ylim=(0, 1.05))
+    ax.set(title='Effective rank', xlabel=xlabel, ylabel='fraction of the largest possible', ylim=(0, 1.05))
     _legend(fig, ax, len(names))
     means = '' if self.center else 'not '
     caption(fig, f'Of up to {self.samples} rows, one entry per unit; means are {means}subtracted. The '

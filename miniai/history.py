@@ -158,7 +158,13 @@ class History:
     def add_table(self, table:Rows) -> Rows:
         "Read the statistics of rows of sums here, too."
         self.tables.append(table)
+        table.after_flush = self._thin_if_full
         return table
+
+    def _kept(self): return self.nbytes - sum(o.nbytes - o.kept_bytes() for o in self.tables)
+
+    def _thin_if_full(self):
+        if self._kept() > self.max_bytes: self._thin()
 
     def record(self,
         source:str,         # who: a dotted module path, or 'batch' or 'epoch' for the values of the loop
@@ -225,7 +231,7 @@ class History:
         arrays = iter(_to_host([b for c in columns for b in c.blocks]))
         for c in columns: c.flushed([next(arrays) for _ in c.blocks])
         for o in self.tables: o.flush()
-        if self.nbytes > self.max_bytes: self._thin()
+        self._thin_if_full()
         return self
 
     @property
@@ -268,7 +274,30 @@ def _join(parts):
 @patch
 def keys(self:History) -> list: # (phase, source, stat) of every series, in order of first appearance
     "What there is in the table."
+    for o in self.tables: o.flush()
     return list(dict.fromkeys([*self._series, *(key for o in self.tables for key in o.keys())]))
+
+@patch
+def has(self:History, phase, source, stat) -> bool:
+    "Whether there are rows under these names."
+    return (phase, source, stat) in self._series or any(o.has(phase, source, stat) for o in self.tables)
+
+@patch
+def not_finite(self:History,
+    stats,         # names of recorded values to ask about, besides all rows of sums
+    seen:dict=None # where an earlier call ended: only newer rows are read; is brought up to date
+) -> set: # of (phase, source)
+    "Find the sources that have something that is not finite in this run."
+    self.flush()
+    seen = {} if seen is None else seen
+    found = set().union(*(o.not_finite(self.run, seen.setdefault(i, {})) for i,o in enumerate(self.tables)))
+    for key in [o for o in self._columns if set(_each(o[2])) & set(stats)]:
+        c = self._columns[key]
+        first, seen[key] = seen.get(key, 0), len(c.facts)
+        new = _cut(c.chunks, first, len(c.facts))
+        if any(not np.isfinite(o).all() for o in new) and c.facts[-1][0] == self.run:
+            found |= {(key[0], nm) for nm in ([key[1]] if isinstance(key[1], str) else key[1])}
+    return found
 
 @patch
 def runs_of(self:History,
@@ -299,7 +328,7 @@ def frame(self:History): # pandas.DataFrame: run, step, epoch, phase, source, st
 @patch
 def _thin(self:History):
     "Thin the largest series until a quarter of the table is free."
-    while self.nbytes > self.max_bytes*3/4:
+    while self._kept() > self.max_bytes*3/4:
         sizes = {(self._columns[key].thin,): c.nbytes() for key,c in self._columns.items() if len(c.facts) > 1}
         sizes |= {(o.thin, key): size for o in self.tables for key,size in o.sizes().items()}
         if not sizes: return

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 # %% ../nbs/02_hooks.ipynb #7f78e6c6
 @_disable_dynamo # under torch.compile the hook runs as plain Python, with a graph break around it
@@ -43,8 +44,12 @@ class Hook:
             raise TypeError(f'Hook: got {type(m).__name__}; give the nn.Module to watch')
         if not callable(f): raise TypeError(f'Hook: f is {f!r}; give a function f(hook, mod, inp, outp)')
         self.m, self.f, self.name = m, f, name
-        register = m.register_forward_pre_hook if before else m.register_forward_hook
-        self.handle = register(_Tap(f, self))
+        self._register, self._tap = m.register_forward_pre_hook if before else m.register_forward_hook, _Tap(f, self)
+        self.put()
+
+    def put(self):
+        "Put the hook on the module, after `remove` once more."
+        if self.handle is None: self.handle = self._register(self._tap)
 
     def remove(self):
         "Take the hook off the module; calling it again does nothing."
@@ -121,7 +126,13 @@ def _matches(what, name, module):
     raise TypeError(f'select_modules: got {what!r}; give None (all leaves), a module type, a name pattern '
                     "such as 'encoder.*', a predicate on modules, a module, or a list of these")
 
-def _is_leaf(m): return isinstance(m, _no_parts) or not any(True for _ in m.children())
+def _is_leaf(m):
+    n_own = int(is_parametrized(m))   # the child that computes its parameters
+    return isinstance(m, _no_parts) or len(list(m.children())) == n_own
+
+def _computing(model):
+    "Ids of the modules that compute parameters, as those of `weight_norm`: what they return is no activation."
+    return {id(o) for m in model.modules() if isinstance(m, ParametrizationList) for o in m.modules()}
 
 def _named_modules(model):
     "As `model.named_modules()`, without compiled wrappers and parts that are never called by themselves."
@@ -138,7 +149,9 @@ def select_modules(
     "The modules of `model` that `what` describes; an error that lists what there is when there are none."
     model = unwrap(model)
     named = [(name.replace('_orig_mod.', '') or type(model).__name__, m) for name,m in _named_modules(model)]
-    if what is None: return [(name, m) for name,m in named if _is_leaf(m)]
+    if what is None:
+        computing = _computing(model)
+        return [(name, m) for name,m in named if _is_leaf(m) and id(m) not in computing]
     found = [(name, m) for name,m in named if _matches(what, name, m)]
     if found: return found
     there = ', '.join(f'{name} ({type(m).__name__})' for name,m in named[:20])

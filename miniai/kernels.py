@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['slow_reason', 'compiled_loops', 'empty_row', 'Plan', 'plan', 'one_of', 'many_of', 'memory_view', 'readable',
-           'add_to_row']
+           'add_to_row', 'on_cuda']
 
 # %% ../nbs/03_kernels.ipynb #8ee690f4
 import warnings
@@ -48,7 +48,7 @@ class Plan:
     def __init__(self, bins:Bins, dtype:torch.dtype):
         kind = np.float64 if dtype == torch.float64 else np.float32
         self.spec = np.array([bins.n, kind(bins.lo), kind(bins.hi), bins.n/(bins.hi - bins.lo), bins.n - .5, kind().itemsize])
-        self.edges = np.append(bins.edges, np.float32(np.inf)) if bins.log else np.zeros(0, np.float32)
+        self.edges = np.append(bins.edges, np.float32(np.nan)) if bins.log else np.zeros(0, np.float32)   # NaN: nothing is above it
         if bins.log: self.edges[-2] = np.nextafter(self.edges[-2], np.float32(np.inf))
         lowest = (np.arange(2**15, dtype=np.uint32) << 16).view(np.float32)
         self.table = np.searchsorted(self.edges, np.nan_to_num(lowest, nan=np.inf), 'right').astype(np.uint16)
@@ -56,13 +56,15 @@ class Plan:
         self.line = np.array([*(o.ctypes.data for o in arrays), len(self.edges)], np.int64)
         self.address = self.line.ctypes.data
 
-@lru_cache
+_plans = {}   # never let go of: addresses are kept
+
 def plan(
     bins:Bins,        # of the histogram
     dtype:torch.dtype # float32 or float64
 ) -> Plan:
     "Prepare a histogram for the compiled loops, once."
-    return Plan(bins, dtype)
+    if (bins, dtype) not in _plans: _plans.setdefault((bins, dtype), Plan(bins, dtype))   # one, in several threads, too
+    return _plans[bins, dtype]
 
 # %% ../nbs/03_kernels.ipynb #80e66039
 def one_of(dtype):
@@ -106,8 +108,10 @@ def add_to_row(
     "Add the sums of one tensor to a row; nothing is read from its device."
     a = a.detach()
     others = [o for o in (before, start) if o is not None]
+    if a.is_complex(): return _add_plainly(row, a, axis, bins, before, counts, start)
     if a.device.type == 'cpu' and a.dtype not in (torch.float32, torch.float64) or a.layout is not torch.strided: a = widen(a)
     if not a.numel(): return
+    if a.device.type == 'cuda' and on_cuda(): return _add_on_cuda(row, a, axis, bins, before, counts, start)
     loops = compiled_loops() if all(map(readable, (a, *others))) else None
     if loops is None: return _add_plainly(row, a, axis, bins, before, counts, start)
     sizes = memory_view(a, axis)
@@ -118,6 +122,25 @@ def add_to_row(
     address = lambda o: 0 if o is None else o.data_ptr()
     job = np.array([address(a), address(start), address(before), counts, row.data_ptr(), *sizes, what], np.int64)
     many_of(a.dtype)(job.ctypes.data, 1, plan(bins, a.dtype).address)
+
+@lru_cache
+def on_cuda():
+    "Say whether Triton is there to compile the kernel of `miniai.cuda`."
+    try: import triton
+    except ImportError as e: slow_reason['cuda'] = f'triton: {e}'
+    return 'cuda' not in slow_reason
+
+def _add_on_cuda(row, a, axis, bins, before, counts, start):
+    "As `miniai.cuda` does it, in one launch; plainly from then on, if that fails."
+    from miniai.cuda import measure_cuda
+    full = a if start is None else a - start
+    try: measure_cuda(full, axis, row, bins.n, bins.lo, bins.hi, bins.log, before if counts else None)
+    except Exception as e:
+        slow_reason['cuda'] = f'triton: {type(e).__name__}: {e}'.splitlines()[0]
+        on_cuda.cache_clear()
+        return _add_plainly(row, a, axis, bins, before, counts, start)
+    if start is not None: row[15] += widen(start).double().square().sum()
+    if before is not None: before.copy_(full)
 
 def _add_plainly(row, a, axis, bins, before, counts, start):
     "As `measure` has it."

@@ -223,19 +223,20 @@ def add_tensor(at, start, before, counts, out, B, P, C, S, what, like, work, spe
             m = min(blocks, here*P - r)
             k = 0
             while k < m*block:
-                n = m*block if block <= piece else min(piece, S - k % S)
+                n = m*block if block <= piece else min(piece, S - k % S) if S >= piece else min(piece//S*S, block - k)
                 x = add_pair(at, start, before, counts, n, row, work, like)
                 squares += add_piece(x, n, row, work, spec, what, table, edges)
                 if not what & 2: row[4] += active(x, n)
                 elif block <= piece: add_active(x, m, C, S, units)
-                else: units[k//S] += active(x, n)
+                elif S >= piece: units[k//S] += active(x, n)
+                else: add_active(x, 1, n//S, S, units[k//S:])
                 if what & 4 and samples > 1: row[11] += sample_norms(x, here, P*block)
                 at += n*size
                 if start: start += n*size
                 if before: before += n*size
                 k += n
         row[6] += squares
-        if samples == 1: row[11] += np.sqrt(squares)
+        if what & 4 and samples == 1: row[11] += np.sqrt(squares)
     row[0] += B*P*C*S
     row[12] += B
     if what & 2: row[4] = units.sum()

@@ -14,11 +14,11 @@ import torch
 
 import miniai
 from .case import Evidence, Findings
-from .cost import Cost
+from .collect import Cost
 from .hooks import unwrap
 from .page import Html, as_html, fact_list, lines_chart, map_chart, sparkline, table, tag
 from .stats import near_zero, outside
-from .window import aggregates
+from .lens import aggregates
 
 # %% ../nbs/22_panels.ipynb #800ce893
 _whole = 'batch', 'batches', 'epoch', 'loss', 'all'   # sources that are no layers

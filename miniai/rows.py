@@ -8,6 +8,7 @@ __all__ = ['facts', 'Cell', 'Chunk', 'joined', 'Units', 'Rows', 'to_host']
 # %% ../nbs/04_rows.ipynb #b62b6829
 from collections import Counter
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -25,6 +26,10 @@ class Cell:
     def at(self, slot):
         "Give the address of a slot's row, on the CPU."
         return self.address + slot*self.nbytes
+
+    def __setstate__(self, state):   # of a copy, whose memory is another
+        vars(self).update(state)
+        self.address = self.rows.data_ptr() if self.rows.device.type == 'cpu' else 0
 
 facts = 'runs', 'steps', 'epochs', 'samples', 'calls'
 
@@ -96,6 +101,11 @@ class Units:
         return res
 
 # %% ../nbs/04_rows.ipynb #b6822121
+def _capacity(width, device):
+    "How many slots wait: up to 64 on the CPU, 512 elsewhere, in up to 256 kB (2 MB)."
+    most, size = (64, 2**18) if torch.device(device).type == 'cpu' else (512, 2**21)
+    return int(min(most, max(8, size//(8*width))))
+
 class Rows:
     "The rows of sums of one tap: pending on the device, then on the host; read by the names of statistics."
     def __init__(self,
@@ -108,6 +118,7 @@ class Rows:
         self.tap, self.bins, self.stats, self.follow, self.capacity = tap, bins, tuple(stats), follow_units, capacity
         self.cells, self.slots, self.closed, self.i = {}, [], True, -1
         self.chunks, self.units, self.offered, self.strides, self.merged = {}, {}, Counter(), {}, {}
+        self.after_flush = None   # called when rows have come to the host by themselves
 
     def open(self,
         phase:str, run:int, step:int, epoch:int, # of the step
@@ -120,7 +131,9 @@ class Rows:
             self.slots[-1] = *mine, self.slots[-1][4] + samples
             return self.i
         self.closed = True
-        if self.cells and len(self.slots) >= self.room: self.flush()
+        if self.cells and len(self.slots) >= self.room:
+            self.flush()
+            if self.after_flush is not None: self.after_flush()
         self.slots.append((*mine, samples))
         self.closed, self.i = False, len(self.slots)-1
         return self.i
@@ -141,8 +154,8 @@ class Rows:
         "Find the cell of a source; one for another number of units takes its place."
         found = self.cells.get(source)
         if found is None or found.n_units != n_units or found.rows.device != torch.device(device):
-            if found is not None: self._move(complete_only=False)
-            capacity = self.capacity or (64 if torch.device(device).type == 'cpu' else 512)
+            if found is not None: self._move_all()
+            capacity = self.capacity or _capacity(row_width(self.bins, n_units), device)
             while capacity < len(self.slots): capacity *= 2
             found = self.cells[source] = Cell(self.bins, n_units, call, capacity, device)
         return found
@@ -179,12 +192,30 @@ def _move(self:Rows, complete_only):
     if n <= 0: return
     cells = list(self.cells.items())
     slots, rest = self.slots[:n], self.slots[n:]
-    for (source,cell),rows in zip(cells, to_host([o.rows[:n] for _,o in cells])): self._keep(source, cell, slots, rows)
+    arrays = to_host([o.rows[:n] for _,o in cells])
+    for (source,cell),rows in zip(cells, arrays): self._keep(source, cell, slots, rows)
+    if self.tap in _summed and cells: self._keep_sum(slots, arrays)
     for _,cell in cells:
         if rest: cell.rows[0].copy_(cell.rows[n])
         clear_rows(cell.rows[len(rest):n+len(rest)])
     self.slots, self.i = rest, len(rest)-1
     if not rest: self.closed = True
+
+@patch
+def _move_all(self:Rows):
+    "Move all slots to the host; one that is open goes on, empty."
+    last = [] if self.closed else self.slots[-1:]
+    self._move(complete_only=False)
+    self.slots, self.closed, self.i = last, not last, len(last)-1
+
+_summed = 'grad', 'update', 'parameter'   # taps whose sources make a whole
+
+@patch
+def _keep_sum(self:Rows, slots, arrays):
+    "Add up the sources of each step, for the norm of all."
+    total = reduce(add_rows, [o[:, :len(scalars)] for o in arrays])
+    rows = np.concatenate([total, np.zeros((len(total), len(self.bins)))], axis=1)
+    self._keep('all', Cell(self.bins, 0, 0, 1, 'cpu'), slots, rows)
 
 @patch
 def _keep(self:Rows, source, cell, slots, rows):
@@ -209,7 +240,27 @@ def _append(self:Rows, key, chunk):
     stride, before = self.strides.get(key, 1), self.offered[key]
     self.offered[key] += len(chunk)
     kept = chunk[-before % stride::stride]
-    if len(kept): self.chunks[key] = joined([*self.chunks.get(key, ()), kept]) if len(kept) < 64 else [*self.chunks.get(key, ()), kept]
+    if not len(kept): return
+    chunks = self.chunks.setdefault(key, [])
+    chunks.append(kept)
+    while len(chunks) > 1 and len(chunks[-2]) <= len(chunks[-1]) and len(joined(chunks[-2:])) == 1:   # few and long, none copied often
+        chunks[-2:] = joined(chunks[-2:])
+
+@patch
+def not_finite(self:Rows,
+    run:int,        # number of the run
+    seen:dict=None  # (phase, source) -> rows that were asked about before; is brought up to date
+) -> set: # of (phase, source)
+    "Find the sources with rows in which something is not finite."
+    found, seen = set(), {} if seen is None else seen
+    for key,chunks in self.chunks.items():
+        n, first = 0, seen.get(key, 0)
+        for o in chunks:
+            rest = slice(max(first - n, 0), None)
+            if n + len(o) > first and ((o.table[rest, 1:4] > 0).any(1) & (o.facts[rest, 0] == run)).any(): found.add(key)
+            n += len(o)
+        seen[key] = n
+    return found
 
 # %% ../nbs/04_rows.ipynb #67601047
 @patch
@@ -217,12 +268,13 @@ def keys(self:Rows) -> list: # (phase, source, stat) of all that is shown
     "Name what there is."
     own = [stat_name(self.tap, o.name) for o in statistics.values() if o.own and (o.taps is None or self.tap in o.taps)]
     windows = ['dead_epoch']*(self.follow and self.tap == 'output')
-    return [(phase, source, stat) for phase,source in self.chunks for stat in dict.fromkeys((*self.stats, *own, *windows))]
+    shown, whole = dict.fromkeys((*self.stats, *own, *windows)), [stat_name(self.tap, 'norm')]
+    return [(*key, stat) for key in self.chunks for stat in (whole if key[1] == 'all' else shown)]
 
 @patch
 def has(self:Rows, phase, source, stat):
     "Whether this can be read."
-    if source == 'all': return base_name(self.tap, stat) == 'norm' and any(p == phase for p,_ in self.chunks)
+    if source == 'all': return base_name(self.tap, stat) == 'norm' and (phase, source) in self.chunks
     return (phase, source) in self.chunks and (base_name(self.tap, stat) is not None or (stat == 'dead_epoch' and self.follow))
 
 @patch
@@ -233,23 +285,10 @@ def series(self:Rows,
 ) -> tuple: # facts [n, 5], values [n, ...]
     "Read one statistic of one source, of what has been flushed."
     if stat == 'dead_epoch': return self._windows(phase, source)
-    if source == 'all': return self._of_all(phase, stat)
     f, chunks = statistics[base_name(self.tap, stat)], joined(self.chunks.get((phase, source), []))
     self.chunks[phase, source] = chunks
     values = [f(o.sums(self.bins)) for o in chunks]
     return np.concatenate([o.facts for o in chunks]), np.concatenate(values)
-
-@patch
-def _of_all(self:Rows, phase, stat):
-    "A statistic of all sources of each step together, such as the norm of all gradients."
-    parts = [o for (p,_),chunks in self.chunks.items() if p == phase for o in chunks]
-    if not parts: return np.zeros((0, 5), np.int64), np.zeros(0)
-    facts, table = (np.concatenate([getattr(o, nm) for o in parts]) for nm in ('facts', 'table'))
-    _, first, at = np.unique(facts[:, :2], axis=0, return_index=True, return_inverse=True)
-    total = np.zeros((len(first), table.shape[1]))
-    total[:, 9], total[:, 10] = np.inf, -np.inf
-    np.add.at(total[:, :9], at.reshape(-1), table[:, :9])
-    return facts[first], statistics[base_name(self.tap, stat)](Sums(total, np.zeros((len(first), 5)), np.zeros((len(first), 0))))
 
 @patch
 def _windows(self:Rows, phase, source):
@@ -268,11 +307,15 @@ def sums(self:Rows,
     "Read the rows themselves."
     return [(o.facts, o.sums(self.bins)) for o in joined(self.chunks.get((phase, source), []))]
 
+@patch
+def kept_bytes(self:Rows):
+    "Memory of the rows that have come to the host."
+    return sum(o.nbytes() for chunks in self.chunks.values() for o in chunks)
+
 @property
 def _nbytes(self):
     "Memory held, in bytes, on the host and on the device."
-    kept = sum(o.nbytes() for chunks in self.chunks.values() for o in chunks)
-    return kept + sum(o.rows.nbytes for o in self.cells.values())
+    return self.kept_bytes() + sum(o.rows.nbytes for o in self.cells.values())
 Rows.nbytes = _nbytes
 
 @patch
@@ -283,7 +326,7 @@ def __len__(self:Rows):
 @patch
 def facts_of(self:Rows, phase, source) -> np.ndarray: # [n, 5], see `facts`
     "Say what is known of each row."
-    found = [o.facts for (p,nm),chunks in self.chunks.items() if p == phase and source in (nm, 'all') for o in chunks]
+    found = [o.facts for o in self.chunks.get((phase, source), ())]
     return np.concatenate(found) if found else np.zeros((0, 5), np.int64)
 
 @patch

@@ -56,13 +56,13 @@ def _slot(
     bins:Bins       # of the histogram
 ) -> torch.Tensor: # int64, same shape: 0..n-1 the bins, then n below, n+1 above, n+2 infinite, n+3 NaN
     "Find the slot of each absolute value."
-    n, lo, hi = bins.n, *_as_type(bins, m.dtype)
+    n, lo, hi, infinite = bins.n, *_as_type(bins, m.dtype), m.isinf()
     if bins.log:
         m = m.float()
-        slot = torch.bucketize(m, torch.from_numpy(bins.edges).to(m.device), right=True) - 1
+        slot = torch.bucketize(m.contiguous(), torch.from_numpy(bins.edges).to(m.device), right=True) - 1
     else: slot = ((m - lo)*(n/(bins.hi - bins.lo))).nan_to_num(0., 0., 0.).clamp(0, n).to(torch.int64)
     slot = slot.clamp(0, n-1)
-    for i,mask in enumerate((m < lo, m > hi, m.isinf(), m.isnan())): slot = torch.where(mask, n+i, slot)
+    for i,mask in enumerate((m < lo, m > hi, infinite, m.isnan())): slot = torch.where(mask, n+i, slot)
     return slot
 
 def _as_type(bins, dtype):
@@ -132,13 +132,20 @@ def widen(
     if a.is_complex(): a = a.abs()
     return a if a.dtype in (torch.float32, torch.float64) else a.to(torch.float32)
 
-def _scalar_sums(x, a, samples, other, start):
+def _exact(a): return a.detach() if a.is_complex() else widen(a)   # differences are not taken in half precision
+
+def _dot(a, b):
+    "Sum the products of two tensors; of complex ones, of their real and imaginary parts."
+    a, b = (torch.view_as_real(o.resolve_conj()) if o.is_complex() else o for o in (a, b))
+    return (a.to(_wide(a.device))*b.to(_wide(a.device))).sum()
+
+def _scalar_sums(x, a, samples, dot, other, start):
     "The scalars of a row; `x` is `a` in float64, with zeros for what is not finite."
     there = a.isfinite()
     ends = (torch.where(there, x, o) for o in (torch.inf, -torch.inf))
     lowest, highest = ((o.amin() if i == 0 else o.amax()) if a.numel() else o.new_tensor((-1)**i*torch.inf)
                        for i,o in enumerate(ends))
-    dot, other_sq = ((x.new_zeros(()),)*2 if other is None else ((a.to(x)*other.to(x)).sum(), other.to(x).square().sum()))
+    dot, other_sq = (x.new_zeros(()),)*2 if other is None else (dot, other.to(x).square().sum())
     start_sq = x.new_zeros(()) if start is None else start.to(x).square().sum()
     per_sample = x.reshape(samples, -1).square().sum(1).sqrt().sum() if a.numel() else x.sum()
     counts = torch.full((), a.numel(), device=a.device), a.isnan().sum(), a.isposinf().sum(), a.isneginf().sum(), (a != 0).sum()
@@ -154,11 +161,13 @@ def measure(
     start:torch.Tensor=None # of the same shape: is subtracted first, for `start_sq`
 ) -> torch.Tensor: # [width] float64 on the device of `a`; nothing is read from there
     "Compute the row of sums of one tensor."
-    if start is not None: a, start = a.detach() - start, widen(start)
-    a = widen(a)
+    a, other = _exact(a), None if other is None else _exact(other)
+    if start is not None: a, start = a - _exact(start), widen(start)
+    dot = None if other is None else _dot(a, other)
+    a, other = widen(a), None if other is None else widen(other)
     B, P, C, S = unit_view(a.shape, axis)
     x = torch.where(a.isfinite(), a, 0).to(_wide(a.device))
-    sums = _scalar_sums(x, a, B, other, start)
+    sums = _scalar_sums(x, a, B, dot, other, start)
     if not a.numel(): return empty_rows(1, row_width(bins, C), a.device)[0]
     slots = _slot(a.abs(), bins).reshape(-1)
     counts = torch.zeros(len(bins), dtype=torch.int64, device=a.device).scatter_add_(0, slots, torch.ones_like(slots))
@@ -237,7 +246,9 @@ def _not_finite(sums):
     inf = np.where(sums.posinf > 0, np.inf, 0) - np.where(sums.neginf > 0, np.inf, 0)   # both: NaN
     return np.where(sums.nan > 0, np.nan, inf)
 
-def _mean(sums): return sums.s1/sums.n_finite + _not_finite(sums)
+def _unbounded(sums): return np.where(sums.posinf + sums.neginf > 0, np.inf, 0) + _nan(sums)   # the same of a norm
+
+def _mean(sums): return sums.s1/np.where(sums.n > 0, np.maximum(sums.n_finite, 1), 0) + _not_finite(sums)
 
 def _central(sums, k):
     "The k-th central moment of the finite entries, k 2 to 4."
@@ -252,27 +263,37 @@ def _std(sums):
     n = sums.n_finite
     return _finite_only(sums, np.sqrt(_central(sums, 2)*n/(n - 1)))
 
-def _norm(sums): return np.sqrt(sums.s2) + np.abs(_not_finite(sums)) + np.where(sums.n > 0, 0, np.nan)
+def _standardised(sums, k):
+    "The k-th standardised moment; a gap where the mean is so large beside the deviation that its digits are gone."
+    scale = _central(sums, 2)**(k/2)
+    return _finite_only(sums, np.where(np.abs(sums.s1/sums.n_finite)**k*1e-13 < scale, _central(sums, k)/scale, np.nan))
+
+def _norm(sums): return np.sqrt(sums.s2) + _unbounded(sums) + np.where(sums.n > 0, 0, np.nan)
+
+def _sample_norm(sums):
+    "The norm of one sample; a gap where norms of samples were not asked for."
+    return np.where((sums.norms > 0) | (sums.s2 == 0), sums.norms/sums.samples, np.nan) + _unbounded(sums)
 
 for _nm, _f, _caption, _kw in (
     ('mean', _mean, 'Mean of all entries.', {}),
     ('std', _std, 'Standard deviation of all entries, unbiased as `torch.std`.', {}),
-    ('skew', lambda o: _finite_only(o, _central(o, 3)/_central(o, 2)**1.5), 'Third standardised moment.', {}),
-    ('kurtosis', lambda o: _finite_only(o, _central(o, 4)/_central(o, 2)**2), 'Fourth standardised moment; 3 for a normal '
+    ('skew', lambda o: _standardised(o, 3), 'Third standardised moment.', {}),
+    ('kurtosis', lambda o: _standardised(o, 4), 'Fourth standardised moment; 3 for a normal '
      'distribution.', dict(guide=3.)),
     ('min', lambda o: np.where(o.neginf > 0, -np.inf, _there(o, o.min)) + _nan(o), 'Smallest entry.', {}),
     ('max', lambda o: np.where(o.posinf > 0, np.inf, _there(o, o.max)) + _nan(o), 'Largest entry.', {}),
+    ('range', lambda o: np.stack([statistics['min'](o), statistics['max'](o)], 1), 'Smallest and largest entry.', {}),
     ('absmax', lambda o: np.where(o.posinf + o.neginf > 0, np.inf, _there(o, np.maximum(-o.min, o.max))) + _nan(o),
      'Largest absolute value.', dict(log=True)),
     ('norm', _norm, 'L2 norm of all entries.', dict(log=True)),
     ('rms', lambda o: _norm(o)/np.sqrt(o.n), 'Root mean square of all entries.', dict(log=True)),
-    ('sample_norm', lambda o: o.norms/o.samples + np.abs(_not_finite(o)), 'L2 norm of one sample, mean over the samples.',
+    ('sample_norm', _sample_norm, 'L2 norm of one sample, mean over the samples.',
      dict(log=True)),
-    ('sample_rms', lambda o: o.norms/o.samples/np.sqrt(o.n/o.samples) + np.abs(_not_finite(o)),
+    ('sample_rms', lambda o: _sample_norm(o)/np.sqrt(o.n/o.samples),
      'Root mean square of one sample, mean over the samples.', dict(log=True))):
     statistic(_nm, own=False, caption=_caption, **_kw)(_f)
 
-def _there(sums, values): return np.where(sums.n_finite > 0, values, np.where(sums.n > 0, -values, np.nan))
+def _there(sums, values): return np.where(sums.n > 0, values, np.nan)
 def _nan(sums): return np.where(sums.nan > 0, np.nan, 0)
 
 # %% ../nbs/01_stats.ipynb #e1cea0b1
@@ -283,8 +304,9 @@ def near_zero(
     with np.errstate(all='ignore'): return counts[..., 0]/counts[..., :-len(outside)].sum(-1)
 
 def _death_rate(sums):
-    "Fraction of units without a non-zero entry."
-    return np.where(sums.n > 0, 1 - sums.active.mean(1), np.nan) if sums.active.size else np.full(len(sums), np.nan)
+    "Fraction of units without a non-zero entry; NaN where units were not counted."
+    if not sums.active.size: return np.full(len(sums), np.nan)
+    return np.where((sums.n > 0) & ((sums.nonzero == 0) | sums.active.any(1)), 1 - sums.active.mean(1), np.nan)
 
 def quantile(
     sums:Sums, # with histograms
@@ -320,11 +342,12 @@ def _cosine(sums):
     return np.where(known, np.clip(sums.dot/np.sqrt(sums.s2)/np.sqrt(sums.other_sq), -1, 1), np.nan) + 0*_not_finite(sums)
 
 def _start_norm(sums): return np.where(sums.n > 0, np.sqrt(sums.start_sq), np.nan)
+def _ratio(sums): return np.where(sums.start_sq != 0, _norm(sums)/_start_norm(sums), np.nan)
 
 statistic('correlation', own=False, limits=(-1., 1.), guide=0.,
           caption='Cosine of a tensor and the one of the step before; a gap at the first, and where a norm is 0.')(_cosine)
 statistic('ratio', 'Update:weight ratio', own=False, log=True, guide=1e-3, taps=('update',),
-          caption="Norm of a parameter's update over the norm of the parameter before it.")(lambda o: _norm(o)/_start_norm(o))
+          caption="Norm of a parameter's update over the norm of the parameter before it; a gap where that is 0.")(_ratio)
 statistic('start_norm', 'Parameter norm', own=False, log=True, taps=('update',),
           caption="L2 norm of a parameter before the optimizer's step.")(_start_norm)
 
@@ -356,7 +379,8 @@ _units_last = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.LayerNo
 _pooling = nn.modules.pooling
 _units_second = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LocalResponseNorm,
                  *(getattr(_pooling, nm) for nm in ('_MaxPoolNd', '_AvgPoolNd', '_LPPoolNd', '_MaxUnpoolNd',
-                                                    '_AdaptiveAvgPoolNd', '_AdaptiveMaxPoolNd')))
+                                                    '_AdaptiveAvgPoolNd', '_AdaptiveMaxPoolNd')),
+                 *(getattr(nn.modules.padding, f'_{nm}PadNd') for nm in ('Constant', 'Reflection', 'Replication', 'Circular')))
 
 def unit_axis(
     module:nn.Module, # the layer whose output it is

@@ -8,72 +8,26 @@ __all__ = ['stages', 'RangeStats', 'NonFinite', 'NanTracer', 'Watcher']
 # %% ../nbs/10_watch.ipynb #af45c0ba
 import re
 import warnings
-from bisect import bisect_left
 from dataclasses import dataclass, replace
-from operator import itemgetter
 
 import numpy as np
-import torch
 from fastcore.basics import noop, patch
 
-from .activations import ActivationStats, HooksCallback
+from .activations import ActivationStats
 from .callback import Callback
-from .cost import Cost
+from .collect import Cost
 from .gradients import GradientStats, RankStats, UpdateStats
 from .history import History
-from .hooks import named_tensors
 from .learner import Learner
 from .stats import outside
 
 # %% ../nbs/10_watch.ipynb #9954b4f2
-class RangeStats(HooksCallback):
+class RangeStats(ActivationStats):
     "Smallest and largest entry of each chosen layer's output; `history` has the rows, 'range', [2] each."
-    max_calls = 8 # of one module in one step that are told apart
-
     def __init__(self, mod_filter=noop, on_train=True, on_valid=False, mods=None, every=1, budget=None,
-        max_bytes=56_000_000 # memory for the rows; the others as for `HooksCallback`
+        max_bytes=56_000_000 # memory for the rows; the others as for `ActivationStats`
     ):
-        super().__init__(self._take, mod_filter, on_train, on_valid, mods, every, budget)
-        self.history, self.kinds, self._found = History(max_bytes=max_bytes), {}, []
-
-    def before_fit(self, learn):
-        super().before_fit(learn)
-        if not self._trial: self.history.start_run()
-        self.kinds = {hook.name: type(hook.m).__name__ for hook in self.hooks}
-
-    def before_batch(self, learn):
-        super().before_batch(learn)
-        self._calls, self._found, phase = {}, [], 'train' if learn.training else 'valid'
-        self._where = dict(step=getattr(learn, 'n_steps', 0), epoch=getattr(learn, 'epoch', 0), phase=phase)
-
-    def after_predict(self, learn): self._write()
-
-    def cleanup_batch(self, learn):
-        super().cleanup_batch(learn)
-        self._write()   # of a batch that was cut short
-
-    def cleanup_epoch(self, learn):
-        super().cleanup_epoch(learn)
-        self.history.flush()   # the device is waited for here, once per epoch
-
-    def cost(self) -> Cost: # seconds, bytes, layers, steps seen and sampled
-        "What watching has cost so far, over all fits."
-        return self.pace.cost(self.history.nbytes, len(self))
-
-    def _take(self, hook, mod, inp, outp):
-        call = self._calls[hook.name] = self._calls.get(hook.name, 0) + 1
-        if call > self.max_calls: return
-        for source,a in named_tensors(outp, hook.name):
-            if not a.is_floating_point() or not a.numel(): continue
-            name = source if call == 1 else f'{source} (call {call})'
-            self._found.append((name, torch.stack(torch.aminmax(a.detach())).float()))
-
-    def _write(self):
-        if not getattr(self, '_found', None): return
-        (sources, ranges), self._found = zip(*self._found), []
-        self.pace.begin_watch()
-        self.history.record_many(sources, 'range', torch.stack(ranges), **self._where)
-        self.pace.end_watch()
+        super().__init__(mod_filter, on_train, on_valid, mods, every, budget=budget, stats=('range',), max_bytes=max_bytes)
 
 # %% ../nbs/10_watch.ipynb #4bf47575
 stages = 'weights', 'forward', 'loss', 'backward', 'update'
@@ -137,7 +91,7 @@ class NanTracer(Callback):
 
     def before_fit(self, learn):
         self._trial = getattr(learn, 'trial', False)
-        if not self._trial: self._run = self.history.start_run()
+        if not self._trial: self._run, self._seen = self.history.start_run(), {}
 
     def after_batch(self, learn):
         if self.every and not self._trial and learn.training and (learn.n_steps+1) % self.every == 0:
@@ -161,6 +115,8 @@ def check(self:NanTracer,
 ): # the `NonFinite` of this fit; None while all is well
     "Look for the first NaN or Inf of this fit, unless it is known."
     mine = [o for o in self.found if o.run == self._run]
+    new = [h.not_finite(_asked, self._seen.setdefault(i, {})) for i,h in enumerate(_histories(learn))]
+    if not any(new): return mine[0] if mine else None
     known = next((o for o in mine if o.spread), None)
     if known: return known
     found = _trace(learn)
@@ -181,22 +137,20 @@ def report(self:NanTracer) -> str: # one line for each fit that had any
     return '\n'.join(map(str, self.found)) or 'Nothing but finite numbers so far.'
 
 # %% ../nbs/10_watch.ipynb #dcb1ed80
-def _spoilt(history, stats):
-    "(phase, source) of those series of this run in which a value is not finite."
-    found, starts = set(), {}
-    for (phase,source,stat),parts in history.flush()._series.items():
-        for key,index in parts if stat in stats else ():
-            column = history._columns[key]
-            if key not in starts: starts[key] = bisect_left(column.facts, history.run, key=itemgetter(0))
-            if not np.isfinite(column.values(index)[starts[key]:]).all(): found.add((phase, source))
-    return found
+_asked = 'loss', 'grad_norm_clipped'
+
+def _histories(learn):
+    "The tables of a learner and of those who watch it."
+    kinds = RangeStats, ActivationStats, GradientStats, UpdateStats
+    return [learn.history, *(cb.history for cb in learn.cbs if isinstance(cb, kinds))]
 
 class _Tables:
     "What the callbacks of a learner have recorded in this fit."
     def __init__(self, learn):
         self.learn, cbs = learn, list(learn.cbs)
         first = lambda cls: next((cb for cb in cbs if isinstance(cb, cls)), None)
-        self.ranges, self.acts = first(RangeStats), first(ActivationStats)
+        self.ranges = first(RangeStats)
+        self.acts = next((cb for cb in cbs if isinstance(cb, ActivationStats) and cb is not self.ranges), None)
         self.grads, self.updates = first(GradientStats), first(UpdateStats)
         self.kinds = {**getattr(self.acts, 'kinds', {}), **getattr(self.ranges, 'kinds', {})}
         self.order = {nm: i for i,nm in enumerate(self._called())}
@@ -228,8 +182,7 @@ class _Tables:
     def layer_rows(self, source, phase):
         "The best there is of a layer."
         for cb,stat in ((self.ranges, 'range'), (self.acts, 'mean'), (self.acts, 'std')):
-            there = cb is not None and (phase, source, stat) in cb.history._series
-            if there: return self.series(cb, source, stat, phase)
+            if cb is not None and cb.history.has(phase, source, stat): return self.series(cb, source, stat, phase)
 
     def loss(self, phase):
         history = self.learn.history
@@ -237,9 +190,7 @@ class _Tables:
 
     def spoilt(self):
         "(phase, source) of all that is not finite; quickly, for mostly there is nothing."
-        stats = 'range', 'mean', 'std', 'param_norm', 'grad_norm', 'update_norm'
-        cbs = [cb for cb in (self.ranges, self.acts, self.grads, self.updates) if cb is not None]
-        return set().union(*(_spoilt(cb.history, stats) for cb in cbs))
+        return set().union(*(h.not_finite(_asked) for h in _histories(self.learn)[1:]))
 
     def layers(self, phase, only):
         rows = {nm: self.layer_rows(nm, phase) for nm in self.order if only is None or (phase, nm) in only}
@@ -413,10 +364,9 @@ class Watcher(Callback):
         for nm in _parts: setattr(self, nm, parts.get(nm))
 
     def before_fit(self, learn):
-        "The first part decides which steps are looked at, and the others follow."
+        "The first part decides which steps are sampled, and the others follow."
         steps = [o for nm,o in self.parts.items() if nm in ('activations', 'gradients', 'updates')]
-        for o in steps[1:]: o.beside = steps[0]
-        if steps: steps[0].pace.others = tuple(o.pace for o in steps[1:])
+        for o in steps[1:]: o.sampler = steps[0].sampler
 
     @property
     def histories(self):
@@ -426,10 +376,11 @@ class Watcher(Callback):
     def cost(self) -> Cost: # seconds and bytes of all parts together
         "One bill."
         bills = [o.cost() for o in self.parts.values() if hasattr(o, 'cost')]
-        seconds, nbytes = (sum(getattr(o, nm) for o in bills) for nm in ('seconds', 'bytes'))
+        samplers = {id(o.sampler): o.sampler for o in self.parts.values() if hasattr(o, 'sampler')}
+        seconds, nbytes = sum(o.seconds for o in samplers.values()), sum(o.bytes for o in bills)
         loop = {nm: max(getattr(o, nm) for o in bills)
                 for nm in ('run_seconds', 'steps_seen', 'steps_sampled')}
-        return Cost(seconds, bytes=nbytes, layers=bills[0].layers, **loop)
+        return Cost(seconds, bytes=nbytes, layers=bills[0].layers, slow=bills[0].slow, **loop)
 
     def __getattr__(self, nm):
         part = _views.get(nm)

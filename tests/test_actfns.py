@@ -522,6 +522,33 @@ def test_dead_units_of_the_shipped_images(small, sizes):
         assert measure_number_dead_neurons(net, DataLoader(TensorDataset(x), bs)).indices.tolist() == want
     assert sum(map(len, want)) > 0
 
+def spotted(*layers, spoil=3):
+    "Layers, with a few units of the first that nothing can wake."
+    layers[0].bias.data[::spoil] = -1e3
+    return nn.Sequential(*layers)
+
+odd_nets = dict(wide=(lambda: spotted(nn.Linear(6, 5000), nn.ReLU()), (6,), 1),
+                conv=(lambda: spotted(nn.Conv2d(1, 9, 3), nn.ReLU()), (1, 30, 31), 1),
+                padded=(lambda: spotted(nn.Conv1d(1, 9, 3), nn.ConstantPad1d(2, 0.), nn.Dropout(), nn.ReLU()), (1, 20), 1),
+                last=(lambda: spotted(nn.Conv2d(2, 9, 3), nn.ReLU6()).to(memory_format=torch.channels_last), (2, 30, 31), 1),
+                time=(lambda: spotted(nn.Linear(4, 6), nn.Dropout(), nn.ReLU()), (7, 4), 2),
+                tanh=(lambda: spotted(nn.Linear(4, 6), nn.Tanh()), (4,), 1),
+                normed=(lambda: spotted(nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 8, 3)), nn.ReLU()), (2, 20), 1),
+                half=(lambda: spotted(nn.Linear(40, 30).bfloat16(), nn.Hardswish()), (40,), 1))
+
+@pytest.mark.parametrize('kind', odd_nets)
+def test_counts_are_those_of_a_loop_over_the_units(kind):
+    make, shape, axis = odd_nets[kind]
+    torch.manual_seed(7)
+    net = make().eval()
+    x = torch.randn(53, *shape).to(next(net.parameters()).dtype)
+    with torch.no_grad(): y = torch.cat([net(o) for o in x.split(16)])
+    dead = [u for u in range(y.shape[axis]) if not y.select(axis, u).count_nonzero()]
+    row = measure_number_dead_neurons(net, DataLoader(TensorDataset(x), 16)).iloc[0]
+    assert (row.units, row.dead, row.indices, row.samples) == (y.shape[axis], len(dead), dead, 53)
+    assert row.share == len(dead)/y.shape[axis] and (kind == 'tanh' or dead)
+    if kind == 'tanh': assert row.saturated == ((y.abs()-1).abs() < .03).sum()/y.numel() > 2/6
+
 def test_one_sample_wakes_a_unit():
     net = nn.Sequential(nn.Linear(1, 2), nn.ReLU())
     net[0].weight.data[:], net[0].bias.data[:] = torch.tensor([[1.], [-1.]]), 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared import ClosureCB, CountReads, HandSGD, ReadsPerStep
 
@@ -19,7 +20,7 @@ from miniai.hooks import count_hooks
 from miniai.inspector import InspectorCB
 from miniai.learner import Learner, MomentumLearner, TrainCB
 from miniai.lens import ParameterGradientActivation, ParameterGradientGeometry, ParameterUpdateGeometry
-from miniai.stats import effective_rank, log_hist
+from miniai.stats import Sums, effective_rank, grad_bins, measure
 
 
 def net(seed=0):
@@ -50,6 +51,15 @@ class Truth(Callback):
 def close(a, b, rtol=1e-4): np.testing.assert_allclose(np.array(a, dtype=float), np.array(b, dtype=float), rtol=rtol, atol=1e-9)
 
 
+def hist_of(grads, g):
+    "Counts of each bin, then below, above, infinite and NaN, by `torch.bucketize`."
+    m, edges = g.abs().float().flatten(), torch.from_numpy(grads.hist_edges)
+    at = torch.bucketize(m, edges, right=True)
+    at[m == edges[-1]] = grads.bins
+    counts = torch.bincount(at, minlength=grads.bins+2)
+    return [*counts[1:-1].tolist(), int(counts[0]), int(counts[-1]), 0, 0]
+
+
 # --- formulas of the design ---
 
 def test_gradients_beside_plain_torch():
@@ -66,10 +76,9 @@ def test_gradients_beside_plain_torch():
         close(values(grads, nm, 'grad_activation_rate'), [(o != 0).double().mean() for o in g])
         rows = [(o.flatten(1) if o.ndim > 1 else o[:, None]) for o in g]
         close(values(grads, nm, 'grad_death_rate'), [(o == 0).all(1).double().mean() for o in rows])
-        hists = [np.histogram(o.abs().float().numpy(), grads.hist_edges)[0] for o in g]
         got = values(grads, nm, 'grad_hist')
         assert (got.sum(1) == g[0].numel()).all()
-        assert np.abs(got[:, :grads.bins] - hists).sum() <= 2     # rounding at a bin's edge
+        np.testing.assert_array_equal(got, [hist_of(grads, o) for o in g])
         close(got[:, grads.bins], [(o.abs() < 1e-12).sum() for o in g])
     close(values(grads, 'all', 'grad_norm'), [sum(o.norm()**2 for o in g.values())**.5 for g in truth.grads])
 
@@ -109,7 +118,52 @@ def test_as_the_inspector():
             theirs = watch.history.series(nm, stat)
             ours = cb.rows(nm, stat)
             assert ours.steps.tolist() == theirs.steps.tolist() == list(range(10))
-            np.testing.assert_array_equal(ours.values, theirs.values)
+            np.testing.assert_allclose(ours.values, theirs.values, rtol=1e-5, atol=1e-7)
+
+class Tied(nn.Module):
+    "A layer that is used twice, and two that have one weight."
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice, self.other, self.head = (nn.Linear(6, n) for n in (6, 6, 6, 3))
+        self.other.weight = self.twice.weight
+    def forward(self, xb): return self.head(self.other(self.twice(self.twice(self.first(xb).relu()).relu()).relu()))
+
+ragged = lambda: [*batches(10), *batches(1, bs=5, seed=3)]
+two = [(AccumulateCB, 2)]
+same_steps = dict(plain=((), 1), accumulated=(two, 1), seldom=((), 3), both=(two, 2))
+
+@pytest.mark.parametrize('opt', [optim.SGD, optim.Adam], ids=['sgd', 'adam'])
+@pytest.mark.parametrize('cbs,every', same_steps.values(), ids=same_steps)
+@pytest.mark.parametrize('make', [net, Tied], ids=['mlp', 'tied'])
+def test_all_statistics_beside_plain_torch(make, cbs, every, opt):
+    torch.manual_seed(0)
+    truth, grads, updates = Truth(), GradientStats(every=every), UpdateStats(every=every)
+    learner(*(cls(n) for cls, n in cbs), grads, updates, truth, model=make(), opt_func=opt, lr=.01,
+            dls=DataLoaders(ragged(), batches(1))).fit(2)
+    at = list(range(0, len(truth.grads), every))
+    n_steps = 12 if cbs else 22
+    assert len(truth.grads) == n_steps == grads.cost().steps_seen and grads.cost().steps_sampled == len(at)
+    sizes = 2*[*([24]*5 if cbs else [12]*10), 5]
+    assert grads.rows('all', 'grad_norm').samples.tolist() == [sizes[i] for i in at]
+    before, after, g = ([o[i] for i in at] for o in (truth.before, truth.after, truth.grads))
+    for nm in g[0]:
+        assert grads.rows(nm, 'grad_norm').steps.tolist() == at == updates.rows(nm, 'update_norm').steps.tolist()
+        mine = [o[nm] for o in g]
+        moved = [b[nm].float() - a[nm].float() for a, b in zip(before, after)]
+        close(values(grads, nm, 'grad_norm'), [o.norm() for o in mine], 1e-9)
+        np.testing.assert_array_equal(values(grads, nm, 'grad_hist'), [hist_of(grads, o) for o in mine])
+        close(values(grads, nm, 'grad_activation_rate'), [(o != 0).double().mean() for o in mine], 1e-12)
+        units = [(o.flatten(1) if o.ndim > 1 else o[:, None]) for o in mine]
+        close(values(grads, nm, 'grad_death_rate'), [(o == 0).all(1).double().mean() for o in units], 1e-12)
+        close(values(updates, nm, 'update_norm'), [o.double().norm() for o in moved], 1e-9)
+        close(values(updates, nm, 'param_norm'), [o[nm].norm() for o in before], 1e-9)
+        close(values(updates, nm, 'update_ratio'), [m.double().norm()/o[nm].norm() for m, o in zip(moved, before)], 1e-9)
+        for cb, stat, tensors in ((grads, 'grad_correlation', mine), (updates, 'update_correlation', moved)):
+            pairs = list(zip(tensors, tensors[1:]))
+            cosines = [F.cosine_similarity(a.double().flatten(), b.double().flatten(), 0, eps=0) for a, b in pairs]
+            assert np.isnan(values(cb, nm, stat)[0])
+            np.testing.assert_allclose(values(cb, nm, stat)[1:], cosines, atol=1e-9)
+    close(values(grads, 'all', 'grad_norm'), [sum(o.norm()**2 for o in gs.values())**.5 for gs in g], 1e-9)
 
 
 # --- when it looks ---
@@ -159,10 +213,68 @@ def test_a_scaled_loss_is_unscaled():
 
 def test_every_and_budget():
     seldom, cheap = GradientStats(every=3), UpdateStats(budget=.01)
-    learner(seldom, cheap, n=10).fit(2)
-    assert seldom.rows('0.weight', 'grad_norm').steps.tolist() == list(range(0, 20, 3))
-    assert 1 <= cheap.cost().steps_sampled < 20 and cheap.cost().steps_seen == 20
+    learner(seldom, cheap, n=100).fit(2)
+    assert seldom.rows('0.weight', 'grad_norm').steps.tolist() == list(range(0, 200, 3))
+    assert cheap.sampler.always <= cheap.cost().steps_sampled < 200 and cheap.cost().steps_seen == 200
     assert np.isnan(values(seldom, '0.weight', 'grad_correlation')[0])
+
+def test_every_second_step_of_two_batches():
+    grads, updates = GradientStats(every=2), UpdateStats(every=2)
+    learner(AccumulateCB(2), grads, updates, n=13).fit(1)                 # seven steps, the last of one batch
+    for s in (grads.rows('0.weight', 'grad_norm'), updates.rows('0.weight', 'update_norm')):
+        assert s.steps.tolist() == [0, 2, 4, 6] and s.samples.tolist() == [24, 24, 24, 12]
+    assert grads.cost().steps_seen == 7 and grads.cost().steps_sampled == 4
+
+def test_a_sampler_of_several():
+    class Joined(Callback):
+        order = 50
+        def before_fit(self, learn): updates.sampler = grads.sampler
+    grads, updates = GradientStats(every=2), UpdateStats()
+    learner(grads, updates, Joined(), AccumulateCB(2), n=10).fit(2)
+    assert grads.sampler is updates.sampler is updates.pace and grads.cost().steps_seen == 10
+    assert updates.rows('0.weight', 'update_norm').steps.tolist() == grads.rows('0.weight', 'grad_norm').steps.tolist() == [0, 2, 4, 6, 8]
+    learner(grads, updates, Joined(), n=4, model=net(1)).fit(1)           # another model: counted anew
+    assert grads.cost().steps_seen == 4 and updates.rows('0.weight', 'update_norm').steps.tolist() == [0, 2]
+
+class CountCalls(TorchDispatchMode):
+    "Counts operations of PyTorch."
+    def __init__(self): super().__init__(); self.calls = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+def test_a_step_that_is_not_sampled_does_nothing():
+    def calls_of(*cbs):
+        counter, seen = CountCalls(), []
+        class Count(Callback):
+            order = 1000
+            def cleanup_batch(self, learn): seen.append(counter.calls)
+        learn = learner(*cbs, Count(), n=6)
+        with counter: learn.fit(1, valid=False)
+        return np.diff([0, *seen])
+    plain, watched = calls_of(), calls_of(GradientStats(every=4), UpdateStats(every=4))
+    assert [i for i in range(6) if watched[i] > plain[i]] == [0, 4]
+
+def test_buffers_live_in_a_fit():
+    class Held(Callback):
+        def after_step(self, learn): self.bytes = [sum(o.nbytes for o in d.values()) for d in (grads.tap.before, updates.tap.before, updates.tap.starts)]
+    held, grads, updates = Held(), GradientStats(), UpdateStats()
+    learn = learner(held, grads, updates)
+    learn.fit(1)
+    size = sum(p.nbytes for p in learn.model.parameters())
+    assert held.bytes == [size]*3
+    assert not any((*o.tap.before, *o.tap.starts, *o.table.cells) for o in (grads, updates))
+
+def test_a_failure_is_a_warning_and_a_gap():
+    grads, updates = GradientStats(), UpdateStats()
+    def fails(*args): raise RuntimeError('out of memory')
+    class Break(Callback):
+        def before_batch(self, learn):
+            for cb in (grads, updates): cb._choose = fails if learn.n_steps in (1, 2) else type(cb)._choose.__get__(cb)
+    with pytest.warns(UserWarning, match="could not be measured and is left out .RuntimeError: out of memory") as found:
+        learner(Break(), grads, updates).fit(1)
+    assert len(found) == 2
+    for s in (grads.rows('0.weight', 'grad_norm'), updates.rows('0.weight', 'update_norm')): assert s.steps.tolist() == [0, 3, 4]
 
 @pytest.mark.parametrize('make', [GradientStats, UpdateStats, lambda: RankStats(every=5)], ids=['gradients', 'updates', 'ranks'])
 def test_nothing_is_read_in_a_step(make):
@@ -179,9 +291,11 @@ def test_a_step_that_is_cancelled_leaves_no_update():
             if learn.n_steps == 2 and not getattr(self, 'done', False):
                 self.done = True
                 raise CancelBatchException()
-    updates = UpdateStats()
-    learner(updates, Cancel(), n=5).fit(1)
+    updates, grads = UpdateStats(), GradientStats()
+    learner(updates, grads, Cancel(), n=5).fit(1)
     assert updates.rows('0.weight', 'update_norm').steps.tolist() == [0, 1, 2, 3]
+    assert grads.rows('all', 'grad_norm').steps.tolist() == [0, 1, 2, 2, 3]
+    close(values(grads, 'all', 'grad_norm'), sum(values(grads, o.name, 'grad_norm')**2 for o in grads.params)**.5, 1e-9)
 
 
 # --- which parameters ---
@@ -212,6 +326,7 @@ def test_parameters_that_are_not_there():
     with pytest.warns(UserWarning, match='unused.weight, unused.bias') as told: learn.fit(2)
     assert len([o for o in told if 'unused' in str(o.message)]) == 1
     assert set(grads.gaps) == {'unused.weight', 'unused.bias', 'head.bias'} == set(updates.gaps)
+    assert grads.unreached == updates.unreached == ('unused.weight', 'unused.bias')
     assert 'frozen' in grads.gaps['head.bias'] and 'has had no gradient' in grads.gaps['unused.bias']
     close(values(grads, 'words.weight', 'grad_norm'), [o['words.weight'].norm() for o in truth.grads])
     assert len(grads.rows('one.weight', 'grad_norm')) == 12 and not len(grads.rows('two.weight', 'grad_norm'))
@@ -229,12 +344,12 @@ def test_frozen_again_and_unfrozen():
             if learn.training: learn.model[0].requires_grad_(learn.n_steps not in (2, 3))
     grads, updates = GradientStats(), UpdateStats()
     learner(Freeze(), grads, updates, n=6).fit(1)
-    gap = [False, False, True, True, False, False]
-    assert np.isnan(values(grads, '0.weight', 'grad_norm')).tolist() == gap
-    assert np.isnan(values(updates, '0.weight', 'update_norm')).tolist() == gap
-    there = grads.rows('0.weight', 'has_grad')
-    assert there.steps.tolist() == [2, 3] and not there.values.any()
-    assert values(grads, '0.weight', 'grad_hist').sum(1).tolist() == [48, 48, 0, 0, 48, 48]
+    for s in (grads.rows('0.weight', 'grad_norm'), updates.rows('0.weight', 'update_norm')):
+        assert s.steps.tolist() == [0, 1, 4, 5] and np.isfinite(s.values).all()      # a gap is no row
+    assert values(grads, '0.weight', 'grad_hist').sum(1).tolist() == [48]*4 and not grads.gaps
+    assert len(grads.rows('0.weight', 'has_grad')) == 0
+    assert grads._matrix('grad_norm', ['0.weight', '2.weight'])[2].shape == (2, 6)
+    assert np.isnan(grads._matrix('grad_norm', ['0.weight', '2.weight'])[2][0]).tolist() == [False, False, True, True, False, False]
     assert np.isfinite(values(grads, '2.weight', 'grad_norm')).all()
 
 def test_parameters_that_the_optimizer_does_not_have():
@@ -259,9 +374,19 @@ def test_half_precision_and_complex_parameters():
     class Wave(nn.Module):
         def __init__(self): super().__init__(); self.lin, self.w = nn.Linear(6, 3), nn.Parameter(torch.ones(3, dtype=torch.complex64))
         def forward(self, xb): return (self.lin(xb)*self.w).abs()
-    grads = GradientStats()
-    learner(grads, model=Wave()).fit(1)
-    assert 'complex' in grads.gaps['w'] and len(grads.rows('lin.weight', 'grad_norm')) == 5
+    class Moduli(Truth):
+        def after_backward(self, learn): self.grads.append({nm: p.grad.clone() for nm, p in self._named(learn)})
+        def after_step(self, learn): pass
+    truth, grads, updates = Moduli(), GradientStats(clipped=True), UpdateStats()
+    learner(grads, updates, truth, model=Wave()).fit(1)
+    assert not grads.gaps and len(grads.rows('lin.weight', 'grad_norm')) == 5
+    close(values(grads, 'w', 'grad_norm'), [o['w'].abs().norm() for o in truth.grads])       # by the modulus
+    flat = [torch.view_as_real(o['w']).flatten() for o in truth.grads]
+    cosines = [F.cosine_similarity(a, b, 0) for a, b in zip(flat, flat[1:])]
+    np.testing.assert_allclose(values(grads, 'w', 'grad_correlation')[1:], cosines, atol=1e-5)
+    close(values(updates, 'w', 'update_norm'), [.1*o['w'].abs().norm() for o in truth.grads])
+    close(values(updates, 'w', 'param_norm')[0], 3**.5)
+    close(values(grads, 'all', 'grad_norm_clipped'), values(grads, 'all', 'grad_norm'))
 
 def test_nan_is_no_gap():
     class Spoil(Callback):
@@ -307,7 +432,7 @@ def test_nothing_is_left_after_any_exit(exc):
     learn = learner(*cbs, Raises(), model=model)
     try: learn.fit(1)
     except (ValueError, KeyboardInterrupt): pass
-    assert count_hooks(model) == 0 and cbs[0]._groups == [] == cbs[1]._starts
+    assert count_hooks(model) == 0 and not (cbs[0].tap.before or cbs[1].tap.before or cbs[1].tap.starts or cbs[1]._moving)
     assert len(cbs[0].rows('0.weight', 'grad_norm')) == 2
     copy.deepcopy(model), pickle.dumps(model)
 
@@ -341,6 +466,65 @@ def test_resume(tmp_path):
             resumed = slice(None) if 'correlation' not in stat else np.flatnonzero(one.steps != 8)   # a gap, as documented
             np.testing.assert_array_equal(one.values[resumed], two.values[resumed])
             if 'correlation' in stat: assert np.isnan(two.values[8])
+
+@pytest.mark.parametrize('make', [lambda: GradientStats(bins=30, hist_range=(1e-8, 10), every=2), UpdateStats])
+def test_state_gives_the_same_table(make):
+    def same(one, two):
+        assert one.history.keys() == two.history.keys() and len(one.history.keys()) > 10
+        for _, source, stat in one.history.keys():
+            for a, b in zip(vars(one.rows(source, stat)).values(), vars(two.rows(source, stat)).values()): np.testing.assert_array_equal(a, b)
+    cb, other = make(), make()
+    learn = learner(cb, n=70, model=Odd(), dls=DataLoaders(odd_batches(70), odd_batches(1)))
+    with pytest.warns(UserWarning, match='unused.weight'): learn.fit(1)
+    state = cb.state_dict()
+    other.load_state_dict(copy.deepcopy(state))
+    same(cb, other)
+    assert other.gaps == cb.gaps and other.unreached == cb.unreached and other.sampler.state_dict() == cb.sampler.state_dict()
+    again = pickle.loads(pickle.dumps(cb))
+    same(cb, again)
+    same(cb, copy.deepcopy(cb))
+
+def test_a_thinned_table_knows_the_norm_of_all():
+    grads, small = GradientStats(), GradientStats(max_bytes=100_000)
+    with pytest.warns(UserWarning, match='are full'): learner(grads, small, n=150).fit(1)
+    whole, thinned = grads.rows('all', 'grad_norm'), small.rows('all', 'grad_norm')
+    assert len(small.rows('2.weight', 'grad_norm')) < len(whole) == 150
+    np.testing.assert_array_equal(thinned.values, whole.values[thinned.steps])
+
+def test_a_layer_that_is_replaced():
+    class Replace(Callback):
+        order = -100
+        def before_epoch(self, learn):
+            if learn.training and learn.epoch == 1:
+                learn.model[4] = nn.Linear(8, 5)
+                learn.opt.add_param_group(dict(params=list(learn.model[4].parameters())))
+    grads, updates, truth = GradientStats(), UpdateStats(), Truth()
+    learner(Replace(), grads, updates, truth).fit(2)
+    for nm in ('4.weight', '4.bias', '0.weight'):
+        close(values(grads, nm, 'grad_norm'), [o[nm].norm() for o in truth.grads], 1e-6)
+        close(values(updates, nm, 'update_norm'), [(a[nm]-b[nm]).norm() for a, b in zip(truth.after, truth.before)], 1e-3)
+    close(values(grads, 'all', 'grad_norm'), [sum(o.norm()**2 for o in g.values())**.5 for g in truth.grads])
+
+def test_lazy_layers_doubles_and_channels_last():
+    images = [(torch.randn(8, 3, 9, 9), torch.randint(0, 3, (8,))) for _ in range(4)]
+    conv_net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    double = [(x.double(), y) for x, y in batches(4)]
+    for model, data in ((nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 3)), batches(4)), (net().double(), double),
+                        (conv_net.to(memory_format=torch.channels_last), images)):
+        truth, grads, updates = Truth(), GradientStats(), UpdateStats()
+        learner(grads, updates, truth, model=model, dls=DataLoaders(data, data)).fit(2)
+        for nm in ('0.weight', '0.bias', '2.weight'):
+            g = [o[nm] for o in truth.grads]
+            close(values(grads, nm, 'grad_norm'), [o.norm() for o in g], 1e-6)
+            close(values(updates, nm, 'update_norm'), [(a[nm]-b[nm]).norm() for a, b in zip(truth.after, truth.before)], 1e-3)
+            cosines = [F.cosine_similarity(a.flatten(), b.flatten(), 0) for a, b in zip(g, g[1:])]
+            np.testing.assert_allclose(values(grads, nm, 'grad_correlation')[1:], cosines, atol=1e-6)
+
+def test_the_ratio_of_a_parameter_that_is_zero_is_a_gap():
+    model, updates = net(), UpdateStats()
+    model[0].bias.data.zero_()
+    learner(updates, model=model).fit(1)
+    assert np.isnan(values(updates, '0.bias', 'update_ratio')).tolist() == [True] + [False]*4
 
 def test_momentum_in_the_gradient():
     grads = GradientStats()
@@ -395,9 +579,9 @@ def test_rank_samples_do_not_pile_up():
     learner(ranks, n=20).fit(1)
     assert len(ranks.rows('0')) == 20 and not ranks._waiting
 
-def test_log_hist_counts_everything():
+def test_logarithmic_histogram_counts_everything():
     a = torch.tensor([0., 1e-40, -1e-13, 1e-12, 1e4, 1.01e4, -torch.inf, torch.nan, .5, 3e38])
-    got = log_hist(a)
+    got = Sums.of(measure(a, bins=grad_bins), grad_bins).hist[0]
     assert got[48:].tolist() == [3, 2, 1, 1] and got.sum() == len(a) and got[0] == 1 and got[47] == 1
 
 

@@ -262,10 +262,10 @@ def test_one_budget_for_all():
     watcher = learn.watch()
     learn.fit(5)
     cost = watcher.cost()
-    assert watcher.activations.pace.budget == .05 and cost.share < .15 and 1 <= cost.steps_sampled < cost.steps_seen == 200
+    assert watcher.activations.pace.budget == .05 and 75 <= cost.steps_sampled < cost.steps_seen == 200
     assert watcher.gradients.pace.sampled['train'] == watcher.updates.pace.sampled['train'] == cost.steps_sampled
-    seconds = [o.cost().seconds for o in (watcher.activations, watcher.gradients, watcher.updates)]
-    assert abs(cost.seconds - sum(seconds)) < 1e-9 and cost.layers == 6
+    assert watcher.activations.sampler is watcher.gradients.sampler is watcher.updates.sampler   # one bill
+    assert cost.seconds == watcher.activations.sampler.seconds and cost.layers == 6
     assert 'gradients: ' in repr(watcher) and 'Watcher: ' in repr(watcher)
 
 def test_with_everything():
@@ -357,7 +357,7 @@ def test_wrong_arguments(wrong):
 
 def test_before_the_first_fit():
     watcher = learner().watch()
-    assert watcher.cost().steps_seen == 0 and 'of 0 steps' in repr(watcher)
+    assert watcher.cost().steps_seen == 0 and 'nothing watched yet' in repr(watcher)
     assert watcher.gradients.cost().steps_seen == watcher.updates.cost().steps_seen == 0
 
 
