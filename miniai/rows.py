@@ -358,7 +358,8 @@ def state_dict(self:Rows,
     self._move(complete_only=False)
     cut = lambda key, chunks: _from(chunks, self.merged.get(key, 0)) if unmerged else joined(chunks)
     chunks = {key: [vars(o) for o in cut(key, chunks)] for key,chunks in self.chunks.items()}
-    return dict(chunks=chunks, units={k: dict(vars(o)) for k,o in self.units.items()}, offered=dict(self.offered),
+    before = {k: dict(vars(o)) for k,o in getattr(self, 'before', {}).items()}
+    return dict(chunks=chunks, units={k: dict(vars(o)) for k,o in self.units.items()}, before=before, offered=dict(self.offered),
                 strides=dict(self.strides), merged=dict(self.merged),
                 about=[self.tap, vars(self.bins), list(self.stats), self.follow])
 
@@ -370,7 +371,7 @@ def load_state_dict(self:Rows, state):
     self.units = {tuple(k): _units_of(v) for k,v in state['units'].items()}
     self.offered = Counter({tuple(k): v for k,v in state['offered'].items()})
     self.strides, self.merged = ({tuple(k): v for k,v in state[nm].items()} for nm in ('strides', 'merged'))
-    self.before = {k: u.copy() for k,u in self.units.items()}
+    self.before = {tuple(k): _units_of(v) for k,v in state['before'].items()}
 
 def _rows_of_state(cls, state):
     "Make the table that was saved."
