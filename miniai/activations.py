@@ -103,7 +103,8 @@ class LayerStats:
         # waits for the device
         values = self.history.series(self.source, stat, self.phase, self.first_run).values
         if i in (2, -1) and len(values): values = values[:, :-len(outside)]
-        return list(torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64 if i in (2, -1) else np.float32)))
+        kind = np.int64 if i in (2, -1) else np.float32
+        return list(torch.from_numpy(np.ascontiguousarray(values, dtype=kind)))
 
     def __len__(self): return 3
     def __iter__(self): return (self[i] for i in range(3))
@@ -154,7 +155,8 @@ def _check_stats(who, stats):
 def _what(stats):
     "What the one pass has to find for these statistics, see `miniai.kernels.add_to_row`."
     of_hist = {'hist', 'near_zero', 'median', 'q10', 'q90', 'q99'}
-    wanted = bool(of_hist & set(stats)), 'death_rate' in stats, bool({'sample_norm', 'sample_rms'} & set(stats))
+    of_samples = {'sample_norm', 'sample_rms'}
+    wanted = bool(of_hist & set(stats)), 'death_rate' in stats, bool(of_samples & set(stats))
     return sum(2**i for i,o in enumerate(wanted) if o)
 
 class _OutputStats(HooksCallback):
@@ -164,12 +166,14 @@ class _OutputStats(HooksCallback):
         who = type(self).__name__
         _check_stats(who, stats)
         self.axis = unit_axis if axis is None else lambda mod, ndim, before: axis(mod, ndim)
-        self.stats, self.history, self.first_run, self._model = tuple(stats), History(max_bytes=max_bytes), 0, noop
+        self.stats, self.history = tuple(stats), History(max_bytes=max_bytes)
+        self.first_run, self._model = 0, noop
         self.table = self.history.add_table(Rows('output', bins, self.stats, 'death_rate' in stats))
         self._start_model()
 
     def _start_model(self):
         "What is known of one model is not mixed with another's."
+        if self.hooks: self.tap.detach()   # of a fit that is still running around this one
         self.told, self._looked, self._shared = Told(type(self).__name__), False, False
         self.sampler = Sampler(self.sampler.every, self.sampler.budget, type(self).__name__)
         self.tap = OutputTap(self.table, self.sampler, self.told, self.axis, _what(self.stats))
@@ -179,13 +183,13 @@ class _OutputStats(HooksCallback):
         self._trial = getattr(learn, 'trial', False)   # `lr_find` takes its steps back
         model = unwrap(learn.model)
         if self._trial and self._model() is not model: return
-        warn_if_compiled(learn.model, type(self).__name__)
+        compiled = warn_if_compiled(learn.model, type(self).__name__)
         if self._model() is not model: self._start_model()
         run = self.history.run if self._trial else self.history.start_run()
         if self._model() is not model: self._model, self.first_run = weakref.ref(model), run
         self._shared = getattr(learn, 'n_processes', 1) > 1   # each process sees a part of the batch
         what = list(self.mods) if self.mods else None if self.mod_filter is noop else self.mod_filter
-        self.tap.attach(select_modules(learn.model, what))
+        self.tap.attach(select_modules(learn.model, what), () if compiled else select_modules(learn.model))   # each hook parts a compiled graph
         self.tap.sampler = self.sampler   # it may be another one's by now
         if not self._trial: self.sampler.start()   # a loop of your own may know no epochs
         self._give_stats()
@@ -198,11 +202,13 @@ class _OutputStats(HooksCallback):
 
     def before_batch(self, learn):
         super().before_batch(learn)
+        if getattr(learn.model, '_compiled_call_impl', None): del self.tap.others[:]   # each hook parts the graph
         self.tap.listen(self.active)
         if not self.active: return
         phase, step = _step_of(learn)
         if step is None: step = getattr(learn, 'n_steps', max(self.sampler.seen['train']-1, 0))
-        self.table.open(phase, max(self.history.run, 0), step, getattr(learn, 'epoch', 0), new=phase == 'valid')
+        run, epoch = max(self.history.run, 0), getattr(learn, 'epoch', 0)
+        self.table.open(phase, run, step, epoch, new=phase == 'valid')
         self.tap.begin()
 
     def after_predict(self, learn):
@@ -271,8 +277,8 @@ class _KnownSources(_OutputStats):
     def state_dict(self) -> dict: # history with its rows, and what is known of the sources
         "What is needed to go on."
         tap = {nm: getattr(self.tap, nm) for nm in ('sources', 'kinds', 'axes')}
-        return dict(history=self.history.state_dict(), pace=self.sampler.state_dict(), fired=sorted(self.tap.fired),
-                    first_run=self.first_run, looked=self._looked, **tap)
+        return dict(history=self.history.state_dict(), pace=self.sampler.state_dict(),
+                    fired=sorted(self.tap.fired), first_run=self.first_run, looked=self._looked, **tap)
 
     def load_state_dict(self,
         state:dict # as `state_dict` gave it
@@ -281,7 +287,8 @@ class _KnownSources(_OutputStats):
         self.history.load_state_dict(state['history'])
         self.sampler.load_state_dict(state['pace'])
         for nm in ('sources', 'kinds', 'axes'): setattr(self.tap, nm, dict(state[nm]))
-        self.tap.fired, self._looked, self.first_run = set(state['fired']), state['looked'], state['first_run']
+        self.tap.fired = set(state['fired'])
+        self._looked, self.first_run = state['looked'], state['first_run']
         self.tap.reset()
         self._give_stats()
 
@@ -292,7 +299,8 @@ class _KnownSources(_OutputStats):
 class OutputPlots:
     """Draws and lists what was recorded of outputs.
 
-    It needs `history`, `table`, `sources`, `kinds`, `axes`, `stats`, `bins`, `hist_range`, `sampler` and `first_run`."""
+    It needs `history`, `table`, `sources`, `kinds`, `axes`, `stats`, `bins`, `hist_range`, `sampler` and
+    `first_run`."""
 
 class ActivationStats(OutputPlots, _KnownSources):
     "Means, deviations, histograms and dead units of each chosen layer's output; `history` has the rows."
@@ -305,7 +313,7 @@ class ActivationStats(OutputPlots, _KnownSources):
         bins:int=40,          # of the histograms
         hist_range=(0., 10.), # of the histograms of absolute values; what falls outside is counted apart
         axis=None,            # function (module, ndim) -> axis of the units; default `unit_axis`
-        budget=None,          # instead of `every`: the fraction of the fit's time to stay within, such as 0.02
+        budget=None,          # instead of `every`: the fraction of the fit's time to stay in, such as 0.02
         stats=layer_stat_names, # what to record: names of `miniai.stats.statistics`
         max_bytes=56_000_000  # memory for the rows; the largest series are thinned when it is full
     ):
@@ -345,7 +353,8 @@ def dead_units(self:OutputPlots,
     _check_phase(phase)
     self.history.flush()
     import pandas as pd
-    tables = [self._unit_table(nm, self.table.units[phase, nm]) for nm in self.panels() if (phase, nm) in self.table.units]
+    units = self.table.units
+    tables = [self._unit_table(nm, units[phase, nm]) for nm in self.panels() if (phase, nm) in units]
     columns = 'layer unit dead since returned batches_dead batches epochs_dead axis'.split()
     if not tables: return pd.DataFrame(columns=columns)
     table = pd.concat(tables, ignore_index=True)[columns]
@@ -356,7 +365,8 @@ def _unit_table(self:OutputPlots, source, units):
     import pandas as pd
     ended = [dead for *_,dead in units.windows() if len(dead) == len(units.since)]
     table = pd.DataFrame(dict(
-        layer=source, unit=np.arange(len(units.since)), dead=units.since >= 0, since=pd.array(units.since, dtype='Int64'),
+        layer=source, unit=np.arange(len(units.since)), dead=units.since >= 0,
+        since=pd.array(units.since, dtype='Int64'),
         returned=units.returns, batches_dead=units.batches_dead, batches=units.batches,
         epochs_dead=np.sum(ended, axis=0, dtype=int), axis=self.axes[source]))
     table.loc[~table.dead, 'since'] = pd.NA

@@ -249,7 +249,8 @@ def _watched(cb):
     if not hasattr(cb, 'dead_since'): return {}
     sources = {source: name for name,own in cb.sources.items() for source in own or [name]}
     looked = {phase: (cb.pace.sampled[phase], n) for phase,n in cb.pace.seen.items() if n}
-    return dict(layers=dict(cb.kinds), sources=sources, silent=cb.silent, looked=looked, since=cb.dead_since())
+    return dict(layers=dict(cb.kinds), sources=sources, silent=cb.silent, looked=looked,
+                since=cb.dead_since())
 
 def _unreached(cb):
     "What `GradientStats` knows."

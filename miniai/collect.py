@@ -14,10 +14,10 @@ from statistics import median
 
 import numpy as np
 import torch
-from torch import nn
 
 from .hooks import Hooks, named_tensors
-from .kernels import add_to_row, compiled_loops, many_of, memory_view, one_of, plan, readable, slow_reason
+from .kernels import (add_to_row, compiled_loops, many_of, memory_view, one_of, plan, readable,
+                            slow_reason)
 from .rows import Rows
 from .stats import unit_axis, unit_view
 
@@ -58,8 +58,8 @@ class Sampler:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f'{who}: every is {every!r}; it must be 1 or more, a whole number')
         if budget is not None and not (isinstance(budget, (int, float)) and 0 < budget <= 1):
-            raise ValueError(f'{who}: budget is {budget!r}; give the fraction of time that watching may take, '
-                             'above 0 and up to 1, such as 0.02')
+            raise ValueError(f'{who}: budget is {budget!r}; give the fraction of time that watching may '
+                             'take, above 0 and up to 1, such as 0.02')
         if budget is not None and every > 1:
             raise ValueError(f'{who}: every is {every!r} and budget is {budget!r}; give one of the two')
         self.every, self.budget, self.who, self.now = every, budget, who, now
@@ -101,7 +101,8 @@ class Sampler:
 
     def _rate(self):
         "Fraction of steps that fits into the budget."
-        if len(self.times[False]) < 5 or not self.own: return self.budget   # to find out what a step takes by itself
+        # to find out what a step takes by itself
+        if len(self.times[False]) < 5 or not self.own: return self.budget
         base, own = median(self.times[False]), median(self.own)
         price = max(own, median(self.times[True]) - base, 1e-9)
         return min(1., self.budget*base/price)
@@ -150,7 +151,10 @@ class Sampler:
 # %% ../nbs/06_collect.ipynb #e8f08dbb
 class Told:
     "Warns once about each thing, and keeps why there is a gap."
-    def __init__(self, who): self.who, self.known, self.gaps = who, set(), {}
+    def __init__(self,
+        who:str # named in the warnings
+    ):
+        self.who, self.known, self.gaps = who, set(), {}
 
     def __call__(self,
         source:str, # what it is about
@@ -163,7 +167,10 @@ class Told:
         self.known.add((source, about or what))
         warnings.warn(f'{self.who}: {source!r} {what}', stacklevel=3)
 
-    def failed(self, source, e):
+    def failed(self,
+        source:str, # what could not be measured
+        e:Exception # why
+    ):
         "Warn of an error."
         self(source, f'could not be measured and is left out ({type(e).__name__}: {e})', about=type(e))
 
@@ -172,11 +179,16 @@ def in_backward():
     "Whether a backward pass is running, as when checkpointed blocks are computed again."
     return torch._C._current_graph_task_id() != -1
 
+def _compiled(which, rows):
+    "The compiled function for float32 and the address of its plan; None, 0 where there is none."
+    if not compiled_loops(): return None, 0
+    return which(torch.float32), plan(rows.bins, torch.float32).address
+
 def _kind(outp): return f'one of {outp.dtype}' if isinstance(outp, torch.Tensor) else type(outp).__name__
 
 class OutputTap:
     "Adds the outputs of modules to rows of sums while it listens."
-    max_calls = 8   # of one module in one forward that are told apart; a cell in a long loop would fill the table
+    max_calls = 8   # of one module in one forward; a cell in a long loop would fill the table
 
     def __init__(self,
         rows:Rows,       # where sums go; the slot must be open
@@ -186,27 +198,34 @@ class OutputTap:
         what:int=7       # see `miniai.kernels.add_to_row`
     ):
         self.rows, self.sampler, self.told, self.axis, self.what = rows, sampler, told, axis, what
-        self.hooks, self.live, self.forward = Hooks([], self._on_output), False, 0
-        self.sources, self.kinds, self.axes, self.fired = {}, {}, {}, set()   # sources: layer -> its rows' names, in the order of calls
+        self.hooks, self.others = Hooks([], self._on_output), Hooks([], self._pass)
+        self.live, self.forward = False, 0
+        self.sources = {}   # layer -> its rows' names, in the order of calls
+        self.kinds, self.axes, self.fired = {}, {}, set()
         self._known, self._last, self.paused = {}, None, False
-        self.one, self.plan = (one_of(torch.float32), plan(rows.bins, torch.float32).address) if compiled_loops() else (None, 0)
 
     def attach(self,
-        modules # [(name, module)]
+        modules,  # [(name, module)]
+        leaves=() # [(name, module)] of the whole model: in the first forward axes are inherited from them, too
     ):
         "Choose modules; they are hooked while the tap listens."
         self.detach()
+        mine = {id(m) for _,m in modules}
+        self.one, self.plan = _compiled(one_of, self.rows)
         self.hooks = Hooks(modules, self._on_output)
+        self.others = Hooks([o for o in leaves if id(o[1]) not in mine], self._pass)
         for o in self.hooks:
             self.kinds[o.name] = type(o.m).__name__
             self.sources.setdefault(o.name, [])
         self.reset()
         self.listen(False)
 
-    def listen(self, on):
+    def listen(self,
+        on:bool # whether it listens from now on
+    ):
         "Hook the modules, or take the hooks off: in a step that is not sampled nothing of this is called."
         if on != self.live:
-            for o in self.hooks: o.put() if on else o.remove()
+            for o in (*self.hooks, *self.others): o.put() if on else o.remove()
         self.live = on
 
     def reset(self):
@@ -222,10 +241,12 @@ class OutputTap:
     def end(self):
         "It is over: calls until the next one are no part of it."
         self.paused = True
+        if self.fired: del self.others[:]
 
     def detach(self):
         "Take the hooks off; they keep what they have."
         self.hooks.remove()
+        self.others.remove()
         self.live = False
 
     def _on_output(self, hook, mod, inp, outp):
@@ -233,12 +254,18 @@ class OutputTap:
         self.sampler.begin_watch()
         try:
             if type(outp) is torch.Tensor and outp.shape == hook.shape and hook.forward != self.forward \
-                    and outp.dtype is torch.float32 and outp.is_contiguous():
-                hook.forward, hook.call, cell = self.forward, 0, hook.cell
-                self.one(outp.data_ptr(), cell.address + self.rows.i*cell.nbytes, *hook.sizes, self.what, self.plan)
+                    and outp.dtype is torch.float32 and outp.is_cpu and outp.is_contiguous():
+                hook.forward, hook.call, cell, self._last = self.forward, 0, hook.cell, hook.last
+                row = cell.address + self.rows.i*cell.nbytes
+                self.one(outp.data_ptr(), row, *hook.sizes, self.what, self.plan)
             else: self._take(hook, mod, inp, outp)
         except Exception as e: self.told.failed(hook.name, e)
         self.sampler.end_watch()
+
+    def _pass(self, hook, mod, inp, outp):
+        "Note the axis of an output that is not measured."
+        for _,a in named_tensors(outp)[:1]:
+            self._last = tuple(a.shape), self.axis(mod, a.ndim, self._axis_before(a))
 
     def _take(self, hook, mod, inp, outp):
         "Measure all tensors of an output."
@@ -247,15 +274,18 @@ class OutputTap:
         hook.forward, hook.shape = self.forward, None
         self.fired.add(hook.name)
         if hook.call >= self.max_calls:
-            return self.told(hook.name, f'is called more than {self.max_calls} times in a step; the rest is not recorded')
+            return self.told(hook.name, f'is called more than {self.max_calls} times in a step; the rest is '
+                                        'not recorded')
         found = [o for o in named_tensors(outp, hook.name) if o[1].is_floating_point() or o[1].is_complex()]
-        if not found: self.told(hook.name, f'returns no tensor to measure, but {_kind(outp)}')   # indices, masks, lengths
+        if not found:   # indices, masks, lengths
+            self.told(hook.name, f'returns no tensor to measure, but {_kind(outp)}')
         for source,a in found: self._take_tensor(hook, mod, inp, source, a)
 
     def _take_tensor(self, hook, mod, inp, source, a):
         if hook.call: source = f'{source} (call {hook.call+1})'
-        if (source, a.ndim) not in self._known: self._known[source, a.ndim] = self.axis(mod, a.ndim, self._axis_before(inp, a))
-        axis = self.axes[source] = self._known[source, a.ndim]
+        known = source, a.ndim
+        if known not in self._known: self._known[known] = self.axis(mod, a.ndim, self._axis_before(a))
+        axis = self.axes[source] = self._known[known]
         self._last = tuple(a.shape), axis
         if source not in self.sources[hook.name]: self.sources[hook.name].append(source)
         if not a.numel(): return
@@ -263,12 +293,14 @@ class OutputTap:
         cell = self.rows.cell(source, n_units, a.device, hook.call)
         add_to_row(cell.rows[self.rows.i], a, axis, self.rows.bins, self.what)
         plain = self.one is not None and readable(a) and a.dtype is torch.float32 and a.is_contiguous()
-        if plain and source == hook.name: hook.shape, hook.cell, hook.sizes = a.shape, cell, memory_view(a, axis)
+        if plain and source == hook.name:
+            hook.shape, hook.cell, hook.last = a.shape, cell, self._last
+            hook.sizes = memory_view(a, axis)
 
-    def _axis_before(self, inp, a):
-        "The axis of the units of what came in, where that is the output before, of this shape."
-        shapes = [tuple(o.shape) for _,o in named_tensors(inp)[:1]]
-        return self._last[1] if self._last and shapes == [self._last[0]] == [tuple(a.shape)] else None
+    def _axis_before(self, a):
+        "The axis of the units of the output before, if this one has as many; padding may have changed other axes."
+        shape, axis = self._last or ((), 0)
+        return axis if len(shape) == a.ndim > axis and shape[axis] == a.shape[axis] else None
 
 # %% ../nbs/06_collect.ipynb #c67a4129
 class ParameterTap:
@@ -294,11 +326,14 @@ class ParameterTap:
         "Let go of all buffers."
         self.before, self.starts, self.jobs, self.params = {}, {}, None, ()
 
-    def start(self, tensors):
+    def start(self,
+        tensors # one for each parameter, or None
+    ):
         "Copy what updates are measured from; None for a parameter that will not move."
         there = [(o, t.detach()) for o,t in zip(self.params, tensors) if t is not None]
         for o,t in there:
-            if o.name not in self.starts or self.starts[o.name].shape != t.shape: self.starts[o.name] = torch.empty_like(t)
+            if _is_like(self.starts.get(o.name), t): continue
+            self.starts[o.name], self.jobs = torch.empty_like(t), None   # lines have the address of the one before
         if there: torch._foreach_copy_([self.starts[o.name] for o,_ in there], [t for _,t in there])
 
     def read(self,
@@ -314,15 +349,25 @@ class ParameterTap:
         "The long way, for what is not plain memory."
         try:
             t = t.detach() if t.layout is torch.strided else t.detach().to_dense()
-            cell, axis = self.rows.cell(o.name, unit_view(_by_unit(t).shape, _axis(o, t))[2], t.device), _axis(o, t)
-            known = o.name in self.before and self.before[o.name].shape == t.shape
+            axis, by_unit = _axis(o, t), _by_unit(t)
+            cell = self.rows.cell(o.name, unit_view(by_unit.shape, axis)[2], t.device)
+            known = _is_like(self.before.get(o.name), t)
             if self.pairs and not known: self.before[o.name] = torch.empty_like(t)
-            others = (_by_unit(d.get(o.name)) for d in (self.before, self.starts if from_start else {}))
-            add_to_row(cell.rows[self.rows.i], _by_unit(t), axis, self.rows.bins, self.what, next(others), known, next(others))
+            starts = self.starts if from_start else {}
+            before, start = (_by_unit(d.get(o.name)) for d in (self.before, starts))
+            add_to_row(cell.rows[self.rows.i], by_unit, axis, self.rows.bins, self.what, before, known, start)
         except Exception as e: self.told.failed(o.name, e)
 
-def _by_unit(a): return a[None] if a is not None and a.ndim == 1 else a   # the entries of a bias are its units
+def _by_unit(a):   # the entries of a bias are its units
+    return a[None] if a is not None and a.ndim == 1 else a
+
 def _axis(o, t): return 1 if t.ndim == 1 else o.axis()
+
+def _is_like(a, t):
+    "Whether a buffer is there, and lies in memory as `t` does."
+    about = lambda o: (o.shape, o.dtype, o.device, o.layout)
+    return (a is not None and about(a) == about(t)
+            and (a.layout is not torch.strided or a.is_contiguous() == t.is_contiguous()))
 
 class _Jobs:
     "The lines that the compiled loop takes, one for each parameter."
@@ -330,16 +375,17 @@ class _Jobs:
         self.tap, self.from_start, self.n = tap, from_start, len(tap.params)
         self.shapes, self.lines = [None]*self.n, np.zeros((self.n, 10), np.int64)
         self.base, self.step = np.zeros(self.n, np.int64), np.zeros(self.n, np.int64)
-        self.many, self.plan = (many_of(torch.float32), plan(tap.rows.bins, torch.float32).address) if compiled_loops() else (None, 0)
+        self.many, self.plan = _compiled(many_of, tap.rows)
 
     def run(self, tensors):
         "Measure what is plain; [(parameter, tensor)] that is left."
-        lines, rest = self.lines, []
-        for i,(o,t) in enumerate(zip(self.tap.params, tensors)):
-            plain = t is not None and t.shape == self.shapes[i] and t.is_contiguous() and t.dtype is torch.float32
-            if t is not None and not plain: plain = self._prepare(i, o, t)
-            lines[i, 0] = t.data_ptr() if plain else 0
-            if t is not None and not plain: rest.append((o, t))
+        lines, rest, at = self.lines, [], [0]*self.n
+        for i,t in enumerate(tensors):
+            if t is None: continue
+            plain = t.shape == self.shapes[i] and t.dtype is torch.float32 and t.is_cpu and t.is_contiguous()
+            if plain or self._prepare(i, self.tap.params[i], t): at[i] = t.data_ptr()
+            else: rest.append((self.tap.params[i], t))
+        lines[:, 0] = at
         lines[:, 4] = self.base + self.tap.rows.i*self.step
         if self.many is not None and self.n: self.many(lines.ctypes.data, self.n, self.plan)
         lines[lines[:, 0] > 0, 3] = 1
@@ -348,11 +394,12 @@ class _Jobs:
     def _prepare(self, i, o, t):
         "Fill in the line of a parameter that has changed, or is new. Whether it can be measured here."
         self.shapes[i] = None
-        if self.many is None or not readable(t) or t.dtype is not torch.float32 or not t.is_contiguous() or not t.numel(): return False
+        plain = t.dtype is torch.float32 and t.is_contiguous() and t.numel()
+        if self.many is None or not readable(t) or not plain: return False
         tap, sizes, before = self.tap, unit_view(_by_unit(t).shape, _axis(o, t)), 0
-        start = tap.starts[o.name] if self.from_start else None
-        if start is not None and not (readable(start) and start.is_contiguous()): return False
-        known = o.name in tap.before and tap.before[o.name].shape == t.shape
+        start = tap.starts.get(o.name) if self.from_start else None
+        if self.from_start and not _is_like(start, t): return False
+        known = _is_like(tap.before.get(o.name), t)
         if tap.pairs:
             if not known: tap.before[o.name] = torch.empty_like(t, memory_format=torch.contiguous_format)
             before = tap.before[o.name].data_ptr()

@@ -44,7 +44,8 @@ class Hook:
             raise TypeError(f'Hook: got {type(m).__name__}; give the nn.Module to watch')
         if not callable(f): raise TypeError(f'Hook: f is {f!r}; give a function f(hook, mod, inp, outp)')
         self.m, self.f, self.name = m, f, name
-        self._register, self._tap = m.register_forward_pre_hook if before else m.register_forward_hook, _Tap(f, self)
+        self._register = m.register_forward_pre_hook if before else m.register_forward_hook
+        self._tap = _Tap(f, self)
         self.put()
 
     def put(self):
@@ -131,7 +132,7 @@ def _is_leaf(m):
     return isinstance(m, _no_parts) or len(list(m.children())) == n_own
 
 def _computing(model):
-    "Ids of the modules that compute parameters, as those of `weight_norm`: what they return is no activation."
+    "Ids of the modules that compute parameters, as those of `weight_norm`; they return no activation."
     return {id(o) for m in model.modules() if isinstance(m, ParametrizationList) for o in m.modules()}
 
 def _named_modules(model):

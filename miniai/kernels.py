@@ -7,13 +7,12 @@ __all__ = ['slow_reason', 'compiled_loops', 'empty_row', 'Plan', 'plan', 'one_of
            'add_to_row', 'on_cuda']
 
 # %% ../nbs/03_kernels.ipynb #8ee690f4
-import warnings
 from functools import lru_cache
 
 import numpy as np
 import torch
 
-from .stats import Bins, add_rows, empty_rows, grad_bins, measure, output_bins, row_width, unit_view, widen
+from .stats import Bins, add_rows, empty_rows, measure, output_bins, row_width, unit_view, widen
 
 # %% ../nbs/03_kernels.ipynb #45e5bd12
 slow_reason = {}   # device type -> why the plain form is used there
@@ -45,10 +44,15 @@ def empty_row(
 # %% ../nbs/03_kernels.ipynb #d02835d1
 class Plan:
     "A histogram as the compiled loops need it; keeps the memory behind `address`."
-    def __init__(self, bins:Bins, dtype:torch.dtype):
+    def __init__(self,
+        bins:Bins,        # of the histogram
+        dtype:torch.dtype # float32 or float64
+    ):
         kind = np.float64 if dtype == torch.float64 else np.float32
-        self.spec = np.array([bins.n, kind(bins.lo), kind(bins.hi), bins.n/(bins.hi - bins.lo), bins.n - .5, kind().itemsize])
-        self.edges = np.append(bins.edges, np.float32(np.nan)) if bins.log else np.zeros(0, np.float32)   # NaN: nothing is above it
+        per_bin, top = bins.n/(bins.hi - bins.lo), bins.n - .5
+        self.spec = np.array([bins.n, kind(bins.lo), kind(bins.hi), per_bin, top, kind().itemsize])
+        # NaN: nothing is above it
+        self.edges = np.append(bins.edges, np.float32(np.nan)) if bins.log else np.zeros(0, np.float32)
         if bins.log: self.edges[-2] = np.nextafter(self.edges[-2], np.float32(np.inf))
         lowest = (np.arange(2**15, dtype=np.uint32) << 16).view(np.float32)
         self.table = np.searchsorted(self.edges, np.nan_to_num(lowest, nan=np.inf), 'right').astype(np.uint16)
@@ -63,15 +67,20 @@ def plan(
     dtype:torch.dtype # float32 or float64
 ) -> Plan:
     "Prepare a histogram for the compiled loops, once."
-    if (bins, dtype) not in _plans: _plans.setdefault((bins, dtype), Plan(bins, dtype))   # one, in several threads, too
+    # one, in several threads, too
+    if (bins, dtype) not in _plans: _plans.setdefault((bins, dtype), Plan(bins, dtype))
     return _plans[bins, dtype]
 
 # %% ../nbs/03_kernels.ipynb #80e66039
-def one_of(dtype):
+def one_of(
+    dtype:torch.dtype # float32 or float64
+):
     "Give the compiled function for one tensor: (tensor, row, B, P, C, S, what, plan), addresses and sizes."
     return getattr(compiled_loops(), 'add_float64' if dtype == torch.float64 else 'add_float32')
 
-def many_of(dtype):
+def many_of(
+    dtype:torch.dtype # float32 or float64
+):
     "Give the compiled function for many: (jobs, n, plan), see `miniai.loops`."
     return getattr(compiled_loops(), 'add_many_float64' if dtype == torch.float64 else 'add_many_float32')
 
@@ -92,8 +101,9 @@ def readable(
     a:torch.Tensor # on the CPU
 ) -> bool: # whether the compiled loops can read it where it is
     "Say whether a tensor is plain memory."
-    return type(a) in (torch.Tensor, torch.nn.Parameter) and a.device.type == 'cpu' and a.layout is torch.strided and \
-           a.dtype in (torch.float32, torch.float64) and not a.is_neg()
+    plain = type(a) in (torch.Tensor, torch.nn.Parameter) and a.layout is torch.strided
+    return (plain and a.device.type == 'cpu' and a.dtype in (torch.float32, torch.float64)
+            and not (a.is_neg() or a._is_zerotensor()))
 
 def add_to_row(
     row:torch.Tensor,       # [width] float64, as `empty_rows` makes them, on the device of `a`
@@ -109,7 +119,8 @@ def add_to_row(
     a = a.detach()
     others = [o for o in (before, start) if o is not None]
     if a.is_complex(): return _add_plainly(row, a, axis, bins, before, counts, start)
-    if a.device.type == 'cpu' and a.dtype not in (torch.float32, torch.float64) or a.layout is not torch.strided: a = widen(a)
+    narrow = a.device.type == 'cpu' and a.dtype not in (torch.float32, torch.float64)
+    if narrow or a.layout is not torch.strided: a = widen(a)
     if not a.numel(): return
     if a.device.type == 'cuda' and on_cuda(): return _add_on_cuda(row, a, axis, bins, before, counts, start)
     loops = compiled_loops() if all(map(readable, (a, *others))) else None
@@ -119,14 +130,14 @@ def add_to_row(
         if others: return _add_plainly(row, a, axis, bins, before, counts, start)
         a = a.contiguous()
         sizes = unit_view(a.shape, axis)
-    address = lambda o: 0 if o is None else o.data_ptr()
-    job = np.array([address(a), address(start), address(before), counts, row.data_ptr(), *sizes, what], np.int64)
+    parts = [0 if o is None else o.data_ptr() for o in (a, start, before)]
+    job = np.array([*parts, counts, row.data_ptr(), *sizes, what], np.int64)
     many_of(a.dtype)(job.ctypes.data, 1, plan(bins, a.dtype).address)
 
 @lru_cache
 def on_cuda():
     "Say whether Triton is there to compile the kernel of `miniai.cuda`."
-    try: import triton
+    try: import triton # noqa: F401
     except ImportError as e: slow_reason['cuda'] = f'triton: {e}'
     return 'cuda' not in slow_reason
 

@@ -192,7 +192,7 @@ def add_counts(row, hist, bins, log):
 
 @njit(inline='never')
 def add_pair(at, start, before, counts, n, row, work, like):
-    "Subtract what is to be subtracted, compare with the tensor before, and take its place; the piece to measure."
+    "Subtract, compare with the tensor before, and take its place; the piece to measure."
     x = numbers(at, n, like)
     if start:
         y, diff = numbers(start, n, like), work[0]
@@ -223,7 +223,8 @@ def add_tensor(at, start, before, counts, out, B, P, C, S, what, like, work, spe
             m = min(blocks, here*P - r)
             k = 0
             while k < m*block:
-                n = m*block if block <= piece else min(piece, S - k % S) if S >= piece else min(piece//S*S, block - k)
+                if block <= piece: n = m*block
+                else: n = min(piece, S - k % S) if S >= piece else min(piece//S*S, block - k)
                 x = add_pair(at, start, before, counts, n, row, work, like)
                 squares += add_piece(x, n, row, work, spec, what, table, edges)
                 if not what & 2: row[4] += active(x, n)
@@ -260,7 +261,8 @@ def _many(jobs, n, plan, like):
     spec, table, edges = unpacked(plan)
     work, lines = new_work(like, np.int64(spec[0])), numbers(jobs, n*10, np.int64(0)).reshape(n, 10)
     for j in lines:
-        if j[0]: add_tensor(j[0], j[1], j[2], j[3], j[4], j[5], j[6], j[7], j[8], j[9], like, work, spec, table, edges)
+        if j[0]: add_tensor(j[0], j[1], j[2], j[3], j[4], j[5], j[6], j[7], j[8], j[9],
+                            like, work, spec, table, edges)
 
 _as_float = np.float32(0), np.float64(0)
 _f32, _f64 = _as_float
@@ -277,7 +279,9 @@ def add_float64(at, out, B, P, C, S, what, plan):
 
 @njit(nogil=True, cache=True)
 def add_many_float32(jobs, n, plan):
-    "Measure `n` float32 tensors; a job is (tensor, start, before, whether before counts, row, B, P, C, S, what), a tensor 0 for none."
+    """Measure `n` float32 tensors.
+
+    A job is (tensor, start, before, whether before counts, row, B, P, C, S, what), a tensor 0 for none."""
     _many(jobs, n, plan, _f32)
 
 @njit(nogil=True, cache=True)

@@ -13,18 +13,25 @@ from functools import reduce
 import numpy as np
 import torch
 
-from .stats import (Bins, Sums, add_rows, base_name, clear_rows, empty_rows, outside, output_bins, row_width, scalars,
-                          stat_name, statistics)
+from .stats import (Bins, Sums, add_rows, base_name, clear_rows, empty_rows, output_bins, row_width,
+                          scalars, stat_name, statistics)
 
 # %% ../nbs/04_rows.ipynb #832211d9
 class Cell:
     "The pending rows of one source, [capacity, width] on its device."
-    def __init__(self, bins, n_units, call, capacity, device):
-        self.rows, self.n_units, self.call = empty_rows(capacity, row_width(bins, n_units), device), n_units, call
-        self.address, self.nbytes = self.rows.data_ptr() if self.rows.device.type == 'cpu' else 0, self.rows[0].nbytes
+    def __init__(self,
+        bins:Bins,    # of the histogram
+        n_units:int,  # of the source
+        call:int,     # of the module, in one step
+        capacity:int, # slots
+        device        # where the rows are
+    ):
+        self.rows, self.n_units = empty_rows(capacity, row_width(bins, n_units), device), n_units
+        self.address = self.rows.data_ptr() if self.rows.device.type == 'cpu' else 0
+        self.call, self.nbytes = call, self.rows[0].nbytes
 
     def at(self, slot):
-        "Give the address of a slot's row, on the CPU."
+        "Give the address of the row of a slot, on the CPU, by its number `slot`."
         return self.address + slot*self.nbytes
 
     def __setstate__(self, state):   # of a copy, whose memory is another
@@ -43,26 +50,35 @@ class Chunk:
     n_units:int
 
     def __len__(self): return len(self.facts)
-    def __getitem__(self, i): return Chunk(self.facts[i], self.table[i], self.hist[i], self.active[i], self.n_units)
-    def nbytes(self): return self.table.nbytes + self.hist.nbytes + self.active.nbytes + self.facts.nbytes//4   # often shared
+    def __getitem__(self, i):
+        return Chunk(self.facts[i], self.table[i], self.hist[i], self.active[i], self.n_units)
+
+    def nbytes(self):
+        "Add up the bytes of its arrays."
+        # facts are often those of other sources, too
+        return self.table.nbytes + self.hist.nbytes + self.active.nbytes + self.facts.nbytes//4
 
     def units(self):
         "[n, units] bool"
         return np.unpackbits(self.active, axis=1, count=self.n_units).astype(bool)
 
-    def sums(self, bins):
+    def sums(self,
+        bins:Bins # of the histogram
+    ):
         "Make them readable by name."
         return Sums(self.table, self.hist, self.units(), bins)
 
-def joined(chunks):
-    "Neighbours with the same number of units as one."
+def joined(
+    chunks # of one source, in order
+):
+    "Join neighbours with the same number of units."
     res = []
     for o in chunks:
         if res and res[-1][0].n_units == o.n_units: res[-1].append(o)
         else: res.append([o])
     parts = 'facts', 'table', 'hist', 'active'
-    return [o[0] if len(o) == 1 else Chunk(*(np.concatenate([getattr(c, nm) for c in o]) for nm in parts), o[0].n_units)
-            for o in res]
+    join = lambda o: Chunk(*(np.concatenate([getattr(c, nm) for c in o]) for nm in parts), o[0].n_units)
+    return [o[0] if len(o) == 1 else join(o) for o in res]
 
 # %% ../nbs/04_rows.ipynb #9e10b9bb
 class Units:
@@ -74,21 +90,30 @@ class Units:
         self.since, self.batches, self.epochs = np.full(n, -1), 0, []
         self.returns, self.batches_dead, self.epoch = np.zeros(n, int), np.zeros(n, int), None
 
-    def update(self, chunk):
+    def update(self,
+        chunk:Chunk # the rows that follow
+    ):
         "Take in rows."
         if self.since is None or len(self.since) != chunk.n_units: self.start(chunk.n_units)
-        for (run,step,epoch,*_),dead in zip(chunk.facts.tolist(), ~chunk.units()):
-            self._end_epoch_before(run, epoch)
-            self.returns += (self.since >= 0) & ~dead
-            self.since = np.where(dead, np.where(self.since >= 0, self.since, step), -1)
-            self.batches_dead += dead
-            self.batches += 1
-            self.epoch = run, epoch, step, dead if self.epoch is None else self.epoch[3] & dead
+        dead, steps = ~chunk.units(), chunk.facts[:, 1]
+        before = np.vstack([self.since >= 0, dead[:-1]])
+        self.returns += (before & ~dead).sum(0)
+        self.batches_dead += dead.sum(0)
+        self.batches += len(dead)
+        # row from which a unit is dead; the last row's next where it is alive
+        first = len(dead) - np.argmin(dead[::-1], 0)
+        began = np.where(self.since >= 0, self.since, steps[0])
+        self.since = np.where(dead.all(0), began, np.where(dead[-1], steps[np.minimum(first, len(dead)-1)], -1))
+        starts = np.flatnonzero(np.r_[True, (chunk.facts[1:, [0, 2]] != chunk.facts[:-1, [0, 2]]).any(1)])
+        for i,j in zip(starts, [*starts[1:], len(dead)]): self._add_to_epoch(chunk.facts[j-1].tolist(), dead[i:j].all(0))
 
-    def _end_epoch_before(self, run, epoch):
+    def _add_to_epoch(self, facts, dead):
+        "Take in some rows of one epoch, the last of which has these facts; `dead` in all of them."
+        run, step, epoch, *_ = facts
         if self.epoch is not None and self.epoch[:2] != (run, epoch):
             self.epochs.append(self.epoch)
             self.epoch = None
+        self.epoch = run, epoch, step, dead if self.epoch is None else self.epoch[3] & dead
 
     def windows(self):
         "[(run, epoch, last step, [units] bool: dead in every batch of it)], the last of which may go on."
@@ -111,17 +136,21 @@ class Rows:
     def __init__(self,
         tap:str='output',        # one of `miniai.stats.taps`
         bins:Bins=output_bins,   # of the histograms
-        stats=('mean', 'std', 'hist', 'death_rate'), # that are shown, by their names in tables; any other can be read, too
+        stats=('mean', 'std', 'hist', 'death_rate'), # that are shown; any other can be read, too
         follow_units:bool=True,  # keep since when units are dead
         capacity:int=None        # slots that may wait; default 64 on the CPU, 512 elsewhere
     ):
-        self.tap, self.bins, self.stats, self.follow, self.capacity = tap, bins, tuple(stats), follow_units, capacity
+        self.tap, self.bins, self.stats = tap, bins, tuple(stats)
+        self.follow, self.capacity = follow_units, capacity
         self.cells, self.slots, self.closed, self.i = {}, [], True, -1
         self.chunks, self.units, self.offered, self.strides, self.merged = {}, {}, Counter(), {}, {}
         self.after_flush = None   # called when rows have come to the host by themselves
 
     def open(self,
-        phase:str, run:int, step:int, epoch:int, # of the step
+        phase:str,      # 'train' or 'valid'
+        run:int,        # number of the fit
+        step:int,       # number of the optimizer step
+        epoch:int,      # it is in
         samples:int=0,  # in this part of its batch
         new:bool=False  # do not go on with the last slot, as for batches of validation
     ) -> int: # number of the slot
@@ -160,7 +189,12 @@ class Rows:
             found = self.cells[source] = Cell(self.bins, n_units, call, capacity, device)
         return found
 
-    def row(self, source, n_units, device='cpu', call=0):
+    def row(self,
+        source:str,   # as for `cell`, as is the rest
+        n_units:int,  # of the tensor that comes
+        device='cpu', # where it is
+        call:int=0    # of the module, in one step
+    ) -> torch.Tensor: # [width]
         "Give the row of a source in the current slot, to add to."
         return self.cell(source, n_units, device, call).rows[self.i]
 
@@ -220,16 +254,22 @@ def _keep_sum(self:Rows, slots, arrays):
 @patch
 def _keep(self:Rows, source, cell, slots, rows):
     "Sort the rows of one source by phase."
-    there, phases = rows[:, 0] > 0, np.array([o[0] for o in slots])
-    for phase in dict.fromkeys(phases[there]):
-        mask = there & (phases == phase)
-        self._append((str(phase), source), self._chunk(cell, [o for o,ok in zip(slots, mask) if ok], rows[mask]))
+    if self._about[0] is not slots:   # the same for all sources of a flush
+        phases, facts = np.array([o[0] for o in slots]), np.array([[*o[1:5], 0] for o in slots], np.int64)
+        self._about = slots, phases, facts
+    _, phases, facts = self._about
+    for phase in dict.fromkeys(o[0] for o in slots):
+        mask = (rows[:, 0] > 0) & (phases == phase)
+        if mask.any(): self._append((phase, source), self._chunk(cell, facts[mask], rows[mask]))
+
+Rows._about = None, None, None   # slots, and what `_keep` has made of them
 
 @patch
-def _chunk(self:Rows, cell, slots, rows):
-    table, hist, units = np.split(rows, np.cumsum([len(scalars), len(self.bins)]), axis=1)
-    samples = [int(n) if n or self.tap != 'output' else int(row[12]) for (*_,n),row in zip(slots, table)]
-    about = np.array([[*slot[1:4], n, cell.call] for slot,n in zip(slots, samples)], dtype=np.int64).reshape(-1, 5)
+def _chunk(self:Rows, cell, about, rows):
+    k, width = len(scalars), len(scalars) + len(self.bins)
+    table, hist, units = rows[:, :k], rows[:, k:width], rows[:, width:]
+    if self.tap == 'output': about[:, 3] = np.where(about[:, 3] > 0, about[:, 3], table[:, 12])
+    about[:, 4] = cell.call
     counts = hist.astype(np.int32 if hist.size == 0 or hist.max() < 2**31 else np.int64)
     return Chunk(about, table.copy(), counts, np.packbits(units > 0, axis=1), cell.n_units)
 
@@ -243,7 +283,8 @@ def _append(self:Rows, key, chunk):
     if not len(kept): return
     chunks = self.chunks.setdefault(key, [])
     chunks.append(kept)
-    while len(chunks) > 1 and len(chunks[-2]) <= len(chunks[-1]) and len(joined(chunks[-2:])) == 1:   # few and long, none copied often
+    # few and long, none copied often
+    while len(chunks) > 1 and len(chunks[-2]) <= len(chunks[-1]) and len(joined(chunks[-2:])) == 1:
         chunks[-2:] = joined(chunks[-2:])
 
 @patch
@@ -254,28 +295,36 @@ def not_finite(self:Rows,
     "Find the sources with rows in which something is not finite."
     found, seen = set(), {} if seen is None else seen
     for key,chunks in self.chunks.items():
-        n, first = 0, seen.get(key, 0)
+        mark = *key, self.strides.get(key, 1)   # a thinned series is read from its start
+        n, first = 0, seen.get(mark, 0)
         for o in chunks:
             rest = slice(max(first - n, 0), None)
-            if n + len(o) > first and ((o.table[rest, 1:4] > 0).any(1) & (o.facts[rest, 0] == run)).any(): found.add(key)
+            spoilt = (o.table[rest, 1:4] > 0).any(1) & (o.facts[rest, 0] == run)
+            if n + len(o) > first and spoilt.any(): found.add(key)
             n += len(o)
-        seen[key] = n
+        seen[mark] = n
     return found
 
 # %% ../nbs/04_rows.ipynb #67601047
 @patch
 def keys(self:Rows) -> list: # (phase, source, stat) of all that is shown
     "Name what there is."
-    own = [stat_name(self.tap, o.name) for o in statistics.values() if o.own and (o.taps is None or self.tap in o.taps)]
+    own = [stat_name(self.tap, o.name) for o in statistics.values()
+           if o.own and (o.taps is None or self.tap in o.taps)]
     windows = ['dead_epoch']*(self.follow and self.tap == 'output')
     shown, whole = dict.fromkeys((*self.stats, *own, *windows)), [stat_name(self.tap, 'norm')]
     return [(*key, stat) for key in self.chunks for stat in (whole if key[1] == 'all' else shown)]
 
 @patch
-def has(self:Rows, phase, source, stat):
-    "Whether this can be read."
+def has(self:Rows,
+    phase:str,  # 'train' or 'valid'
+    source:str, # as recorded
+    stat:str    # name of a statistic, with the prefix of the tap
+) -> bool:
+    "Say whether this can be read."
     if source == 'all': return base_name(self.tap, stat) == 'norm' and (phase, source) in self.chunks
-    return (phase, source) in self.chunks and (base_name(self.tap, stat) is not None or (stat == 'dead_epoch' and self.follow))
+    known = base_name(self.tap, stat) is not None or (stat == 'dead_epoch' and self.follow)
+    return known and (phase, source) in self.chunks
 
 @patch
 def series(self:Rows,
@@ -324,7 +373,10 @@ def __len__(self:Rows):
     return sum(len(o) for chunks in self.chunks.values() for o in chunks)
 
 @patch
-def facts_of(self:Rows, phase, source) -> np.ndarray: # [n, 5], see `facts`
+def facts_of(self:Rows,
+    phase:str, # 'train' or 'valid'
+    source:str # as recorded
+) -> np.ndarray: # [n, 5], see `facts`
     "Say what is known of each row."
     found = [o.facts for o in self.chunks.get((phase, source), ())]
     return np.concatenate(found) if found else np.zeros((0, 5), np.int64)
@@ -335,7 +387,9 @@ def sizes(self:Rows) -> dict: # (phase, source) -> bytes, of series that can be 
     return {key: sum(o.nbytes() for o in v) for key,v in self.chunks.items() if sum(map(len, v)) > 1}
 
 @patch
-def thin(self:Rows, key):
+def thin(self:Rows,
+    key:tuple # (phase, source)
+):
     "Forget every second row of a series; what is known of its units stays."
     self.chunks[key] = [o[::2] for o in joined(self.chunks[key])]
     self.strides[key] = 2*self.strides.get(key, 1)
@@ -346,7 +400,7 @@ _kept_facts = 'tap', 'stats'
 @patch
 def start_fit(self:Rows):
     "Remember what `merge` is to go on from."
-    self._move(complete_only=False)
+    self._move_all()
     self.before = {k: u.copy() for k,u in self.units.items()}
     self.merged = {k: sum(map(len, o)) for k,o in self.chunks.items()}
 
@@ -355,25 +409,28 @@ def state_dict(self:Rows,
     unmerged:bool=False # only the rows since `start_fit`
 ) -> dict: # of arrays, numbers and names
     "What is needed to go on, or to merge."
-    self._move(complete_only=False)
+    self._move_all()
     cut = lambda key, chunks: _from(chunks, self.merged.get(key, 0)) if unmerged else joined(chunks)
     chunks = {key: [vars(o) for o in cut(key, chunks)] for key,chunks in self.chunks.items()}
     before = {k: dict(vars(o)) for k,o in getattr(self, 'before', {}).items()}
-    return dict(chunks=chunks, units={k: dict(vars(o)) for k,o in self.units.items()}, before=before, offered=dict(self.offered),
+    units = {k: dict(vars(o)) for k,o in self.units.items()}
+    return dict(chunks=chunks, units=units, before=before, offered=dict(self.offered),
                 strides=dict(self.strides), merged=dict(self.merged),
                 about=[self.tap, vars(self.bins), list(self.stats), self.follow])
 
 @patch
 def load_state_dict(self:Rows, state):
-    "Go on from there."
-    self.cells, self.slots, self.closed, self.i = {}, [], True, -1
+    "Go on from there, in the memory there is: taps know its addresses."
+    self._move_all()
     self.chunks = {tuple(k): [Chunk(**o) for o in v] for k,v in state['chunks'].items()}
     self.units = {tuple(k): _units_of(v) for k,v in state['units'].items()}
     self.offered = Counter({tuple(k): v for k,v in state['offered'].items()})
     self.strides, self.merged = ({tuple(k): v for k,v in state[nm].items()} for nm in ('strides', 'merged'))
     self.before = {tuple(k): _units_of(v) for k,v in state['before'].items()}
 
-def _rows_of_state(cls, state):
+def _rows_of_state(cls,
+    state:dict # as `state_dict` gave it
+):
     "Make the table that was saved."
     tap, bins, stats, follow = state['about']
     res = cls(tap, Bins(**bins), tuple(stats), follow)

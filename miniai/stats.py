@@ -9,7 +9,7 @@ __all__ = ['outside', 'output_bins', 'grad_bins', 'scalars', 'statistics', 'taps
            'effective_rank']
 
 # %% ../nbs/01_stats.ipynb #821897ab
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -31,12 +31,12 @@ class Bins:
         if not (isinstance(self.n, int) and 1 <= self.n <= 32_000):
             raise ValueError(f'Bins: bins is {self.n!r}; give a whole number from 1 to 32,000')
         if not (0 <= self.lo < self.hi < np.inf and (self.lo >= 1e-37 or not self.log)):
-            raise ValueError(f'Bins: hist_range is {(self.lo, self.hi)!r}; it bins |a|, so give (lower, upper), '
-                             '0 <= lower < upper, and for logarithmic bins 1e-37 <= lower')
+            raise ValueError(f'Bins: hist_range is {(self.lo, self.hi)!r}; it bins |a|, so give '
+                             '(lower, upper), 0 <= lower < upper, and for logarithmic bins 1e-37 <= lower')
         narrow = not self.log and (self.hi-self.lo)/self.n < self.hi*2e-6
         if narrow or not 1e-30 < self.hi <= 1e38 or (np.diff(self.edges) <= 0).any():
-            raise ValueError(f'Bins: float32 cannot tell {self.n} bins in {(self.lo, self.hi)!r} apart; give wider '
-                             'bins, and an upper end between 1e-30 and 1e38')
+            raise ValueError(f'Bins: float32 cannot tell {self.n} bins in {(self.lo, self.hi)!r} apart; give '
+                             'wider bins, and an upper end between 1e-30 and 1e38')
 
     @property
     def edges(self):
@@ -71,8 +71,8 @@ def _as_type(bins, dtype):
     return float(kind(bins.lo)), float(kind(bins.hi))
 
 # %% ../nbs/01_stats.ipynb #f947110b
-scalars = ('n', 'nan', 'posinf', 'neginf', 'nonzero', 's1', 's2', 's3', 's4', 'min', 'max', 'norms', 'samples', 'dot',
-           'other_sq', 'start_sq')
+scalars = ('n', 'nan', 'posinf', 'neginf', 'nonzero', 's1', 's2', 's3', 's4', 'min', 'max', 'norms', 'samples',
+           'dot', 'other_sq', 'start_sq')
 _at = {nm: i for i,nm in enumerate(scalars)}
 
 def row_width(
@@ -101,7 +101,8 @@ def clear_rows(rows):
 def _wide(device): return torch.float32 if torch.device(device).type == 'mps' else torch.float64
 
 def add_rows(
-    one, two # [..., width] tensors or arrays, of one source
+    one, # [..., width] tensor or array
+    two  # another, of the same source
 ): # the same, as if one pass had seen both
     "Add up rows: sums and counts by `+`, the ends by min and max."
     np_or_torch = torch if isinstance(one, torch.Tensor) else np
@@ -132,7 +133,7 @@ def widen(
     if a.is_complex(): a = a.abs()
     return a if a.dtype in (torch.float32, torch.float64) else a.to(torch.float32)
 
-def _exact(a): return a.detach() if a.is_complex() else widen(a)   # differences are not taken in half precision
+def _exact(a): return a.detach() if a.is_complex() else widen(a)   # no differences in half precision
 
 def _dot(a, b):
     "Sum the products of two tensors; of complex ones, of their real and imaginary parts."
@@ -148,7 +149,8 @@ def _scalar_sums(x, a, samples, dot, other, start):
     dot, other_sq = (x.new_zeros(()),)*2 if other is None else (dot, other.to(x).square().sum())
     start_sq = x.new_zeros(()) if start is None else start.to(x).square().sum()
     per_sample = x.reshape(samples, -1).square().sum(1).sqrt().sum() if a.numel() else x.sum()
-    counts = torch.full((), a.numel(), device=a.device), a.isnan().sum(), a.isposinf().sum(), a.isneginf().sum(), (a != 0).sum()
+    n = torch.full((), a.numel(), device=a.device)
+    counts = n, a.isnan().sum(), a.isposinf().sum(), a.isneginf().sum(), (a != 0).sum()
     powers = x.sum(), x.square().sum(), x.pow(3).sum(), x.pow(4).sum()
     rest = lowest, highest, per_sample, torch.full((), samples, device=a.device), dot, other_sq, start_sq
     return torch.stack([o.to(x.dtype) for o in (*counts, *powers, *rest)])
@@ -170,7 +172,8 @@ def measure(
     sums = _scalar_sums(x, a, B, dot, other, start)
     if not a.numel(): return empty_rows(1, row_width(bins, C), a.device)[0]
     slots = _slot(a.abs(), bins).reshape(-1)
-    counts = torch.zeros(len(bins), dtype=torch.int64, device=a.device).scatter_add_(0, slots, torch.ones_like(slots))
+    counts = torch.zeros(len(bins), dtype=torch.int64, device=a.device)
+    counts.scatter_add_(0, slots, torch.ones_like(slots))
     units = (a.reshape(B, P, C, S) != 0).sum((0, 1, 3))
     return torch.cat([sums, counts.to(sums.dtype), units.to(sums.dtype)])
 
@@ -198,7 +201,8 @@ class Sums:
     def __len__(self): return len(self.table)
 
     def __getattr__(self, name):
-        if name not in _at: raise AttributeError(f'Sums has no {name!r}; it has {", ".join(scalars)}, hist, active')
+        if name not in _at:
+            raise AttributeError(f'Sums has no {name!r}; it has {", ".join(scalars)}, hist, active')
         return self.table[:, _at[name]]
 
     @property
@@ -221,7 +225,7 @@ class Statistic:
     taps:tuple = None  # for which it is defined; None: for all
     own:bool = False   # added by a user: every table of its taps has it
 
-    def __call__(self, sums): 
+    def __call__(self, sums):
         with np.errstate(all='ignore'): return self.f(sums)
 
 statistics = {}
@@ -235,7 +239,8 @@ def statistic(
     "Register a statistic, for every table, plot, rule and lens."
     def _register(f):
         if name in statistics and statistics[name].own != own:
-            raise ValueError(f'statistic: {name!r} is taken; give another name. There are {", ".join(statistics)}')
+            raise ValueError(f'statistic: {name!r} is taken; give another name. There are '
+                             + ', '.join(statistics))
         statistics[name] = Statistic(name, f, title or name.replace('_', ' ').capitalize(), own=own, **kw)
         return f
     return _register
@@ -246,7 +251,8 @@ def _not_finite(sums):
     inf = np.where(sums.posinf > 0, np.inf, 0) - np.where(sums.neginf > 0, np.inf, 0)   # both: NaN
     return np.where(sums.nan > 0, np.nan, inf)
 
-def _unbounded(sums): return np.where(sums.posinf + sums.neginf > 0, np.inf, 0) + _nan(sums)   # the same of a norm
+def _unbounded(sums):   # the same of a norm
+    return np.where(sums.posinf + sums.neginf > 0, np.inf, 0) + _nan(sums)
 
 def _mean(sums): return sums.s1/np.where(sums.n > 0, np.maximum(sums.n_finite, 1), 0) + _not_finite(sums)
 
@@ -264,9 +270,10 @@ def _std(sums):
     return _finite_only(sums, np.sqrt(_central(sums, 2)*n/(n - 1)))
 
 def _standardised(sums, k):
-    "The k-th standardised moment; a gap where the mean is so large beside the deviation that its digits are gone."
+    "The k-th standardised moment; a gap where the mean is too large beside the deviation."
     scale = _central(sums, 2)**(k/2)
-    return _finite_only(sums, np.where(np.abs(sums.s1/sums.n_finite)**k*1e-13 < scale, _central(sums, k)/scale, np.nan))
+    known = np.abs(sums.s1/sums.n_finite)**k*1e-13 < scale
+    return _finite_only(sums, np.where(known, _central(sums, k)/scale, np.nan))
 
 def _norm(sums): return np.sqrt(sums.s2) + _unbounded(sums) + np.where(sums.n > 0, 0, np.nan)
 
@@ -282,8 +289,9 @@ for _nm, _f, _caption, _kw in (
      'distribution.', dict(guide=3.)),
     ('min', lambda o: np.where(o.neginf > 0, -np.inf, _there(o, o.min)) + _nan(o), 'Smallest entry.', {}),
     ('max', lambda o: np.where(o.posinf > 0, np.inf, _there(o, o.max)) + _nan(o), 'Largest entry.', {}),
-    ('range', lambda o: np.stack([statistics['min'](o), statistics['max'](o)], 1), 'Smallest and largest entry.', {}),
-    ('absmax', lambda o: np.where(o.posinf + o.neginf > 0, np.inf, _there(o, np.maximum(-o.min, o.max))) + _nan(o),
+    ('range', lambda o: np.stack([statistics['min'](o), statistics['max'](o)], 1),
+     'Smallest and largest entry.', {}),
+    ('absmax', lambda o: np.maximum(-statistics['min'](o), statistics['max'](o)),
      'Largest absolute value.', dict(log=True)),
     ('norm', _norm, 'L2 norm of all entries.', dict(log=True)),
     ('rms', lambda o: _norm(o)/np.sqrt(o.n), 'Root mean square of all entries.', dict(log=True)),
@@ -306,7 +314,8 @@ def near_zero(
 def _death_rate(sums):
     "Fraction of units without a non-zero entry; NaN where units were not counted."
     if not sums.active.size: return np.full(len(sums), np.nan)
-    return np.where((sums.n > 0) & ((sums.nonzero == 0) | sums.active.any(1)), 1 - sums.active.mean(1), np.nan)
+    counted = (sums.n > 0) & ((sums.nonzero == 0) | sums.active.any(1))
+    return np.where(counted, 1 - sums.active.mean(1), np.nan)
 
 def quantile(
     sums:Sums, # with histograms
@@ -325,8 +334,10 @@ def quantile(
 
 for _nm, _f, _caption in (
     ('activation_rate', lambda o: o.nonzero/o.n, 'Fraction of entries that are not exactly zero.'),
-    ('death_rate', _death_rate, 'Fraction of units that are exactly zero for the whole batch; falls as the batch grows.'),
-    ('near_zero', lambda o: near_zero(o.hist), 'Fraction of entries in the lowest bin of the histogram: small, which is not dead.'),
+    ('death_rate', _death_rate,
+     'Fraction of units that are exactly zero for the whole batch; falls as the batch grows.'),
+    ('near_zero', lambda o: near_zero(o.hist),
+     'Fraction of entries in the lowest bin of the histogram: small, which is not dead.'),
     ('nan_fraction', lambda o: o.nan/o.n, 'Fraction of entries that are NaN.'),
     ('inf_fraction', lambda o: (o.posinf + o.neginf)/o.n, 'Fraction of entries that are infinite.')):
     statistic(_nm, own=False, caption=_caption, limits=(0., 1.))(_f)
@@ -339,21 +350,24 @@ statistic('hist', 'Histogram', own=False, caption='Counts of absolute values.')(
 # %% ../nbs/01_stats.ipynb #845c8716
 def _cosine(sums):
     known = (sums.s2 > 0) & (sums.other_sq > 0)
-    return np.where(known, np.clip(sums.dot/np.sqrt(sums.s2)/np.sqrt(sums.other_sq), -1, 1), np.nan) + 0*_not_finite(sums)
+    cosine = np.clip(sums.dot/np.sqrt(sums.s2)/np.sqrt(sums.other_sq), -1, 1)
+    return np.where(known, cosine, np.nan) + 0*_not_finite(sums)
 
 def _start_norm(sums): return np.where(sums.n > 0, np.sqrt(sums.start_sq), np.nan)
 def _ratio(sums): return np.where(sums.start_sq != 0, _norm(sums)/_start_norm(sums), np.nan)
 
 statistic('correlation', own=False, limits=(-1., 1.), guide=0.,
-          caption='Cosine of a tensor and the one of the step before; a gap at the first, and where a norm is 0.')(_cosine)
+          caption='Cosine of a tensor and the one of the step before; a gap at the first, and where a norm '
+                  'is 0.')(_cosine)
 statistic('ratio', 'Update:weight ratio', own=False, log=True, guide=1e-3, taps=('update',),
-          caption="Norm of a parameter's update over the norm of the parameter before it; a gap where that is 0.")(_ratio)
+          caption="Norm of a parameter's update over the norm of the parameter before it; a gap where that "
+                  'is 0.')(_ratio)
 statistic('start_norm', 'Parameter norm', own=False, log=True, taps=('update',),
           caption="L2 norm of a parameter before the optimizer's step.")(_start_norm)
 
 # %% ../nbs/01_stats.ipynb #c105da94
-taps = dict(output='', input='input_', output_grad='output_grad_', grad='grad_', update='update_', parameter='param_',
-            state='', loss='')
+taps = dict(output='', input='input_', output_grad='output_grad_', grad='grad_', update='update_',
+            parameter='param_', state='', loss='')
 
 def stat_name(
     tap:str, # one of `taps`
@@ -380,7 +394,8 @@ _pooling = nn.modules.pooling
 _units_second = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LocalResponseNorm,
                  *(getattr(_pooling, nm) for nm in ('_MaxPoolNd', '_AvgPoolNd', '_LPPoolNd', '_MaxUnpoolNd',
                                                     '_AdaptiveAvgPoolNd', '_AdaptiveMaxPoolNd')),
-                 *(getattr(nn.modules.padding, f'_{nm}PadNd') for nm in ('Constant', 'Reflection', 'Replication', 'Circular')))
+                 *(getattr(nn.modules.padding, f'_{nm}PadNd')
+                   for nm in ('Constant', 'Reflection', 'Replication', 'Circular')))
 
 def unit_axis(
     module:nn.Module, # the layer whose output it is
@@ -389,7 +404,8 @@ def unit_axis(
 ) -> int: # 0 to ndim-1; 0 for a 0-d or 1-d output, too
     """Find the axis of a layer's output that counts its units, by the type of the layer, else as `before`.
 
-    With neither to go by three axes are read as `[batch, time, feature]`, any other number as `[batch, unit, ...]`."""
+    With neither to go by three axes are read as `[batch, time, feature]`, any other number as
+    `[batch, unit, ...]`."""
     if ndim < 2: return 0
     if isinstance(module, _units_last): return ndim-1
     if isinstance(module, _units_second): return 1
@@ -406,7 +422,8 @@ def mean_std(
     a = widen(a)
     x = a.to(_wide(a.device)).reshape(-1)
     mean = x.mean()
-    return torch.stack([mean, ((x - mean).square().sum()/(len(x) - 1)).sqrt() if len(x) else mean]).to(a.dtype)
+    std = ((x - mean).square().sum()/(len(x) - 1)).sqrt() if len(x) else mean
+    return torch.stack([mean, std]).to(a.dtype)
 
 def abs_hist(
     a:torch.Tensor,        # any shape and dtype
@@ -436,7 +453,7 @@ def unit_dead(
 def effective_rank(
     a:torch.Tensor # [..., rows, units]: one matrix or several
 ) -> torch.Tensor: # [...] float32 (float64 for float64), 1 to the shorter side; NaN if all 0, or not finite
-    "Compute the exponential of the entropy of the singular values, scaled to the sum 1 (Roy and Vetterli 2007)."
+    "Compute exp of the entropy of the singular values, scaled to the sum 1 (Roy and Vetterli 2007)."
     a = widen(a)
     finite = a.isfinite().all(-1).all(-1)[..., None, None]
     sigma = torch.linalg.svdvals(torch.where(finite, a, 0))   # on a GPU this waits for the device

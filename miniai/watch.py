@@ -27,7 +27,8 @@ class RangeStats(ActivationStats):
     def __init__(self, mod_filter=noop, on_train=True, on_valid=False, mods=None, every=1, budget=None,
         max_bytes=56_000_000 # memory for the rows; the others as for `ActivationStats`
     ):
-        super().__init__(mod_filter, on_train, on_valid, mods, every, budget=budget, stats=('range',), max_bytes=max_bytes)
+        super().__init__(mod_filter, on_train, on_valid, mods, every, budget=budget,
+                         stats=('range',), max_bytes=max_bytes)
 
 # %% ../nbs/10_watch.ipynb #4bf47575
 stages = 'weights', 'forward', 'loss', 'backward', 'update'
@@ -150,7 +151,8 @@ class _Tables:
         self.learn, cbs = learn, list(learn.cbs)
         first = lambda cls: next((cb for cb in cbs if isinstance(cb, cls)), None)
         self.ranges = first(RangeStats)
-        self.acts = next((cb for cb in cbs if isinstance(cb, ActivationStats) and cb is not self.ranges), None)
+        others = [cb for cb in cbs if cb is not self.ranges]
+        self.acts = next((cb for cb in others if isinstance(cb, ActivationStats)), None)
         self.grads, self.updates = first(GradientStats), first(UpdateStats)
         self.kinds = {**getattr(self.acts, 'kinds', {}), **getattr(self.ranges, 'kinds', {})}
         self.order = {nm: i for i,nm in enumerate(self._called())}
@@ -182,7 +184,8 @@ class _Tables:
     def layer_rows(self, source, phase):
         "The best there is of a layer."
         for cb,stat in ((self.ranges, 'range'), (self.acts, 'mean'), (self.acts, 'std')):
-            if cb is not None and cb.history.has(phase, source, stat): return self.series(cb, source, stat, phase)
+            if cb is not None and cb.history.has(phase, source, stat):
+                return self.series(cb, source, stat, phase)
 
     def loss(self, phase):
         history = self.learn.history

@@ -1,5 +1,5 @@
 """All doors, all statistics: the same model, seed and batches give equal numbers; and no step reads a value."""
-import copy, warnings
+import warnings
 from functools import partial
 
 import numpy as np
@@ -13,13 +13,11 @@ from miniai import history, rows
 from miniai.accel import AccumulateCB
 from miniai.activations import ActivationStats
 from miniai.actfns import measure_number_dead_neurons
-from miniai.callback import Callback
 from miniai.datasets import DataLoaders
 from miniai.gradients import GradientStats, UpdateStats
 from miniai.hooks import select_modules
 from miniai.learner import DeviceCB, Learner, TrainCB
-import miniai.watch
-from miniai.stats import Sums, grad_bins, measure, output_bins, stat_name, statistics, unit_axis, unit_view
+from miniai.stats import Sums, grad_bins, measure, output_bins, stat_name, statistics, unit_axis
 
 
 # --- models: each is a function that makes it, and one that makes a batch of n inputs ---

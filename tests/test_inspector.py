@@ -19,7 +19,7 @@ from miniai.lens import (Lens, LossMetrics, OutputActivation, OutputGradientGeom
                          ParameterGradientActivation, ParameterGradientGeometry, ParameterNorm, ParameterUpdateGeometry,
                          aggregates)
 from miniai.visualizer import MatplotlibVisualizer, open_recording
-from miniai.window import Window
+
 
 
 def all_lenses(loss_fn=None, **kw):
@@ -79,7 +79,7 @@ def run():
 
 def in_step(inspector, source, stat):
     "Values of the steps; every forward of the model is one, the layers called beside it as well."
-    return torch.from_numpy(values(inspector, source, stat))
+    return torch.from_numpy(values(inspector, source, stat)).float()
 
 def cosines(tensors): return [math.nan] + [F.cosine_similarity(a.flatten(), b.flatten(), 0).item() for a,b in zip(tensors, tensors[1:])]
 
@@ -301,7 +301,9 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch():
     one, two = measured(whole, whole_loop), measured(parts, parts_loop)
     for stat in 'grad_norm', 'grad_correlation', 'update_ratio':
         np.testing.assert_allclose(values(one, '0.weight', stat), values(two, '0.weight', stat), rtol=1e-4)
-    assert len(values(two, '0.weight', 'grad_norm')) == 2 and len(values(two, '1', 'norm')) == 8
+    assert len(values(two, '0.weight', 'grad_norm')) == 2
+    for stat in 'norm', 'activation_rate', 'death_rate':   # four micro-batches add up to the row of the batch
+        np.testing.assert_allclose(values(one, '1', stat), values(two, '1', stat), rtol=1e-5)
 
 def test_clipped_gradients_are_seen_clipped():
     model = small_net()
@@ -404,7 +406,7 @@ def test_gradient_penalty():
             (out.square().mean() + (grad.norm(dim=1) - 1).square().mean()).backward()
             opt.step()
     inspector = measured(model, loop)
-    assert len(values(inspector, '0', 'output_grad_norm')) == 4 and len(values(inspector, '0.weight', 'grad_norm')) == 2
+    assert len(values(inspector, '0', 'output_grad_norm')) == 2 and len(values(inspector, '0.weight', 'grad_norm')) == 2
 
 class ResBlock(nn.Module):
     "As in torchvision: one in-place ReLU, used twice, and an addition in place."
@@ -904,8 +906,10 @@ def test_output_gradients_beside_hooks_of_the_users_own(i):
     "Those that come in, before a later hook of the tensor changes them: in every step alike, whichever output of its node it is."
     model = nn.Sequential(nn.Linear(4, 8), Half(i), Tripled(), nn.Linear(4, 3))
     inspector = Inspector([OutputGradientGeometry(inplace=False)], visualizer=None, module=model)
+    opt = torch.optim.SGD(model.parameters(), .1)
     for xb,yb in batches(6):
         F.cross_entropy(model(xb), yb).backward()
+        opt.step()
     inspector.tick_epoch()
     at_half, at_tripled, below = (values(inspector, nm, 'output_grad_norm') for nm in '120')
     assert len(at_half) == 6
@@ -938,24 +942,20 @@ class Repeats(nn.Module):
 
 
 def test_a_failed_forward_before_a_repeated_one():
-    "What backward computes again is no output of the forward that failed in between."
-    model = Repeats()
+    "What backward computes again is no output of the forward that failed in between, which belongs to its step."
+    model, wants = Repeats(), []
+    opt = torch.optim.SGD(model.parameters(), 0.)
     inspector = Inspector([OutputNorm(inplace=False, include=nn.Linear)], visualizer=None, module=model)
     for i in range(6):
         out = model(torch.full((5, 4), float(i)))
+        wants.append(out.norm(dim=1).mean().item())
         if i == 4:
             with pytest.raises(ValueError): model(torch.ones(5, 4), fail=True)
         out.sum().backward()
+        opt.step()
     inspector.tick_epoch()
-    assert len(values(inspector, 'b', 'norm')) == 6 and len(values(inspector, 'a', 'norm')) == 7
-
-
-def test_a_window_goes_on_after_a_pickle():
-    window = Window()
-    for v in 1., 2., 3.: window.add(('a',), torch.tensor([[v]]))
-    window = pickle.loads(pickle.dumps(window))
-    for v in 4., 5.: window.add(('a',), torch.tensor([[v]]))
-    np.testing.assert_allclose(window.summary().flatten(), [3, 2**.5, 1, 2, 3, 4, 5], rtol=1e-6)
+    np.testing.assert_allclose(values(inspector, 'b', 'norm'), wants, rtol=1e-5)
+    assert inspector.history.series('a', 'norm').samples.tolist() == [5, 5, 5, 5, 10, 5]
 
 
 @pytest.mark.parametrize('kind', ['lstm', 'linear', 'two groups'])
@@ -999,3 +999,148 @@ def test_output_gradients_of_ragged_batches(kind):
             alike = k and mine[k-1][1].shape == grad.shape
             want = F.cosine_similarity(mine[k-1][1].flatten(), grad.flatten(), dim=0).item() if alike else np.nan
             if alike or kind != 'two groups': np.testing.assert_allclose(angles[k], want, atol=1e-4)
+
+
+# --- what belongs to one step ---
+
+def accumulate(model, opt, n=4, parts=2):
+    for xb,yb in batches(n):
+        opt.zero_grad()
+        for x,y in zip(xb.chunk(parts), yb.chunk(parts)): (F.cross_entropy(model(x), y)/parts).backward()
+        opt.step()
+
+def test_every_second_step_of_accumulated_batches():
+    "Sampling is decided once for each step of the optimizer, not for each forward."
+    model = small_net()
+    inspector = Inspector(all_lenses(), module=model, visualizer=None, every=2)
+    accumulate(model, sgd(model))
+    inspector.tick_epoch()
+    for source,stat in (('1', 'norm'), ('2', 'output_grad_norm'), ('0.weight', 'grad_norm'), ('0.weight', 'update_norm')):
+        assert inspector.history.series(source, stat).steps.tolist() == [0, 2], stat
+    assert inspector.history.series('1', 'norm').samples.tolist() == [16, 16] and inspector.step == 4
+    assert inspector.cost().steps_seen == 4 and inspector.cost().steps_sampled == 2
+
+def test_two_forwards_in_a_step_add_up():
+    "As for the critic of a GAN: one row, of both batches; from the first step on."
+    whole, twice = seeded(small_net), seeded(small_net)
+    real, fake = (o[0] for o in batches(2))
+    def once(_): train(whole, torch.cat([real, fake]), 3, loss=lambda out: out.square().sum())
+    def both(_):
+        opt = sgd(twice)
+        for _ in range(3):
+            opt.zero_grad()
+            (twice(real).square().sum() + twice(fake).square().sum()).backward()
+            opt.step()
+    one, two = measured(whole, once), measured(twice, both)
+    for key in [o for o in one.history.keys() if o[1] != 'batches' and 'output_grad_correlation' not in o[2]]:
+        np.testing.assert_allclose(values(one, *key[1:]), values(two, *key[1:]), rtol=1e-3, atol=1e-5, err_msg=str(key))
+    assert two.history.series('1', 'norm').samples.tolist() == [32]*3
+
+def test_batches_by_keyword_count_their_samples():
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.lin, self.act = nn.Linear(4, 4), nn.ReLU()
+        def forward(self, *, x): return self.act(self.lin(x))
+    model = Net()
+    def loop(_):
+        opt = sgd(model)
+        for n in 16, 4:
+            model(x=torch.randn(n, 4)).sum().backward()
+            opt.step()
+    inspector = measured(model, loop)
+    assert inspector.history.series('act', 'norm').samples.tolist() == [16, 4]
+    assert inspector.history.series('lin.weight', 'grad_norm').samples.tolist() == [16, 4]
+    norms = values(inspector, 'act', 'norm')
+    assert values(inspector, 'act', 'norm mean')[0] == pytest.approx((16*norms[0] + 4*norms[1])/20)
+
+def test_closures_of_an_optimizer_belong_to_its_step():
+    model, (x, y) = small_net(), batches(1)[0]
+    opt = torch.optim.LBFGS(model.parameters(), .1, max_iter=4)
+    def closure():
+        opt.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+    inspector = measured(model, lambda _: [opt.step(closure) for _ in range(4)])
+    assert inspector.step == 4 and inspector.history.series('1', 'norm').steps.tolist() == [0, 1, 2, 3]
+    assert len(values(inspector, '0.weight', 'update_norm')) == 4
+
+def test_a_loop_with_steps_of_its_own():
+    "Gradients that are gone again tell of a new step where no optimizer of PyTorch steps."
+    model, (x, y) = small_net(), batches(1)[0]
+    inspector = Inspector([OutputNorm(inplace=False)], module=model, visualizer=None)
+    for _ in range(3):
+        for part in x.chunk(2): model(part).square().mean().backward()
+        with torch.no_grad():
+            for p in model.parameters(): p -= .1*p.grad
+        model.zero_grad()
+    inspector.tick_epoch()
+    assert inspector.history.series('1', 'norm').samples.tolist() == [16]*3
+    for _ in range(100): model(x)                      # nothing tells steps apart
+    inspector.tick_epoch()
+    assert len(values(inspector, '1', 'norm')) > 40
+
+def test_losses_that_are_nan_stay_nan():
+    "A NaN is a value, and no gap: one of ten makes the epoch's mean NaN."
+    inspector = Inspector([LossMetrics()], module=small_net(), visualizer=None)
+    for i in range(10): inspector.push_loss(math.nan if i == 3 else 1., train=True)
+    inspector.push_metric('accuracy', .5, train=True)
+    inspector.tick_epoch()
+    assert math.isnan(inspector.lenses[0].loss(train=True)) and values(inspector, 'accuracy', 'accuracy mean')[0] == .5
+    assert ('train', 'loss', 'loss mean') in inspector.history.keys()
+
+def test_a_gradient_that_is_nan_is_no_gap():
+    model = small_net()
+    def loop(_):
+        opt = torch.optim.SGD(model.parameters(), 0.)
+        for bad in False, False, True:
+            model(torch.randn(8, 4)).sum().backward()
+            if bad: model[0].weight.grad[0, 0] = math.nan
+            opt.step(); opt.zero_grad()
+    inspector = measured(model, loop)
+    assert math.isnan(values(inspector, '0.weight', 'grad_norm mean')[0])
+    assert np.isfinite(values(inspector, '2.weight', 'grad_correlation mean')[0])     # the first step has none: a gap
+
+def test_layers_in_the_order_of_the_first_forward():
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.last, self.first = nn.ReLU(), nn.Linear(4, 4)
+        def forward(self, x): return self.last(self.first(x))
+    model = Net()
+    inspector = measured(model, lambda _: train(model, torch.randn(8, 4)), [Lens('output', peak=lambda a: a.max()), Lens('output', high='max')])
+    assert [o.sources for o in inspector.panels()] == [('first', 'last')]*2 and list(inspector.kinds) == ['first', 'last']
+    for source in 'first', 'last':
+        np.testing.assert_allclose(values(inspector, source, 'peak mean'), values(inspector, source, 'high mean'), rtol=1e-6)
+
+def test_without_arguments():
+    "The whole set-up of a loop written by hand; without `tick_epoch` what was seen becomes an epoch at the end."
+    model, loss_fn = small_net(), nn.CrossEntropyLoss()
+    opt = sgd(model)
+    with Inspector(visualizer=None).attach(model, optimizer=opt, loss_fn=loss_fn) as inspector:
+        for xb,yb in batches():
+            loss_fn(model(xb), yb).backward()
+            opt.step(); opt.zero_grad()
+    assert count_hooks(model) + count_hooks(loss_fn) == 0 and inspector.lenses[0].loss(train=True) > 0
+    stats = {o[2] for o in inspector.history.keys()}
+    assert {'loss mean', 'mean', 'std', 'hist', 'death_rate mean', 'norm mean', 'grad_norm mean', 'update_ratio mean', 'param_norm'} <= stats
+    assert values(inspector, '1', 'hist').shape[0] == 4 and inspector.pace is inspector.sampler
+
+def test_attach_refuses_a_function_as_the_loss():
+    with pytest.raises(TypeError, match='loss_fn is a function; give an nn.Module'):
+        Inspector([LossMetrics()], visualizer=None).attach(small_net(), loss_fn=F.cross_entropy)
+
+def test_a_learner_resumes_with_its_table(tmp_path):
+    "A checkpoint keeps the rows, and the last gradients, to compare with."
+    def fit(n, folder, resume=None):
+        cb = InspectorCB(all_lenses(), visualizer=None)
+        learn = Learner(seeded(small_net), DataLoaders(batches(), batches(2, seed=9)), nn.CrossEntropyLoss(), lr=.1, cbs=[TrainCB(), cb])
+        return learn, cb
+    learn, whole = fit(4, tmp_path)
+    learn.fit(4)
+    learn, cb = fit(2, tmp_path)
+    learn.fit(2)
+    state = cb.state_dict()
+    later, other = fit(2, tmp_path)
+    later.model.load_state_dict(learn.model.state_dict())
+    other.load_state_dict(state)
+    later.n_steps, later.epochs_done = 8, 2
+    later.fit(1)
+    assert other.history.series('1', 'norm').steps.tolist()[:8] == list(range(8)) and len(values(other, '1', 'norm')) == 12

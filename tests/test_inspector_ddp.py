@@ -55,10 +55,8 @@ def test_two_processes_equal_one(tmp_path, kind):
     for key,values in one.items():
         stat = key.split()[-1]
         if 'batches' in key: continue                                      # a process counts its own halves
-        # deadness depends on the size of the batch, and so do spread and ends of what a batch gives
-        if 'death_rate' in key and 'grad' not in key: continue
-        local = any(o in key for o in (' activation_rate', ' norm ', 'loss', 'outputs'))
-        if local and stat != 'mean': continue
+        # rows of outputs add up, so death rates and spreads are exact; a loss is that of a part of the batch
+        if 'loss' in key and stat != 'mean': continue
         np.testing.assert_allclose(two[key], values, rtol=1e-3, atol=1e-5, err_msg=key)
     assert len(one['train 0.weight grad_norm mean']) == 3
     before, after = (np.array(two[f'train all {o} mean']) for o in ('grad_norm', 'grad_norm_clipped'))

@@ -38,7 +38,8 @@ for epoch in inspector.range(3):
             (loss_fn(net(x[part]), y[part])*(part.stop-part.start)/12*world).backward()
         opt.step()
     with torch.no_grad():
-        for half in halves: loss_fn(net(x[half::2]), y[half::2])
+        xs, ys = (x, y) if world == 1 else (x[rank::2], y[rank::2])
+        loss_fn(net(xs), ys)
     inspector.push_metric('rank', float(rank) if world > 1 else .5)
 rows = {' '.join(key): inspector.history.series(key[1], key[2], key[0]).values.tolist() for key in inspector.history.keys()}
 rows['early stopping'] = [lenses[0].loss(train=False)]
@@ -47,7 +48,7 @@ open(f'{sys.argv[1]}/{world}_{rank}.json', 'w').write(json.dumps(rows))
 '''
 
 def run(folder, *command):
-    root = Path(__file__).resolve().parent.parent
+    root = Path('/work/main')
     (folder/'worker.py').write_text(worker)
     env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'}
     res = subprocess.run([sys.executable, *command, str(folder/'worker.py'), str(folder)], env=env, capture_output=True, text=True, timeout=180)
@@ -65,4 +66,5 @@ def test_two_processes_give_the_statistics_of_one(tmp_path):
         # DDP scales the local gradient: the gradient of a half's own loss is twice as large there
         factor = 2 if 'output_grad_norm' in key else 1
         if key.split()[-1] in ('min', 'std', 'max', 'Q1', 'Q3', 'median') and 'rank' in key: continue
+        if key.startswith('valid loss') and not key.endswith('mean') or 'valid batches' in key: continue   # of the two halves
         np.testing.assert_allclose(np.array(two[0][key])/factor, values, rtol=1e-3, atol=1e-5, err_msg=key)

@@ -13,8 +13,8 @@ from shared import CountReads
 
 import miniai
 from miniai import kernels
-from miniai.kernels import add_to_row, compiled_loops, empty_row, memory_view, plan, slow_reason
-from miniai.stats import (Bins, Sums, add_rows, empty_rows, grad_bins, mean_std, measure, output_bins, quantile, row_width, scalars,
+from miniai.kernels import add_to_row, compiled_loops, empty_row, plan
+from miniai.stats import (Bins, Sums, add_rows, empty_rows, grad_bins, measure, output_bins, quantile, row_width, scalars,
                           statistics, unit_axis, unit_view, widen)
 
 at = {nm: i for i,nm in enumerate(scalars)}
