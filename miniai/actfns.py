@@ -752,8 +752,8 @@ class _Count:
             self.o, self.units = o._replace(a=None, x=None), n
             self.row = empty_row(output_bins, n, o.a.device)
         if n != self.units:
-            raise ValueError(f'measure_number_dead_neurons: layer {o.source!r} had {self.units} units and now '
-                             f'has {n} on axis {o.axis} of {tuple(o.a.shape)}; say with axis= which axis '
+            raise ValueError(f'measure_number_dead_neurons: layer {o.source!r} had {self.units} units and '
+                             f'now has {n} on axis {o.axis} of {tuple(o.a.shape)}; say with axis= which axis '
                              'counts units')
         add_to_row(self.row, o.a, o.axis, what=2)
         self.flat = None if flat is None or self.flat is None else self.flat + flat.sum()

@@ -189,7 +189,8 @@ class _OutputStats(HooksCallback):
         if self._model() is not model: self._model, self.first_run = weakref.ref(model), run
         self._shared = getattr(learn, 'n_processes', 1) > 1   # each process sees a part of the batch
         what = list(self.mods) if self.mods else None if self.mod_filter is noop else self.mod_filter
-        self.tap.attach(select_modules(learn.model, what), () if compiled else select_modules(learn.model))   # each hook parts a compiled graph
+        leaves = () if compiled else select_modules(learn.model)   # each hook parts a compiled graph
+        self.tap.attach(select_modules(learn.model, what), leaves)
         self.tap.sampler = self.sampler   # it may be another one's by now
         if not self._trial: self.sampler.start()   # a loop of your own may know no epochs
         self._give_stats()
@@ -202,7 +203,8 @@ class _OutputStats(HooksCallback):
 
     def before_batch(self, learn):
         super().before_batch(learn)
-        if getattr(learn.model, '_compiled_call_impl', None): del self.tap.others[:]   # each hook parts the graph
+        # each hook parts the graph
+        if getattr(learn.model, '_compiled_call_impl', None): del self.tap.others[:]
         self.tap.listen(self.active)
         if not self.active: return
         phase, step = _step_of(learn)

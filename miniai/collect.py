@@ -206,7 +206,7 @@ class OutputTap:
 
     def attach(self,
         modules,  # [(name, module)]
-        leaves=() # [(name, module)] of the whole model: in the first forward axes are inherited from them, too
+        leaves=() # the same of the whole model: in the first forward axes are inherited from them, too
     ):
         "Choose modules; they are hooked while the tap listens."
         self.detach()
@@ -298,7 +298,7 @@ class OutputTap:
             hook.sizes = memory_view(a, axis)
 
     def _axis_before(self, a):
-        "The axis of the units of the output before, if this one has as many; padding may have changed other axes."
+        "The axis of the units of the output before, if this one has as many; padding may change others."
         shape, axis = self._last or ((), 0)
         return axis if len(shape) == a.ndim > axis and shape[axis] == a.shape[axis] else None
 
@@ -333,7 +333,8 @@ class ParameterTap:
         there = [(o, t.detach()) for o,t in zip(self.params, tensors) if t is not None]
         for o,t in there:
             if _is_like(self.starts.get(o.name), t): continue
-            self.starts[o.name], self.jobs = torch.empty_like(t), None   # lines have the address of the one before
+            # lines have the address of the one before
+            self.starts[o.name], self.jobs = torch.empty_like(t), None
         if there: torch._foreach_copy_([self.starts[o.name] for o,_ in there], [t for _,t in there])
 
     def read(self,

@@ -103,9 +103,11 @@ class Units:
         # row from which a unit is dead; the last row's next where it is alive
         first = len(dead) - np.argmin(dead[::-1], 0)
         began = np.where(self.since >= 0, self.since, steps[0])
-        self.since = np.where(dead.all(0), began, np.where(dead[-1], steps[np.minimum(first, len(dead)-1)], -1))
+        since = np.where(dead[-1], steps[np.minimum(first, len(dead)-1)], -1)
+        self.since = np.where(dead.all(0), began, since)
         starts = np.flatnonzero(np.r_[True, (chunk.facts[1:, [0, 2]] != chunk.facts[:-1, [0, 2]]).any(1)])
-        for i,j in zip(starts, [*starts[1:], len(dead)]): self._add_to_epoch(chunk.facts[j-1].tolist(), dead[i:j].all(0))
+        for i,j in zip(starts, [*starts[1:], len(dead)]):
+            self._add_to_epoch(chunk.facts[j-1].tolist(), dead[i:j].all(0))
 
     def _add_to_epoch(self, facts, dead):
         "Take in some rows of one epoch, the last of which has these facts; `dead` in all of them."

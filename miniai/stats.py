@@ -71,8 +71,8 @@ def _as_type(bins, dtype):
     return float(kind(bins.lo)), float(kind(bins.hi))
 
 # %% ../nbs/01_stats.ipynb #f947110b
-scalars = ('n', 'nan', 'posinf', 'neginf', 'nonzero', 's1', 's2', 's3', 's4', 'min', 'max', 'norms', 'samples',
-           'dot', 'other_sq', 'start_sq')
+scalars = ('n', 'nan', 'posinf', 'neginf', 'nonzero', 's1', 's2', 's3', 's4', 'min', 'max', 'norms',
+           'samples', 'dot', 'other_sq', 'start_sq')
 _at = {nm: i for i,nm in enumerate(scalars)}
 
 def row_width(

@@ -1066,7 +1066,7 @@ def test_closures_of_an_optimizer_belong_to_its_step():
 
 def test_a_loop_with_steps_of_its_own():
     "Gradients that are gone again tell of a new step where no optimizer of PyTorch steps."
-    model, (x, y) = small_net(), batches(1)[0]
+    model, (x, _) = small_net(), batches(1)[0]
     inspector = Inspector([OutputNorm(inplace=False)], module=model, visualizer=None)
     for _ in range(3):
         for part in x.chunk(2): model(part).square().mean().backward()

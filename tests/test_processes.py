@@ -48,7 +48,7 @@ open(f'{sys.argv[1]}/{world}_{rank}.json', 'w').write(json.dumps(rows))
 '''
 
 def run(folder, *command):
-    root = Path('/work/main')
+    root = Path(__file__).resolve().parent.parent
     (folder/'worker.py').write_text(worker)
     env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'}
     res = subprocess.run([sys.executable, *command, str(folder/'worker.py'), str(folder)], env=env, capture_output=True, text=True, timeout=180)
