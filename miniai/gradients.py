@@ -66,7 +66,7 @@ def _start_model(self:_AtSteps):
 def _start_tap(self:_AtSteps):
     "A tap without buffers: nothing to compare with yet."
     pairs = any(o.endswith('correlation') for o in self.stats)
-    self.tap, self._there = ParameterTap(self.table, self.told, pairs, self.what), None
+    self.tap, self._there, self._moving = ParameterTap(self.table, self.told, pairs, self.what), None, None
 
 # %% ../nbs/10_gradients.ipynb #9fd47918
 @patch

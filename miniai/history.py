@@ -105,6 +105,10 @@ class _Column:
     def flushed(self, arrays):
         self.chunks += arrays
         self.blocks, self.waiting = [], 0
+        kind = lambda o: (o.shape[1:], o.dtype)
+        while len(self.chunks) > 1 and len(self.chunks[-2]) <= len(self.chunks[-1]) \
+                and kind(self.chunks[-2]) == kind(self.chunks[-1]):
+            self.chunks[-2:] = [np.concatenate(self.chunks[-2:])]   # few and long, none copied often
 
     def nbytes(self):
         arrays = *self.chunks, *(b.rows for b in self.blocks)
@@ -232,8 +236,9 @@ class History:
         columns = [c for c in self._columns.values() if c.blocks]
         arrays = iter(_to_host([b for c in columns for b in c.blocks]))
         for c in columns: c.flushed([next(arrays) for _ in c.blocks])
+        came = bool(columns) or any(o.slots for o in self.tables)
         for o in self.tables: o.flush()
-        self._thin_if_full()
+        if came: self._thin_if_full()
         return self
 
     @property

@@ -298,13 +298,14 @@ def not_finite(self:Rows,
     found, seen = set(), {} if seen is None else seen
     for key,chunks in self.chunks.items():
         mark = *key, self.strides.get(key, 1)   # a thinned series is read from its start
-        n, first = 0, seen.get(mark, 0)
-        for o in chunks:
+        n, first = sum(map(len, chunks)), seen.get(mark, 0)
+        seen[mark] = n
+        for o in reversed(chunks):
+            if n <= first: break   # the rest was seen before
+            n -= len(o)
             rest = slice(max(first - n, 0), None)
             spoilt = (o.table[rest, 1:4] > 0).any(1) & (o.facts[rest, 0] == run)
-            if n + len(o) > first and spoilt.any(): found.add(key)
-            n += len(o)
-        seen[mark] = n
+            if spoilt.any(): found.add(key)
     return found
 
 # %% ../nbs/04_rows.ipynb #67601047

@@ -442,3 +442,5 @@ def unwatch(self:Learner):
     gone = [o for w in watchers for o in (*w.parts.values(), w)]
     for i in reversed(range(len(self.cbs))):
         if any(self.cbs[i] is o for o in gone): del self.cbs[i]
+    for o in gone:   # a fit that goes on would not end them
+        if hasattr(o, 'cleanup_fit'): o.cleanup_fit(self)

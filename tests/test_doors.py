@@ -17,6 +17,7 @@ from miniai.datasets import DataLoaders
 from miniai.gradients import GradientStats, UpdateStats
 from miniai.hooks import select_modules
 from miniai.learner import DeviceCB, Learner, TrainCB
+import miniai.watch  # noqa: F401 (`learn.watch`)
 from miniai.stats import Sums, grad_bins, measure, output_bins, stat_name, statistics, unit_axis
 
 

@@ -491,6 +491,33 @@ def test_a_thinned_table_knows_the_norm_of_all():
     assert len(small.rows('2.weight', 'grad_norm')) < len(whole) == 150
     np.testing.assert_array_equal(thinned.values, whole.values[thinned.steps])
 
+@pytest.mark.parametrize('kinds', [[torch.bfloat16, torch.float32], [torch.float64, torch.float32], [torch.float32, torch.float64, torch.float32]])
+def test_parameters_change_their_type_in_a_fit(kinds):
+    class Convert(Callback):
+        order = -1000
+        def before_batch(self, learn):
+            kind = kinds[min(learn.n_steps//2, len(kinds)-1)]
+            for p in learn.model.parameters(): p.data, p.grad = p.data.to(kind), None
+            learn.batch = learn.batch[0].to(kind), learn.batch[1]
+    grads, updates, truth = GradientStats(), UpdateStats(), Truth()
+    learner(Convert(), truth, grads, updates, n=6).fit(1, valid=False)
+    change = [i for i in range(6) if i == 0 or i % 2 == 0 and i//2 < len(kinds)]
+    expected = [F.cosine_similarity(a['2.weight'].flatten(), b['2.weight'].flatten(), 0) for a,b in zip(truth.grads, truth.grads[1:])]
+    expected = [np.nan if i in change else float(expected[i-1]) for i in range(6)]
+    close(values(grads, '2.weight', 'grad_correlation'), expected, 1e-3)
+    assert np.isnan(values(updates, '2.weight', 'update_correlation')).nonzero()[0].tolist() == change
+
+def test_state_loaded_between_backward_and_step():
+    updates = UpdateStats()
+    class Load(Callback):
+        order = 5000
+        def after_backward(self, learn):
+            if learn.n_steps == 2: updates.load_state_dict(updates.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learner(updates, Load()).fit(1)
+    assert updates.rows('0.weight', 'update_norm').steps.tolist() == [0, 1, 3, 4]
+
 def test_a_layer_that_is_replaced():
     class Replace(Callback):
         order = -100

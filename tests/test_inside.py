@@ -548,6 +548,46 @@ def test_lr_find_before_a_fit_leaves_nothing_in_its_statistics():
     assert np.array_equal(seen[0][0], seen[1][0]) and np.array_equal(seen[0][1], seen[1][1]) and str(seen[0][2]) == str(seen[1][2])
     assert not learn.trial
 
+class InStep2(Callback):
+    "Calls `f` once, at an event of step 2."
+    order = 500
+    def __init__(self, event, f): self.f = f; setattr(self, event, self._once)
+    def _once(self):
+        if self.learn.n_steps == 2 and self.f is not None: (f, self.f) = (self.f, None); f()
+
+@pytest.mark.parametrize('event', ['before_batch', 'after_predict', 'after_backward', 'after_batch'])
+@pytest.mark.parametrize('load', [False, True])
+def test_state_in_the_middle_of_a_batch(event, load):
+    whole, parted = ActivationStats(), ActivationStats()
+    def _save():
+        state = parted.history.state_dict()
+        if load: parted.history.load_state_dict(state)
+    for astats,cbs in ((whole, []), (parted, [InStep2(event, _save)])):
+        torch.manual_seed(0)
+        learn = Learner(five_convs(), DataLoaders(batches(5), batches(1)), F.cross_entropy, cbs=[TrainCB(), astats, *cbs])
+        learn.fit(1)
+    for nm in whole.panels():
+        a, b = whole.rows(nm, 'mean'), parted.rows(nm, 'mean')
+        assert a.steps.tolist() == b.steps.tolist() and np.array_equal(a.values, b.values)
+
+class PaddedConvs(nn.Module):
+    "Layers whose units are the second of three axes, which only the first one's type says."
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pad, self.act, self.late, self.head = nn.Conv1d(28, 8, 3), nn.ConstantPad1d(1, 0.), nn.ReLU(), nn.GELU(), nn.Linear(8, 10)
+    def forward(self, xb):
+        return self.head(self.late(F.pad(self.act(self.pad(self.conv(xb[:, 0]))), (1, 1))).mean(2))
+
+@pytest.mark.parametrize('chosen', [None, nn.ReLU, nn.GELU, ['act', 'late']])
+@pytest.mark.parametrize('every', [1, 2])
+def test_the_axis_is_that_of_a_layer_in_front_that_is_not_chosen(chosen, every):
+    model = PaddedConvs()
+    kw = {} if chosen is None else dict(mod_filter=chosen)
+    learn, astats = watched_learner(model, DataLoaders(batches(3), batches(1)), every=every, **kw)
+    learn.fit(2)
+    assert all(axis == 1 for nm,axis in astats.axes.items() if nm != 'head') and set(astats.axes) & {'act', 'late'}
+    assert count_hooks(model) == 0 and not len(astats.tap.others)
+
 def test_a_fit_inside_a_fit_leaves_no_hook():
     class Inner(Callback):
         def after_epoch(self, learn):

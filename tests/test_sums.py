@@ -13,7 +13,9 @@ from shared import CountReads
 
 import miniai
 from miniai import kernels
+from miniai.collect import OutputTap, Sampler, Told
 from miniai.kernels import add_to_row, compiled_loops, empty_row, plan
+from miniai.rows import Rows
 from miniai.stats import (Bins, Sums, add_rows, empty_rows, grad_bins, measure, output_bins, quantile, row_width, scalars,
                           statistics, unit_axis, unit_view, widen)
 
@@ -305,6 +307,23 @@ def test_nothing_is_read_from_the_device(monkeypatch):
     with CountReads() as counter: add_to_row(empty_row(grad_bins, 3), torch.randn(5, 3), 1, grad_bins, before=torch.randn(5, 3), start=torch.ones(5, 3))
     assert counter.reads == 0
 
+def test_what_has_no_memory_is_not_read():
+    assert not kernels.readable(torch._efficientzerotensor(2, 3))
+    row = empty_row(output_bins, 3)
+    add_to_row(row, torch._efficientzerotensor(2, 3))
+    assert row[at['n']] == 6 and row[at['nonzero']] == 0
+    rows, relu = Rows(), nn.ReLU()
+    tap = OutputTap(rows, Sampler(), Told('test'))
+    tap.attach([('relu', relu)])
+    tap.listen(True)
+    for a in (torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3, device='meta')):   # of one shape
+        rows.open('train', 0, 0, 0, new=True)
+        tap.begin()
+        relu(a)
+        tap.end()
+    tap.detach()
+    assert rows.cells['relu'].rows.device.type == 'meta' and rows.chunks['train', 'relu'][0].table[:, at['n']].tolist() == [6, 6]
+
 def test_in_inference_mode():
     with torch.inference_mode():
         row, a = empty_row(output_bins, 3), torch.randn(4, 3)
@@ -337,7 +356,7 @@ def test_without_the_loops(monkeypatch):
 def in_a_process(before, tmp_path, **env):
     "The rows of a fresh process that first runs `before`, and what it says of its speed."
     code = f'import sys, torch; sys.path[:0] = {[str(Path(__file__).parent), str(tmp_path)]}; torch.set_num_threads(1); {before}\n' \
-           'import test_sums; torch.save(test_sums.some_rows(), "rows.pt"); print(test_sums.slow_reason)'
+           'import test_sums; torch.save(test_sums.some_rows(), "rows.pt"); print(test_sums.kernels.slow_reason)'
     run = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, env=os.environ | env, timeout=300)
     assert run.returncode == 0, run.stderr
     return torch.load(tmp_path/'rows.pt'), run.stdout

@@ -15,7 +15,10 @@ from miniai.callback import Callback, CancelFitException
 from miniai.checkpoint import CheckpointCB
 from miniai.datasets import DataLoaders
 from miniai.hooks import count_hooks
+from miniai.history import History
+from miniai.kernels import add_to_row
 from miniai.learner import Learner, TrainCB
+from miniai.rows import Rows
 from miniai.watch import NanTracer, stages
 
 
@@ -248,6 +251,39 @@ def test_watch_twice_is_watch_once():
     learn.unwatch()
     assert [type(o).__name__ for o in learn.cbs] == ['TrainCB'] and len(watcher.gradients.rows('0.weight', 'grad_norm')) == 3
     assert learn.watch() is not watcher
+
+@pytest.mark.parametrize('event', ['before_batch', 'after_predict', 'after_backward', 'after_step', 'after_batch', 'after_epoch'])
+def test_unwatch_in_a_fit_leaves_nothing(event):
+    class Stop(Callback):
+        order = 500
+        def __init__(self): setattr(self, event, lambda: self.learn.unwatch())
+    learn = learner(net(), Stop())
+    watcher = learn.watch(every=1, ranks=True, ranges=True)
+    learn.fit(2)
+    assert count_hooks(learn.model) == 0 and len(watcher.activations.rows('0', 'mean')) <= 6
+
+@pytest.mark.parametrize('tap', ['output', 'loss'])
+def test_a_nan_in_a_thinned_table_is_seen(tap):
+    history, seen = History(), {}
+    table = history.add_table(Rows('output'))
+    def add(step, value):
+        if tap == 'loss': return history.record('batch', 'loss', torch.tensor(value), step=step)
+        table.open('train', 0, step, 0)
+        add_to_row(table.row('a', 1), torch.tensor([value]))
+        table.close()
+    history.start_run()
+    for i in range(100): add(i, 1.)
+    assert not history.not_finite(('loss',), seen)
+    for thin in (*([(table.thin, ('train', 'a'))] if tap == 'output' else [(next(iter(history._columns.values())).thin,)]),): thin[0](*thin[1:])
+    for i in (100, 101, 102, 103): add(i, float('nan') if i == 102 else 1.)
+    assert history.not_finite(('loss',), seen) and not history.not_finite(('loss',), seen)
+
+def test_many_short_epochs_keep_few_pieces():
+    learn = learner(n=1)
+    watcher = learn.watch(every=1)
+    learn.fit(130, valid=False)
+    pieces = [c.chunks for c in learn.history._columns.values()] + list(watcher.activations.table.chunks.values())
+    assert max(map(len, pieces)) < 12 and len(learn.history.series('batch', 'loss', 'train')) == 130
 
 def test_what_is_there_is_used():
     mine = ActivationStats(nn.ReLU, every=3)
