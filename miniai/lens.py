@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .parameters import parameter_axis, parameter_matches
-from .stats import Bins, Sums, base_name, output_bins, statistics, widen
+from .stats import Bins, Sums, base_name, statistics, widen
 
 # %% ../nbs/17_lens.ipynb #147fb4cd
 _all_ = ['parameter_axis', 'parameter_matches']

@@ -383,7 +383,7 @@ def base_name(
 ) -> str: # of the statistic itself; None if it is none of this tap
     "Find the statistic that is meant by a name in a table."
     if tap == 'update' and name == 'param_norm': return 'start_norm'
-    base = name.removeprefix(taps[tap]) if name.startswith(taps[tap]) else None
+    base = name.removeprefix(taps[tap]) if isinstance(name, str) and name.startswith(taps[tap]) else None
     found = statistics.get(base)
     return base if found is not None and (found.taps is None or tap in found.taps) else None
 

@@ -221,7 +221,7 @@ def test_top_level_has_nothing_else():
     listed = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard'], cwd=root, capture_output=True, text=True)
     if listed.returncode: pytest.skip('not a git checkout')
     top = {o.split('/')[0] for o in listed.stdout.splitlines()}
-    wanted = {'settings.ini', 'setup.py', 'nbs', 'miniai', 'tests', 'README.md', 'LICENSE', 'CHANGELOG.md',
+    wanted = {'settings.ini', 'setup.py', 'nbs', 'miniai', 'tests', 'bench', 'README.md', 'LICENSE', 'CHANGELOG.md',
               'MANIFEST.in'}
     assert {o for o in top if not o.startswith('.')} == wanted
 
