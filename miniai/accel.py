@@ -451,7 +451,7 @@ def _use(learn, models):
 def _accelerator(**kw):
     try: from accelerate import Accelerator
     except ImportError as e:
-        raise ImportError('AccelerateCB needs the package accelerate: pip install miniai[accelerate]') from e
+        raise ImportError('AccelerateCB needs the package accelerate: pip install accelerate') from e
     return Accelerator(**kw)
 
 class AccelerateCB(SharedCB, TrainCB):

@@ -363,9 +363,8 @@ def evidence_of(
 def _inspector_facts(inspector, alone=True):
     "What an inspector knows of its last run; its loss only where there is no Learner."
     params = {o.name: Param(tuple(o.p.shape), o.p.requires_grad) for o in inspector.params}
-    silent = tuple(nm for nm,why in inspector._gaps.items() if why.startswith('was never called'))
     seen = {phase: n for phase,n in inspector.pace.seen.items() if n}
-    facts = Facts(layers=dict(inspector.kinds), silent=silent, unreached=_without_rows(inspector),
+    facts = Facts(layers=dict(inspector.kinds), silent=inspector.silent, unreached=_without_rows(inspector),
                   looked={phase: (inspector.pace.sampled[phase], n) for phase,n in seen.items()})
     if not alone: return replace(facts, layers={})
     losses = [_function_name(o.loss_fn) for o in inspector.lenses if getattr(o, 'loss_fn', None) is not None]

@@ -331,6 +331,7 @@ class Inspector:
         "A model is watched from here on; what is known of an earlier one stays in the table only."
         self.epoch = self.step = self._n_stepped = self._unseen = 0
         self.kinds, self.params, self.optimizer, self._order = {}, [], None, {}
+        self.silent = ()   # names of layers that were watched, and never called
         self.sampler, self._told = Sampler(self.every, self.budget, 'Inspector'), Told('Inspector')
         self._me = weakref.ref(self)
         self._held, self._gradients, self._given, self.phase, self._unclipped = {}, {}, None, 'train', None
@@ -926,7 +927,8 @@ def _tell_silent(self:Inspector):
     layers = [] if self._tap is None else [o.name for o in self._tap.hooks]
     silent = [nm for nm in layers if nm not in self._tap.seen]
     if not self._n_forwards: return silent and silent == layers and self._told('the model', _why_deaf)
-    for name in silent if self._tap is not None and self._tap.heard else (): self._told(name, _why_silent)
+    self.silent = tuple(silent) if self._tap is not None and self._tap.heard else ()
+    for name in self.silent: self._told(name, _why_silent)
     if self._n_stepped > self._stepped_before and not self._n_forwards['train']:
         self._told('the model', _why_validation)
     if self._at_steps() and self._n_forwards['train'] and not self._n_stepped:

@@ -215,7 +215,7 @@ def _library():
     try: from plotly.offline import get_plotlyjs
     except ImportError as e:
         raise ImportError("report: its charts are drawn by plotly, which is not installed; "
-                          "pip install 'miniai[report]', or pip install plotly") from e
+                          'pip install plotly') from e
     return _packed(get_plotlyjs())
 
 def _shipped(nm): return Html((Path(__file__).parent/'data'/nm).read_text(encoding='utf-8'))

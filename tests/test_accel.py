@@ -359,7 +359,7 @@ def test_processes_that_accelerate_does_not_see_are_refused(monkeypatch):
 
 def test_without_accelerate_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, 'accelerate', None)
-    with pytest.raises(ImportError, match=r'pip install miniai\[accelerate\]'): learner(AccelerateCB(mixed_precision='no')).fit(1)
+    with pytest.raises(ImportError, match=r'pip install accelerate'): learner(AccelerateCB(mixed_precision='no')).fit(1)
 
 def test_a_rest_too_small_for_all_is_said():
     with pytest.warns(UserWarning, match='1 samples at the end'): sizes = [len(o[0]) for o in Share(MemoryLoader(None, columns(33), 8), 0, 2)]
