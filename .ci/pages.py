@@ -1,4 +1,4 @@
-"""Run notebooks in place and keep their outputs small: `.ci/pages.py [--shrink] [--slow] nbs/10_activations.ipynb ...`
+"""Run notebooks in place and keep their outputs small: `.ci/pages.py [--shrink] [--slow] nbs/40_activations.ipynb ...`
 
 Figures keep 128 colours, which is a quarter of the bytes and no loss that can be seen in a plot. `--shrink` only does
 that, to outputs that are there. Cells marked `#| slow` keep the outputs they have, unless `--slow` runs them, too. Run `nbdev_clean` afterwards.

@@ -9,8 +9,8 @@ nbs = Path(__file__).resolve().parent.parent/'nbs'
 path = nbs/'sidebar.yml'
 
 # section -> numbers of its rooms
-rooms = {'Ground': range(0, 6), 'The table': [6], 'The loop': range(7, 10), 'Watching it': [10], 'Training well': range(11, 17),
-         'Any loop': range(17, 20), 'Activation functions': [20], 'Findings and reports': range(21, 23), 'Demo': range(23, 30)}
+rooms = {'Ground': range(0, 10), 'Measuring': range(10, 20), 'The loop': range(20, 30), 'Training well': range(30, 40),
+         'Inside the network': range(40, 50), 'Findings and reports': range(50, 60), 'Labs': range(60, 70)}
 # what to read first; others come behind, by name
 first = ['first_fit', 'see_inside', 'why_is_my_net_dead', 'from_failing_to_92', 'write_a_callback', 'any_loop', 'write_a_lens']
 

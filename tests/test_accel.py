@@ -1,4 +1,4 @@
-"Room 15: mixed precision, accumulation, clipping, compilation, and several processes that equal one."
+"Acceleration: mixed precision, accumulation, clipping, compilation, and several processes that equal one."
 import importlib.util, os, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace

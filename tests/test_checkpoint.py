@@ -1,4 +1,4 @@
-"Room 16: killed at any moment and resumed to the same bits; files that are damaged; fits that fail."
+"Checkpoints: killed at any moment and resumed to the same bits; files that are damaged; fits that fail."
 import errno, os, random, shutil, signal, subprocess, sys, time, traceback, warnings
 from functools import partial
 from pathlib import Path

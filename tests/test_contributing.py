@@ -45,7 +45,7 @@ def test_template_exports_and_passes_as_it_stands(sh):
 
 def test_a_page_changed(sh):
     "Only the page, its module and the index differ, and the module has the change."
-    path = sh.copy/'nbs'/'07_conv.ipynb'
+    path = sh.copy/'nbs'/'27_conv.ipynb'
     nb = nbformat.read(path, 4)
     cell = next(o for o in nb.cells if 'def conv(' in o.source)
     cell.source += '\n\ndef twice(x): return 2*x   # a change'
@@ -54,9 +54,9 @@ def test_a_page_changed(sh):
     steps = commands('Change something')
     named = re.findall(r'^(nbdev_export|nbdev_test|nbdev_clean|git status --short)', steps, re.M)
     assert named == ['nbdev_export', 'nbdev_test', 'nbdev_clean', 'git status --short']
-    out = sh('\n'.join(o.replace('nbdev_test', 'nbdev_test --path nbs/07_conv.ipynb') for o in named))
+    out = sh('\n'.join(o.replace('nbdev_test', 'nbdev_test --path nbs/27_conv.ipynb') for o in named))
     changed = {o[3:] for o in out.splitlines() if o[:2] == ' M'}
-    assert changed == {'nbs/07_conv.ipynb', 'miniai/conv.py', 'miniai/_modidx.py'}
+    assert changed == {'nbs/27_conv.ipynb', 'miniai/conv.py', 'miniai/_modidx.py'}
     assert 'def twice' in (sh.copy/'miniai'/'conv.py').read_text()
     assert 'an editor wrote' not in path.read_text()
 

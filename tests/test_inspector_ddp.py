@@ -1,4 +1,4 @@
-"An InspectorCB beside room 15's DDPCB or AccelerateCB: two processes see what one sees that has the whole batches."
+"An InspectorCB beside DDPCB or AccelerateCB: two processes see what one sees that has the whole batches."
 import json, os, subprocess, sys
 from pathlib import Path
 

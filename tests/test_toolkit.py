@@ -1,4 +1,4 @@
-"Rooms 11 to 14 on odd models and at odd moments: initialisation, schedules, averaged weights, summaries, predictions."
+"Training rooms on odd models and at odd moments: initialisation, schedules, averaged weights, summaries, predictions."
 import copy, math, pickle, random
 from functools import partial
 
