@@ -280,7 +280,7 @@ class _KnownSources(_OutputStats):
         "What is needed to go on."
         tap = {nm: getattr(self.tap, nm) for nm in ('sources', 'kinds', 'axes')}
         return dict(history=self.history.state_dict(), pace=self.sampler.state_dict(),
-                    fired=sorted(self.tap.fired), first_run=self.first_run, looked=self._looked, **tap)
+                    fired=list(self.tap.fired), first_run=self.first_run, looked=self._looked, **tap)
 
     def load_state_dict(self,
         state:dict # as `state_dict` gave it
@@ -289,7 +289,7 @@ class _KnownSources(_OutputStats):
         self.history.load_state_dict(state['history'])
         self.sampler.load_state_dict(state['pace'])
         for nm in ('sources', 'kinds', 'axes'): setattr(self.tap, nm, dict(state[nm]))
-        self.tap.fired = set(state['fired'])
+        self.tap.fired = dict.fromkeys(state['fired'])
         self._looked, self.first_run = state['looked'], state['first_run']
         self.tap.reset()
         self._give_stats()

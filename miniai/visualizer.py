@@ -19,13 +19,31 @@ from .history import History
 from .lens import Panel, ranges, row_stat
 
 # %% ../nbs/44_visualizer.ipynb #75de9396
+phases = 'train', 'valid'
+
+def hows(panel):
+    "The aggregates that a panel needs; None for what has one value in an epoch."
+    found = {*panel.lines, *(o for band in panel.bands for o in ranges[band])} or {None}
+    return found | ({'Q1', 'Q3'} if 'IQR' in found else set())
+
+def keys(panel, hows):
+    "(phase, source, stat) of its rows."
+    return [(phase, source, row_stat(stat, how)) for phase in phases for source in panel.sources
+            for stat in panel.stats for how in hows]
+
+def titled(panels):
+    "[(title, panels)] in order."
+    found = {}
+    for o in panels: found.setdefault(o.title, []).append(o)
+    return list(found.items())
+
+# %% ../nbs/44_visualizer.ipynb #debb1015
 class Recording:
-    "What one run has recorded, epoch by epoch, and how it wants to be drawn."
+    "Keeps what one run has recorded, epoch by epoch, and how it wants to be drawn."
     def __init__(self,
         rows:dict,  # (phase, source, stat) -> (epochs [n], values [n])
         panels=()   # of `Panel`
-    ):
-        self.rows, self.panels = rows, list(panels)
+    ): self.rows, self.panels = rows, list(panels)
 
     @classmethod
     def of(cls,
@@ -33,11 +51,12 @@ class Recording:
         panels,          # of `Panel`; their rows are taken
         run:int          # its number
     ):
-        "The rows of one run."
-        wanted = {key for panel in panels for key in _keys(panel) + _spreads(panel)}
+        "Take the rows of one run."
+        # the deviation tells a mean of many values from a single one
+        wanted = {key for panel in panels for key in keys(panel, hows(panel) | {'std'})}
         found = {key: history.series(*key[1:], key[0], run) for key in history.keys() if key in wanted}
-        return cls({key: (s.epochs[s.runs == run], s.values[s.runs == run]) for key,s in found.items()},
-                   panels)
+        mine = {key: s.runs == run for key,s in found.items()}
+        return cls({key: (s.epochs[mine[key]], s.values[mine[key]]) for key,s in found.items()}, panels)
 
     @property
     def epochs(self):
@@ -50,90 +69,56 @@ class Recording:
         how:str=None,         # an aggregate, or 'IQR'; None for what has one value in an epoch
         phase:str='train'     # 'train' or 'valid'
     ) -> np.ndarray: # one for each of `epochs`; NaN for a gap
-        "One line of a plot."
-        if how == 'IQR':
-            return self.values(source, stat, 'Q3', phase) - self.values(source, stat, 'Q1', phase)
-        x, y = self.rows.get((phase, source, row_stat(stat, how)), ((), ()))
-        line = dict(zip(x, y))   # of an epoch that was ticked twice, the last
+        "Give one line of a plot."
+        if how == 'IQR': return np.subtract(*(self.values(source, stat, o, phase) for o in ('Q3', 'Q1')))
+        # of an epoch that was ticked twice, the last
+        line = dict(zip(*self.rows.get((phase, source, row_stat(stat, how)), ((), ()))))
         return np.array([line.get(epoch, np.nan) for epoch in self.epochs], dtype=float)
 
-    def band(self,
-        source:str,       # as for `values`
-        stat:str,         # as for `values`
-        name:str,         # one of `ranges`
-        phase:str='train' # 'train' or 'valid'
-    ) -> tuple: # lower and upper values, as `values`
-        "One band of a plot."
+    def band(self, source, stat, name, phase='train'):
+        "Give lower and upper values of one of the `ranges`, called `name`; `source`, `stat` and `phase` as for `values`."
         one, two = (self.values(source, stat, how, phase) for how in ranges[name])
         return (one - two, one + two) if name == 'std' else (one, two)
 
-    def has(self,
-        phase:str,     # 'train' or 'valid'
-        panel:Panel    # whose rows
-    ) -> bool:
-        "Whether anything of that was recorded in a phase."
-        return any(key in self.rows for key in _keys(panel) if key[0] == phase)
-
-def _hows(panel):
-    hows = [*panel.lines, *(o for band in panel.bands for o in ranges[band])] or [None]
-    return set(hows) | ({'Q1', 'Q3'} if 'IQR' in hows else set())
-
-def _spreads(panel):
-    "Rows that tell a mean of many values from a single one."
-    return [(phase, source, row_stat(stat, 'std')) for phase in ('train', 'valid') for source in panel.sources
-            for stat in panel.stats if panel.lines]
-
-def _keys(panel):
-    return [(phase, source, row_stat(stat, how)) for phase in ('train', 'valid') for source in panel.sources
-            for stat in panel.stats for how in _hows(panel)]
+    def phases(self, panel):
+        "Name the phases in which anything of a `panel` was recorded."
+        return [o for o in phases if any(key in self.rows for key in keys(panel, hows(panel)) if key[0] == o)]
 
 # %% ../nbs/44_visualizer.ipynb #6fa0f878
-_colors = {'std': '0.75', 'min-max': '0.9', 'Q1-Q3': '0.8'}
-_band_labels = {'std': 'mean ± std', 'min-max': 'min to max', 'Q1-Q3': 'Q1 to Q3'}
-
-def _titled(panels):
-    "Panels by title, in order."
-    found = {}
-    for o in panels: found.setdefault(o.title, []).append(o)
-    return list(found.items())
+_bands = {'min-max': ('0.9', 'min to max'), 'Q1-Q3': ('0.8', 'Q1 to Q3'), 'std': ('0.75', 'mean ± std')}
 
 def _short(name, n=26): return name if len(name) <= n else f'{name[:n//2-1]}…{name[-(n//2):]}'
 
 def _is_single(recording, source, stat, phase):
     "Whether each epoch had one value of this, so that there is nothing to aggregate."
-    return not np.nan_to_num(recording.values(source, stat, 'std', phase), nan=0.).any() \
-        and (phase, source, row_stat(stat, 'std')) in recording.rows
+    return (phase, source, row_stat(stat, 'std')) in recording.rows \
+        and not np.nan_to_num(recording.values(source, stat, 'std', phase), nan=0.).any()
 
 def _lines_of(recording, panel, source, named):
     "(label, values, style) of each line of one source; (band, lower, upper) of each band."
-    phases = [o for o in ('train', 'valid') if recording.has(o, panel)]
-    lines, bands = [], []
-    for phase in phases:
-        own = panel.labels.get(phase, phase if len(phases) > 1 else '')
+    found, lines, bands = recording.phases(panel), [], []
+    for phase in found:
+        own = panel.labels.get(phase, phase if len(found) > 1 else '')
         for stat in panel.stats:
             single = panel.wide and _is_single(recording, source, stat, phase)   # a layer's may be constant
-            about = [own, stat.replace('_', ' ') if named and stat != 'loss' else '']
+            about = own, stat.replace('_', ' ') if named and stat != 'loss' else ''
             for how in panel.lines[:1] if single else panel.lines or (None,):
                 label = ' '.join(o for o in (*about, '' if single else how) if o) or 'value'
-                style = '-' if phase == 'train' else '--'
-                lines.append((label, recording.values(source, stat, how, phase), style))
-            bands += [(band, *recording.band(source, stat, band, phase)) for band in panel.bands*(not single)]
+                lines.append((label, recording.values(source, stat, how, phase), '-' if phase == 'train' else '--'))
+            if not single: bands += [(o, *recording.band(source, stat, o, phase)) for o in panel.bands]
     return lines, bands
 
-# %% ../nbs/44_visualizer.ipynb #cf8921e1
-def _draw_lines(ax, recording, panels, source_of, color=0):
+def _draw_lines(ax, recording, panels, sources=None, color=0):
     "Bands below, lines above; every panel of one plot."
     from miniai.plots import plot_lines
-    x = recording.epochs
-    named = len(panels) > 1 or panels[0].wide
-    drawn = [_lines_of(recording, panel, source, named) for panel in panels for source in source_of(panel)]
-    for _,bands in drawn:
-        for band,low,high in sorted(bands, key=lambda o: -list(_colors).index(o[0])):
-            ax.fill_between(x, low, high, color=_colors[band], alpha=.6, lw=0, label=_band_labels[band])
-    for i,line in enumerate(o for lines,_ in drawn for o in lines):
-        plot_lines(ax, x, {line[0]: line[1]}, legend=False, color=f'C{(color+i) % 10}', linestyle=line[2],
-                   lw=1.5)
+    x, named = recording.epochs, len(panels) > 1 or panels[0].wide
+    drawn = [_lines_of(recording, panel, source, named) for panel in panels for source in sources or panel.sources]
+    for band,low,high in sorted((o for _,bands in drawn for o in bands), key=lambda o: list(_bands).index(o[0])):
+        ax.fill_between(x, low, high, color=_bands[band][0], alpha=.6, lw=0, label=_bands[band][1])
+    for i,(label,y,style) in enumerate(o for lines,_ in drawn for o in lines):
+        plot_lines(ax, x, {label: y}, legend=False, color=f'C{(color+i) % 10}', linestyle=style, lw=1.5)
 
+# %% ../nbs/44_visualizer.ipynb #cf8921e1
 def _finish(ax, panel, x):
     "Axes as the panel asks for."
     from matplotlib.ticker import LogFormatter, MaxNLocator
@@ -151,77 +136,72 @@ def _legend(where, axs, **kw):
     named = {label: line for ax in axs for line,label in zip(*ax.get_legend_handles_labels())}
     if named: where.legend(named.values(), named.keys(), fontsize=7, **kw)
 
-# %% ../nbs/44_visualizer.ipynb #0bcc8479
 def _draw_wide(ax, recording, panels):
-    "One wide plot."
     first = panels[0]
     if first.kind == 'stack': _draw_stack(ax, recording, first)
-    else: _draw_lines(ax, recording, panels, lambda panel: panel.sources)
+    else: _draw_lines(ax, recording, panels)
     _finish(ax, first, recording.epochs)
     ax.set_title(first.title, fontsize=10)
-    n_columns = 1 + len(first.sources)//9*(first.kind == 'stack')
+    n_columns = 1 + len(first.sources)//9 if first.kind == 'stack' else 1
     _legend(ax, [ax], loc='upper left', bbox_to_anchor=(1.005, 1.02), ncols=n_columns)
 
 def _draw_stack(ax, recording, panel):
     "Each source's part of the sum, stacked."
     from matplotlib import colormaps
-    how = (panel.lines or (None,))[0]
-    shares = _shares(np.array([recording.values(o, panel.stats[0], how) for o in panel.sources]))
-    colors = colormaps['viridis'](np.linspace(0, 1, len(shares)))
-    ax.stackplot(recording.epochs, shares, labels=[_short(o) for o in panel.sources], colors=colors)
+    parts = _parts(_table_of(recording, panel))
+    ax.stackplot(recording.epochs, parts, labels=[_short(o) for o in panel.sources],
+                 colors=colormaps['viridis'](np.linspace(0, 1, len(parts))))
     ax.set_ylim(0, 1)
 
-def _shares(parts):
-    "`parts` [n, epochs] of their sum; NaN, a gap, in an epoch that lacks what there is before and after."
-    there = np.isfinite(parts)
-    began, goes_on = np.maximum.accumulate(there, 1), np.maximum.accumulate(there[:, ::-1], 1)[:, ::-1]
-    parts = np.where((began & goes_on & ~there).any(0), np.nan, np.where(there, parts, 0))
-    return parts/np.where(parts.sum(0) > 0, parts.sum(0), np.nan)
+def _table_of(recording, panel):
+    how = (panel.lines or (None,))[0]
+    return np.array([recording.values(o, panel.stats[0], how) for o in panel.sources])
 
-# %% ../nbs/44_visualizer.ipynb #c6aaa104
+def _parts(values):
+    "`values` [n, epochs] of their sum; NaN, a gap, in an epoch that lacks what there is before and after."
+    there = np.isfinite(values)
+    began, goes_on = np.maximum.accumulate(there, 1), np.maximum.accumulate(there[:, ::-1], 1)[:, ::-1]
+    values = np.where((began & goes_on & ~there).any(0), np.nan, np.where(there, values, 0))
+    return values/np.where(values.sum(0) > 0, values.sum(0), np.nan)
+
+# %% ../nbs/44_visualizer.ipynb #7043b6cb
 def _draw_column(fig, recording, title, panels):
     "A small plot for each source."
-    sources, x = panels[0].sources, recording.epochs
-    axs = np.atleast_1d(fig.subplots(len(sources), 1, sharex=True, sharey=True))
-    for ax,source in zip(axs, sources):
-        color = 2 if panels[0].kind == 'shares' else 0
-        _draw_lines(ax, recording, panels, lambda panel: (source,), color=color)
-        _finish(ax, panels[0], x)
+    axs = np.atleast_1d(fig.subplots(len(panels[0].sources), 1, sharex=True, sharey=True))
+    for ax,source in zip(axs, panels[0].sources):
+        _draw_lines(ax, recording, panels, (source,), color=2 if panels[0].kind == 'shares' else 0)
+        _finish(ax, panels[0], recording.epochs)
         ax.set_title(_short(source), fontsize=8, pad=2)
         ax.tick_params(which='both', labelsize=7)
-    axs[-1].set_xlabel('epoch', fontsize=7)
-    fig.suptitle(title, fontsize=9, weight='bold')
+    _entitle(fig, axs, title)
 
 def _draw_heat(fig, recording, title, panels):
     "One heat map for all sources, the first of them on top."
     axs = np.atleast_1d(fig.subplots(len(panels), 1, sharex=True))
-    for ax,panel in zip(axs, panels):
-        _draw_map(ax, recording, panel)
-        _name_rows(ax, panel.sources, 60/len(panels))
+    for ax,panel in zip(axs, panels): _draw_map(ax, recording, panel, 60/len(panels))
+    _entitle(fig, axs, title)
+
+def _entitle(fig, axs, title):
     axs[-1].set_xlabel('epoch', fontsize=7)
     fig.suptitle(title, fontsize=9, weight='bold')
 
-def _draw_map(ax, recording, panel):
+def _draw_map(ax, recording, panel, most):
+    "A heat map; so many names are left out that they don't overlap."
     from matplotlib.ticker import MaxNLocator
     from miniai.plots import heatmap
-    how = (panel.lines or (None,))[0]
-    values = np.array([recording.values(o, panel.stats[0], how) for o in panel.sources])[::-1]
+    values, names = _table_of(recording, panel)[::-1], panel.sources
     if panel.log: values = np.log10(np.where(values > 0, values, np.nan))
     limits = dict(vmin=0, vmax=1) if panel.kind == 'shares' else {}
     heatmap(ax, values, x=recording.epochs, cmap='viridis', colorbar=True, **limits)
-    name = row_stat(panel.stats[0], how).replace('_', ' ')
+    name = row_stat(panel.stats[0], (panel.lines or (None,))[0]).replace('_', ' ')
     ax.set_title(f'log10 of {name}' if panel.log else name, fontsize=8)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    shown = range(0, len(names), math.ceil(len(names)/most))
+    ax.set_yticks([len(names)-1-i for i in shown], [_short(names[i]) for i in shown], fontsize=6)
 
-def _name_rows(ax, names, most):
-    "The first name on top; so many are left out that they don't overlap."
-    every = math.ceil(len(names)/most)
-    ax.set_yticks([len(names)-1-i for i in range(0, len(names), every)],
-                  [_short(o) for o in names[::every]], fontsize=6)
-
-# %% ../nbs/44_visualizer.ipynb #228de59e
+# %% ../nbs/44_visualizer.ipynb #c6aaa104
 class MatplotlibVisualizer:
-    "One figure of everything, drawn from the table whenever `show_fig` is called."
+    "Draws one figure of everything, from the table, whenever `show_fig` is called."
     def __init__(self,
         max_rows:int=16,   # layers from above which a column is a heat map
         columns:int=6,     # columns side by side; more go below
@@ -238,32 +218,40 @@ class MatplotlibVisualizer:
         recording=None # default that of the inspector
     ): # the figure
         "Draw what there is by now."
-        return _figure(recording or self.recording(), self)
+        recording = recording or self.recording()
+        there = [o for o in recording.panels if recording.phases(o)]
+        wide, small = titled(o for o in there if o.wide), titled(o for o in there if not o.wide)
+        bands = [small[i:i+self.columns] for i in range(0, len(small), self.columns)]
+        heights = [1.7*len(wide)]*bool(wide) + [self.height*max(self._rows(o) for _,o in band) + .8 for band in bands]
+        n_columns = max((sum(1 + self._is_heat(o) for _,o in band) for band in bands), default=0)
+        fig = _empty_figure(max(7, self.width*n_columns), sum(heights) or 2, self.kw)
+        if not heights: return _nothing(fig)
+        parts = iter(np.atleast_1d(fig.subfigures(len(heights), 1, height_ratios=heights)))
+        if wide: _wide_part(next(parts), recording, wide)
+        for band in bands: self._band(next(parts), recording, band)
+        return fig
 
-def _figure(recording, style):
-    wide = _titled(o for o in recording.panels if o.wide and _any(recording, o))
-    small = _titled(o for o in recording.panels if not o.wide and _any(recording, o))
-    bands = [small[i:i+style.columns] for i in range(0, len(small), style.columns)]
-    heights = [1.7*len(wide)]*bool(wide) + [style.height*_n_rows(band, style) + .8 for band in bands]
-    n_columns = [sum(_is_heat(o, style) + 1 for _,o in band) for band in bands]
-    fig = _empty_figure(max(7, style.width*max(n_columns, default=0)), sum(heights) or 2, style)
-    if not heights: _nothing(fig); return fig
-    parts = iter(np.atleast_1d(fig.subfigures(len(heights), 1, height_ratios=heights)))
-    if wide: _wide_part(next(parts), recording, wide)
-    for band in bands: _band_part(next(parts), recording, band, style)
-    return fig
+    def _is_heat(self, panels): return len(panels[0].sources) > self.max_rows
+    def _rows(self, panels): return 12 if self._is_heat(panels) else len(panels[0].sources)
 
-def _empty_figure(width, height, style):
+    def _band(self, fig, recording, band):
+        "Columns side by side."
+        n = max(self._rows(o) for _,o in band)
+        parts = np.atleast_1d(fig.subfigures(1, len(band), width_ratios=[1 + self._is_heat(o) for _,o in band]))
+        for part,(title,panels) in zip(parts, band):
+            h = self._rows(panels)
+            # columns of different lengths begin at the same height
+            if h < n: part = part.subfigures(2, 1, height_ratios=[h + .5, n - h])[0]
+            (_draw_heat if self._is_heat(panels) else _draw_column)(part, recording, title, panels)
+        axs = [ax for part in parts for sub in (part, *part.subfigs) for ax in sub.axes]
+        _legend(fig, axs, loc='outside lower left', ncols=6)
+
+def _empty_figure(width, height, kw):
     import matplotlib.pyplot as plt
     from miniai.plots import _show_once
-    fig = plt.figure(layout='constrained', figsize=(width, height), **style.kw)
+    fig = plt.figure(layout='constrained', figsize=(width, height), **kw)
     fig._ipython_display_ = partial(_show_once, fig)
     return fig
-
-def _any(recording, panel): return recording.has('train', panel) or recording.has('valid', panel)
-def _is_heat(panels, style): return len(panels[0].sources) > style.max_rows
-def _height(panels, style): return 12 if _is_heat(panels, style) else len(panels[0].sources)
-def _n_rows(band, style): return max(_height(o, style) for _,o in band)
 
 def _nothing(fig):
     ax = fig.subplots()
@@ -271,27 +259,16 @@ def _nothing(fig):
     ax.text(.5, .5,
             'Nothing recorded yet: attach the inspector,\ntrain, and call `tick_epoch` after an epoch',
             ha='center', va='center', transform=ax.transAxes)
+    return fig
 
 def _wide_part(fig, recording, wide):
     axs = np.atleast_1d(fig.subplots(len(wide), 1, sharex=True))
     for ax,(_,panels) in zip(axs, wide): _draw_wide(ax, recording, panels)
     axs[-1].set_xlabel('epoch', fontsize=8)
 
-def _band_part(fig, recording, band, style):
-    widths, n = [1 + _is_heat(o, style) for _,o in band], _n_rows(band, style)
-    parts = np.atleast_1d(fig.subfigures(1, len(band), width_ratios=widths))
-    for part,(title,panels) in zip(parts, band):
-        h = _height(panels, style)
-        # columns of different lengths begin at the same height
-        if h < n: part = part.subfigures(2, 1, height_ratios=[h + .5, n - h])[0]
-        (_draw_heat if _is_heat(panels, style) else _draw_column)(part, recording, title, panels)
-    _legend(fig, [ax for sub in _inside(fig) for ax in sub.axes], loc='outside lower left', ncols=6)
-
-def _inside(fig): return [fig, *(o for sub in fig.subfigs for o in _inside(sub))]
-
 # %% ../nbs/44_visualizer.ipynb #2d9ff0f0
 class TensorBoardVisualizer:
-    "Each epoch, a scalar for every line and a histogram over the layers for every column."
+    "Writes a scalar for every line, and a histogram over the layers for every column, at each epoch."
     def __init__(self,
         log_dir:str=None, # folder of the run; default as `SummaryWriter`
         comment:str='',   # added to the default's name
@@ -313,16 +290,12 @@ class TensorBoardVisualizer:
         epoch:int            # the one that ended
     ):
         "Write the values of one epoch."
-        at = recording.epochs.tolist().index(epoch) if epoch in recording.epochs else None
-        for panel in recording.panels if at is not None else (): self._write(recording, panel, at, epoch)
+        at = np.flatnonzero(recording.epochs == epoch)
+        for panel in recording.panels if len(at) else ():
+            for stat,how,phase in ((stat, how, o) for stat in panel.stats for how in hows(panel) for o in phases):
+                values = {o: recording.values(o, stat, how, phase)[at[0]] for o in panel.sources}
+                self._scalars(panel, row_stat(stat, how), phase, values, epoch)
         self.writer.flush()
-
-    def _write(self, recording, panel, at, epoch):
-        for stat in panel.stats:
-            for how in _hows(panel):
-                for phase in ('train', 'valid'):
-                    values = {o: recording.values(o, stat, how, phase)[at] for o in panel.sources}
-                    self._scalars(panel, row_stat(stat, how), phase, values, epoch)
 
     def _scalars(self, panel, stat, phase, values, epoch):
         values = {o: v for o,v in values.items() if np.isfinite(v)}
@@ -336,6 +309,16 @@ class TensorBoardVisualizer:
         if self._writer is not None: self._writer.close()
 
 # %% ../nbs/44_visualizer.ipynb #595c6170
+def _table(recording, panels, at):
+    "source -> {name of a column: value}, of one epoch."
+    table = {}
+    for phase,source,stat in (key for panel in panels for key in keys(panel, panel.lines or (None,))):
+        if (phase, source, stat) not in recording.rows: continue
+        value = recording.values(source, stat, None, phase)[at]
+        name = stat.replace('_', ' ') + (' valid' if phase == 'valid' else '')
+        if not np.isnan(value): table.setdefault(source, {})[name] = value
+    return table
+
 class PrintVisualizer:
     "Prints a table for each quantity at the end of each epoch."
     def tick(self,
@@ -344,9 +327,9 @@ class PrintVisualizer:
     ):
         "Print one epoch."
         print(f'epoch {epoch}')
-        if epoch not in recording.epochs: return print('  nothing recorded')
-        at = recording.epochs.tolist().index(epoch)
-        for title,panels in _titled(recording.panels): self._print(title, _table(recording, panels, at))
+        at = np.flatnonzero(recording.epochs == epoch)
+        if not len(at): return print('  nothing recorded')
+        for title,panels in titled(recording.panels): self._print(title, _table(recording, panels, at[0]))
 
     def _print(self, title, table):
         if not table: return
@@ -355,21 +338,7 @@ class PrintVisualizer:
         print(f"  {title:<{first}}" + ''.join(f'  {o:>{max(9, len(o))}}' for o in columns))
         for source,row in table.items():
             cells = [f'{row[o]:.4g}' if o in row else '-' for o in columns]
-            line = ''.join(f'  {cell:>{max(9, len(o))}}' for cell,o in zip(cells, columns))
-            print(f'    {source:<{first-2}}{line}')
-
-def _table(recording, panels, at):
-    "source -> {name of a column: value}, of one epoch."
-    table = {}
-    for panel in panels:
-        for phase,source,stat in _keys(panel):
-            if (phase, source, stat) not in recording.rows or (panel.lines
-                                                               and not stat.endswith(panel.lines)):
-                continue
-            value = recording.values(source, stat, None, phase)[at]
-            if not np.isnan(value):
-                table.setdefault(source, {})[stat.replace('_', ' ') + ' valid'*(phase == 'valid')] = value
-    return table
+            print(f'    {source:<{first-2}}' + ''.join(f'  {cell:>{max(9, len(o))}}' for cell,o in zip(cells, columns)))
 
 # %% ../nbs/44_visualizer.ipynb #10181d1f
 class _ByMethods:
@@ -378,9 +347,8 @@ class _ByMethods:
     def __getattr__(self, name): return getattr(self.__dict__['inner'], name)
 
     def tick(self, recording, epoch):
-        at = recording.epochs.tolist().index(epoch) if epoch in recording.epochs else None
-        for title,panels in _titled(recording.panels) if at is not None else ():
-            self._plot(recording, title, panels, at, epoch)
+        for at in np.flatnonzero(recording.epochs == epoch):
+            for title,panels in titled(recording.panels): self._plot(recording, title, panels, at, epoch)
 
     def _plot(self, recording, title, panels, at, epoch):
         first, table = panels[0], _table(recording, panels, at)
@@ -391,8 +359,7 @@ class _ByMethods:
             parts = {source: value for source,row in table.items() for value in row.values()}
             return self.inner.plot_relations(epoch, title, {title: parts})
         bands = {source: {ranges[o]: tuple(float(v[at]) for v in recording.band(source, stat, o))
-                          for panel in panels
-                          for stat in panel.stats for o in panel.bands} for source in table}
+                          for panel in panels for stat in panel.stats for o in panel.bands} for source in table}
         self.inner.plot_numerical_values(epoch, title, table, bands)
 
 def _tag(panel):
@@ -403,15 +370,14 @@ def _tag(panel):
 def visualizer_named(
     o # 'matplotlib', 'tensorboard', 'print', None for none, or an object of your own
 ): # with `tick(recording, epoch)`, or None
-    "The visualizer that is meant."
+    "Find the visualizer that is meant."
     named = dict(matplotlib=MatplotlibVisualizer, tensorboard=TensorBoardVisualizer, print=PrintVisualizer)
     if isinstance(o, str) and o in named: return named[o]()
     if o is None or callable(getattr(o, 'tick', None)) and not isinstance(o, type): return o
     if all(hasattr(o, f'plot_{nm}') for nm in ('numerical_values', 'probabilities', 'relations')):
         return _ByMethods(o)
     raise ValueError(f'Inspector: visualizer is {o!r}; give one of {", ".join(map(repr, named))}, None, or '
-                     'an object '
-                     'with a method tick(recording, epoch)')
+                     'an object with a method tick(recording, epoch)')
 
 # %% ../nbs/44_visualizer.ipynb #9af52d2f
 def save_parquet(
@@ -423,24 +389,19 @@ def save_parquet(
     "Write a table, and how to draw it."
     import pyarrow as pa
     import pyarrow.parquet as pq
-    frame = frame.assign(value=frame['value'].map(float))
-    about = json.dumps(dict(run=run, panels=[asdict(o) for o in panels]))
-    table = pa.Table.from_pandas(frame, preserve_index=False)
-    pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}),
-                                                  b'miniai': about.encode()}), path)
+    table = pa.Table.from_pandas(frame.assign(value=frame['value'].map(float)), preserve_index=False)
+    about = json.dumps(dict(run=run, panels=[asdict(o) for o in panels])).encode()
+    pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), b'miniai': about}), path)
 
 def open_recording(
     path # of a parquet file
 ) -> Recording: # for `MatplotlibVisualizer().show_fig(recording)`
-    "The run that an inspector wrote."
+    "Read the run that an inspector wrote."
     import pyarrow.parquet as pq
     table = pq.read_table(path)
     about = (table.schema.metadata or {}).get(b'miniai')
     if about is None: raise ValueError(f'open_recording: {path} was not written by `Inspector.to_parquet`')
     about, frame = json.loads(about), table.to_pandas()
-    frame = frame[frame.run == about['run']]
-    rows = {key: (o.epoch.to_numpy(), o.value.to_numpy()) for key,
-            o in frame.groupby(['phase', 'source', 'stat'], sort=False)}
-    return Recording(rows, [_panel(o) for o in about['panels']])
-
-def _panel(o): return Panel(**{k: tuple(v) if isinstance(v, list) else v for k,v in o.items()})
+    found = frame[frame.run == about['run']].groupby(['phase', 'source', 'stat'], sort=False)
+    panels = [Panel(**{k: tuple(v) if isinstance(v, list) else v for k,v in o.items()}) for o in about['panels']]
+    return Recording({key: (o.epoch.to_numpy(), o.value.to_numpy()) for key,o in found}, panels)
