@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/54_charts.ipynb #4b37bd56
+# %% ../nbs/54_charts.ipynb #7f42e9d9
 from html import escape
 
 import numpy as np
@@ -14,14 +14,14 @@ from .case import Evidence, Track
 from .lens import aggregates
 from .stats import base_name, near_zero, outside, statistics, taps
 
-# %% ../nbs/54_charts.ipynb #f001c602
+# %% ../nbs/54_charts.ipynb #aa791d4c
 def numbers(values): # whole numbers or floats, None where not finite
     "Turn an array into values for JSON that are equal in their own precision."
     values = np.asarray(values)
     if values.dtype.kind in 'iub': return values.tolist()
     return [float(o) if ok else None for o,ok in zip(values.astype(str), np.isfinite(values).tolist())]
 
-# %% ../nbs/54_charts.ipynb #66d167b4
+# %% ../nbs/54_charts.ipynb #45e9bb57
 def kept_rows(values, most): # values [k, n]: k lines of n rows; gives rising numbers of rows
     "Choose about `most` rows: first, last, and of each stretch where a line is lowest and highest."
     (k, n), values = values.shape, np.where(np.isnan(values), np.inf, values)   # a NaN is a highest value
@@ -40,7 +40,7 @@ def thinned(lines, most): # lines: label -> (positions, values)
             for names in groups.values() for nm in names}
     return {nm: (np.asarray(x)[rows[nm]], np.asarray(y)[rows[nm]]) for nm,(x,y) in lines.items()}
 
-# %% ../nbs/54_charts.ipynb #358c6cee
+# %% ../nbs/54_charts.ipynb #24dd5038
 colors = '#2a7ab8', '#c8571b', '#1f8f63', '#a8509f', '#8f7a1a', '#5a7d92'
 
 def short_name(name, most=26):
@@ -67,7 +67,7 @@ def figure(traces, xlabel, ylabel='', height=260, xaxis=(), yaxis=(), hovermode=
         xaxis={**axis, 'title': text(xlabel), **dict(xaxis)},
         yaxis={**axis, 'title': text(ylabel), **dict(yaxis)}))
 
-# %% ../nbs/54_charts.ipynb #ab1bf965
+# %% ../nbs/54_charts.ipynb #980bc34f
 def line_traces(label, x, y, gaps, focus):
     "Make the line of one label, and the crosses where its values are not finite."
     ok, around = np.isfinite(y), np.pad(np.isfinite(y), 1)
@@ -92,10 +92,10 @@ def line_chart(title, xlabel, lines, caption='', ylabel='', log=False, limits=No
     kept, rows = (max((len(x) for x,_ in o.values()), default=0) for o in (shown, lines))
     if any(o['mode'] == 'markers' for o in traces): caption += ' Crosses: NaN or infinite.'
     if kept < rows: caption += f' {kept:,} of {rows:,} rows are on this page, highest and lowest among them.'
-    xaxis = dict(zip(('tickvals', 'ticktext'), shown_ticks(range(len(ticks)), ticks)))
+    xaxis = dict(zip(('tickvals', 'ticktext'), shown_ticks(range(len(ticks)), ticks))) if ticks else {}
     xs = [o for x,_ in shown.values() for o in x]
     if xlabel == 'epoch' and xs and max(xs) - min(xs) < 10: xaxis['dtick'] = 1
-    scale = dict(type='log' if log else 'linear') | (dict(range=limits) if limits else {})
+    scale = dict(type='log', tickformat='~g') if log else dict(range=limits)
     fig = figure(traces, xlabel, ylabel, xaxis=xaxis, yaxis=scale)
     for y in guides: fig.add_hline(float(y), line=dict(dash='dot', width=1, color='#888'))
     if focus in ticks: steps = (ticks.index(focus)-.4, ticks.index(focus)+.4)
@@ -103,19 +103,19 @@ def line_chart(title, xlabel, lines, caption='', ylabel='', log=False, limits=No
     return dict(title=title, caption=caption.strip(), xlabel=xlabel, figure=fig)
 
 def shown_ticks(places, names, most=25):
-    "Choose at most 25 of the places on an axis of names, and their shortened names; none without names."
+    "Choose at most so many of the places on an axis of names, and their shortened names."
     every = -(-len(names)//most) or 1
-    return ([o[::every] for o in (list(places), [text(o, 26) for o in names])]) if len(names) else ()
+    return list(places)[::every], [text(o, 26) for o in names][::every]
 
-# %% ../nbs/54_charts.ipynb #78fff8c4
+# %% ../nbs/54_charts.ipynb #da8cbf37
 scales = dict(log1p=np.log1p, log10=np.log10, none=lambda o: o)
 
 def color_bar(values, scale):
-    "Make the bar beside a map, whose numbers are those of the values."
+    "Give the bar beside a map of logarithms the numbers they are of."
     known = values[np.isfinite(values)]
-    if not len(known): return {}
+    if scale != 'log10' or not len(known): return {}
     at = np.linspace(known.min(), known.max(), 4)
-    return dict(tickvals=at, ticktext=[f'{10**o if scale == "log10" else o:.2g}' for o in at])
+    return dict(tickvals=at, ticktext=[f'{10**o:.2g}' for o in at])
 
 def map_chart(title, xlabel, x, rows, values, caption='', ylabel='', value='value', scale='none',
               limits=(None, None), bar=False, height=260, most=500):
@@ -131,12 +131,12 @@ def map_chart(title, xlabel, x, rows, values, caption='', ylabel='', value='valu
                  hovertemplate=f'{xlabel} %{{x}}<br>{text(ylabel)} %{{y}}<br>{value} %{{customdata:.9~g}}'
                                '<extra></extra>')
     if bar: trace['colorbar'] = dict(thickness=10, outlinewidth=0, **color_bar(z, scale))
-    at, ticks = shown_ticks(names, rows)
+    at, ticks = shown_ticks(names, rows, height//25)
     axis = dict(type='category', tickvals=at, ticktext=ticks)
     fig = figure([trace], xlabel, ylabel, height, yaxis=axis, hovermode='closest')
     return dict(title=title, caption=caption.strip(), xlabel=xlabel, figure=fig)
 
-# %% ../nbs/54_charts.ipynb #56d01064
+# %% ../nbs/54_charts.ipynb #40c08be6
 whole = 'batch', 'batches', 'epoch', 'loss', 'all'   # sources that are no layers
 
 def plain_stat(stat):
@@ -171,7 +171,7 @@ class RunData:
         found = self.evidence.track(source, stat)
         return found if len(found) else self.evidence.track(source, stat, 'valid')
 
-# %% ../nbs/54_charts.ipynb #468ef417
+# %% ../nbs/54_charts.ipynb #2520a675
 def is_line(track): return len(track) > 0 and track.values.dtype != object and track.values.ndim == 1
 
 def by_step(track):
@@ -197,7 +197,7 @@ def lines_of(run, sources, stats, prefix=''):
         if what == xlabel: lines[label] = x, track.values
     return lines, xlabel or 'step'
 
-# %% ../nbs/54_charts.ipynb #ebf1ecb9
+# %% ../nbs/54_charts.ipynb #144f67c9
 together = {'Mean and standard deviation': ('mean', 'std'), 'Dead units': ('death_rate',),
             'Near zero': ('near_zero',), 'Active outputs': ('activation_rate',),
             'Norm of the gradients': ('grad_norm',), 'Update to weight': ('update_ratio',),
@@ -233,7 +233,7 @@ def dead_units(run, source):
     return (f' Dead in every batch of epoch {track.epochs[-1]} (epoch window): {len(dead)} of '
             f'{len(track.values[-1])} units{f" ({which})" if len(dead) else ""}.')
 
-# %% ../nbs/54_charts.ipynb #f349994c
+# %% ../nbs/54_charts.ipynb #64697196
 hist_titles = dict(hist=('Histogram', '|output|'), grad_hist=('Histogram of the gradient', '|gradient|'))
 
 def bin_names(run, source, stat, n):
@@ -241,7 +241,7 @@ def bin_names(run, source, stat, n):
     found = [t.bins.edges for h in run.evidence.histories for t in h.tables
              for phase in ('train', 'valid') if t.has(phase, source, stat)]
     if not found: return [f'bin {i}' for i in range(n)]
-    return [f'{a:g} to {b:g}' for a,b in zip(found[0], found[0][1:])]
+    return [f'{a:.3g} to {b:.3g}' for a,b in zip(found[0], found[0][1:])]
 
 def outside_note(counts):
     "Say what is outside of the bins, as the largest fraction of a batch."
@@ -272,7 +272,7 @@ def layer_charts(run, layer, most, columns):
             *(o for title,names in {**together, **own}.items() if set(names) & set(stats)
               for o in stat_chart(run, layer, title, names, most))]
 
-# %% ../nbs/54_charts.ipynb #516c1541
+# %% ../nbs/54_charts.ipynb #e8118889
 maps = (('std', 'Standard deviation of the outputs', 'log10', (None, None)),
         ('death_rate', 'Dead units (batch window)', 'none', (0, 1)),
         ('grad_norm', 'Norm of the gradients', 'log10', (None, None)),
@@ -300,7 +300,7 @@ def overview_charts(run, columns):
                                 scale, limits, True, min(600, 120 + 22*len(tracks)), columns))
     return charts
 
-# %% ../nbs/54_charts.ipynb #b2c205ca
+# %% ../nbs/54_charts.ipynb #f16583c4
 def loss_lines(evidence):
     "Give the lines of the loss, and what their positions are."
     found = {'training': evidence.loss(), 'validation': evidence.epoch_loss('valid')}
@@ -337,7 +337,7 @@ def finding_chart(finding, most):
     return line_chart(c.title or 'Evidence', c.xlabel, lines, caption, c.ylabel, c.log, guides=c.guides,
                       ticks=tuple(c.ticks), steps=steps, focus=focus, most=most)
 
-# %% ../nbs/54_charts.ipynb #b3751ec6
+# %% ../nbs/54_charts.ipynb #bd1e89b1
 def spark_path(values, width=80, height=24):
     "Give the path of a small line for SVG, with gaps for what is not finite; '' for nothing."
     values = np.asarray(values, dtype=float)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['live_seconds', 'report_html', 'write_report', 'ReportCB']
 
-# %% ../nbs/55_report.ipynb #d7723404
-import base64, datetime, gzip, json, os, platform, re, secrets, time, urllib.parse, warnings
+# %% ../nbs/55_report.ipynb #e551edfd
+import base64, datetime, gzip, itertools, json, platform, re, secrets, time, urllib.parse, warnings
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,16 +17,17 @@ from fastcore.basics import patch
 import miniai
 from .callback import Callback
 from .case import Findings, evidence_of, levels
-from .charts import (RunData, finding_chart, first_line, layer_charts, loop_charts, overview_charts,
+from .charts import (RunData, finding_chart, first_line, is_line, layer_charts, loop_charts, overview_charts,
                            spark_path)
 from .collect import Cost
 from .diagnose import diagnose
-from .history import is_main
+from .distributed import is_main
+from .files import atomic_write
 from .hooks import unwrap
 from .inspector import Inspector
 from .learner import Learner
 
-# %% ../nbs/55_report.ipynb #f5d7baaf
+# %% ../nbs/55_report.ipynb #7e1c72d9
 def data_size(learn, phase):
     "Say how many samples a data set has; '' for an iterator nobody knows the length of."
     try: return f'{len(getattr(learn.dls, phase).dataset):,} samples in {phase}'
@@ -42,22 +43,24 @@ def run_facts(evidence, learn=None):
     samples = f.batch_size or (len(loss) and int(np.bincount(loss.samples).argmax()))
     kept = {stat: n for h in evidence.histories for stat,n in h.thinned().items()}
     first = next(iter(getattr(unwrap(learn.model), 'parameters', tuple)()), None) if learn else None
-    versions = (f'miniai {miniai.__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}, '
-                f'{platform.system()} {platform.machine()}')
+    versions = {'miniai': miniai.__version__, 'PyTorch': torch.__version__, 'Python': platform.python_version(),
+                platform.system(): platform.machine()}
     found = {'model': f.model, 'parameters': count(f.params.values()),
              'parameters that are trained': count([o for o in f.params.values() if o.trained]),
              'optimizer': f.optimizer, 'learning rate': f.lr,
              'its other settings': ', '.join(f'{k} {v}' for k,v in settings.items()), 'loss': f.loss,
-             'batch size': samples, 'epochs': len(np.unique(loss.epochs)), 'training steps': f'{evidence.n_steps():,}',
+             'batch size': samples, 'epochs': len(np.unique(loss.epochs)),
+             'training steps': f'{evidence.n_steps():,}',
              'data': ', '.join(filter(None, (data_size(learn, o) for o in ('train', 'valid')))),
              'classes': f.n_classes,
              'callbacks': ', '.join(type(o).__name__ for o in getattr(learn, 'cbs', ())),
              'batches sampled': '; '.join(f'{nm} {n:,} of {seen:,}' for nm,(n,seen) in f.looked.items()),
              'rows kept': ', '.join(f'one row of {stat} in {n}' for stat,n in kept.items()),
-             'device': '' if first is None else str(first.device), 'versions': versions}
+             'device': '' if first is None else str(first.device),
+             'versions': ', '.join(f'{nm} {o}' for nm,o in versions.items())}
     return {nm: o for nm,o in found.items() if o not in (None, '', 0, '0')}
 
-# %% ../nbs/55_report.ipynb #b06bacfb
+# %% ../nbs/55_report.ipynb #56c53f0c
 def parts_of(x): return [o for part in x for o in parts_of(part)] if isinstance(x, (list, tuple)) else [x]
 
 def costs_of(x): # of (name of the watcher, its `Cost`)
@@ -75,23 +78,23 @@ def module_types(x):
     if not isinstance(model, torch.nn.Module): return {}
     return {nm: type(m).__name__ for nm,m in unwrap(model).named_modules()}
 
-# %% ../nbs/55_report.ipynb #7baed223
+# %% ../nbs/55_report.ipynb #2a7936b7
 def tiles_of(evidence): # of dict(name, courses: of dict(phase, last, best, values))
     "Sum up the loss and each metric."
-    tiles = []
-    for nm in ('loss', *evidence.metrics()):
-        tracks = {p: evidence.epoch_loss(p) if nm == 'loss' else evidence.metric(nm, p) for p in ('train', 'valid')}
+    tiles = {}
+    for nm,phase in itertools.product(('loss', *evidence.metrics()), ('train', 'valid')):
+        o = evidence.epoch_loss(phase) if nm == 'loss' else evidence.metric(nm, phase)
+        if not is_line(o) or np.isnan(o.values).all(): continue
         best = np.nanmin if re.search('loss|err|mae|mse|perplexity', nm.lower()) else np.nanmax
-        shown = {p: evidence.loss() if (nm, p) == ('loss', 'train') else o for p,o in tracks.items()}
-        courses = [dict(phase=p, last=o.values[-1], best=best(o.values), values=shown[p].values)
-                   for p,o in tracks.items() if len(o) and o.values.ndim == 1 and not np.isnan(o.values).all()]
-        if courses: tiles.append(dict(name=nm, courses=courses))
-    return tiles
+        course = evidence.loss() if (nm, phase) == ('loss', 'train') else o
+        tiles.setdefault(nm, []).append(dict(phase=phase, last=o.values[-1], best=best(o.values),
+                                             values=course.values))
+    return [dict(name=nm, courses=o) for nm,o in tiles.items()]
 
 columns = dict(mean='mean', std='std', death_rate='dead units', grad_norm='gradient norm',
                update_ratio='update to weight')
 
-def layer_rows(run, findings=(), kinds=()): # titles of the columns, and dicts of name, kind, level, found, tracks
+def layer_rows(run, findings=(), kinds=()): # titles of the columns; dicts name, kind, level, found, tracks
     "Make the table of layers: of each its findings, and the quantities that any layer has."
     kinds = {**dict(kinds), **run.evidence.facts.layers}
     tracks = {nm: {stat: first_line(run, nm, stat) for stat in columns} for nm in run.layers}
@@ -113,7 +116,7 @@ def csv_link(titles, rows):
     text = pd.DataFrame(cells, columns=['layer', 'type', 'findings', *titles]).to_csv(index=False)
     return 'data:text/csv;charset=utf-8,' + urllib.parse.quote(text, errors='replace')
 
-# %% ../nbs/55_report.ipynb #a52ae949
+# %% ../nbs/55_report.ipynb #675ecb37
 def packed(text): return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 @lru_cache(1)
@@ -139,11 +142,11 @@ def dotted(name):
     return Markup('.<wbr>').join(name.split('.'))
 
 def headline(o):
-    "Sum up a finding in a line: level, rule, layer, steps, and the number with its limit."
+    "Sum up a finding in a line: rule, layer, steps, and the number with its limit."
     steps = ' to '.join(f'{n:,}' for n in dict.fromkeys(o.steps))
     limit = '' if o.threshold is None else f' (limit {o.threshold:.3g})'
     value = '' if o.value is None else f'{o.value:.3g}{limit}'
-    parts = o.level, o.rule.replace('_', ' '), o.layer, f'step {steps}' if steps else '', value
+    parts = o.rule.replace('_', ' '), o.layer, f'step {steps}' if steps else '', value
     return ' · '.join(filter(None, parts))
 
 def template(name):
@@ -157,7 +160,7 @@ def template(name):
     env.filters.update(code=code, dotted=dotted, head=headline, spark=spark_path)
     return env.get_template(name)
 
-# %% ../nbs/55_report.ipynb #07ec9a71
+# %% ../nbs/55_report.ipynb #9884b838
 room = 600_000   # numbers on a page, in lines and in maps each
 
 def room_for(evidence):
@@ -178,12 +181,12 @@ def content_of(x, title=None, findings=None):
     rate = f' at {facts.lr:g}' if facts.optimizer and facts.lr is not None else ''
     written = f'written {datetime.datetime.now():%Y-%m-%d %H:%M:%S}'
     line = facts.model, facts.optimizer + rate, facts.loss, f'{evidence.n_steps():,} steps', written
-    seconds, watching = (max((getattr(o, nm) for _,o in costs), default=0) for nm in ('run_seconds', 'fraction'))
+    seconds, watching = max(((o.run_seconds, o.fraction) for _,o in costs), default=(0, 0))
     titles, rows = layer_rows(run, findings, kinds)
     where = [next((i for i,(nm,own) in enumerate(run.layers.items()) if o.layer in (nm, *own)), None)
              for o in findings]
-    return dict(title=title or f'Training of {facts.model or "a model"}', line=' · '.join(filter(None, line)),
-                run=run, tiles=tiles_of(evidence), steps=f'{evidence.n_steps():,}', findings=findings,
+    return dict(title=title or f'Training of {facts.model or "a model"}', run=run,
+                line=' · '.join(filter(None, line)), tiles=tiles_of(evidence), steps=f'{evidence.n_steps():,}', findings=findings,
                 levels=levels, where=where, first=next((i for i in where if i is not None), 0),
                 time=f'{seconds:.1f} s, of which {watching:.1%} watching' if seconds else 'time not measured',
                 columns=titles, rows=rows, csv=csv_link(titles, rows), facts=run_facts(evidence, learn),
@@ -197,7 +200,7 @@ def charts_of(run, findings):
                 **{f'finding {i}': [o] for i,o in enumerate(drawn) if o},
                 **{f'layer {i}': layer_charts(run, nm, most, width) for i,nm in enumerate(run.layers)})
 
-# %% ../nbs/55_report.ipynb #46ec2030
+# %% ../nbs/55_report.ipynb #a6f51a4d
 def report_html(
     x,                      # a Learner, Inspector, Watcher, History, file, or a list: as for `diagnose`
     title:str=None,         # above the page; default names the model
@@ -211,29 +214,19 @@ def report_html(
     charts = json.dumps(charts_of(content['run'], content['findings']), cls=PlotlyJSONEncoder)
     return page.render(content, live=live, nonce=secrets.token_hex(12), plotly=script, charts=packed(charts))
 
-# %% ../nbs/55_report.ipynb #0c149419
-def write_page(path, text):
-    "Write a page so that a reader finds the old one or the new one, whole; folders are made."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    try:
-        beside.write_text(text, encoding='utf-8', errors='backslashreplace')
-        os.replace(beside, path)
-    finally: beside.unlink(missing_ok=True)
-    return path
-
-# %% ../nbs/55_report.ipynb #fb329744
+# %% ../nbs/55_report.ipynb #2c2dc20b
 def write_report(
     x,                 # as for `report_html`
     path='report.html',# where to, folders are made; a path that ends in .md gets a text
     **kw               # `title`, `findings`, `live`: as for `report_html`
 ) -> Path: # where it was written
     "Write the page about the last run of `x`."
-    if Path(path).suffix != '.md': return write_page(path, report_html(x, **kw))
-    return write_page(path, template('run.md').render(content_of(x, kw.get('title'), kw.get('findings'))))
+    is_text = Path(path).suffix == '.md'
+    made = template('run.md').render(content_of(x, kw.get('title'), kw.get('findings'))) if is_text else report_html(x, **kw)
+    atomic_write(path, made.encode('utf-8', 'backslashreplace'))   # a reader finds the old one or the new one, whole
+    return Path(path)
 
-# %% ../nbs/55_report.ipynb #01a3e965
+# %% ../nbs/55_report.ipynb #2092d883
 live_seconds = 5   # between two readings of its file by a live page
 
 class ReportCB(Callback):
@@ -271,12 +264,13 @@ class ReportCB(Callback):
         began = time.monotonic()
         try: write_report(learn, self.path, title=self.title, live=live)
         except Exception as e:
-            if not self.warned: warnings.warn(f'ReportCB: {self.path} was not written ({type(e).__name__}: {e})')
+            why = f'{type(e).__name__}: {e}'
+            if not self.warned: warnings.warn(f'ReportCB: {self.path} was not written ({why})')
             self.warned = True
         now = time.monotonic()
         self.due = now + max(self.seconds or 0, (now-began)/self.share)
 
-# %% ../nbs/55_report.ipynb #1ded3737
+# %% ../nbs/55_report.ipynb #44749bec
 @patch
 def report(self:Learner,
     path='report.html', # where to; folders are made
