@@ -18,7 +18,6 @@ import torch
 from .hooks import Hooks, named_tensors
 from .kernels import (add_to_row, compiled_loops, many_of, memory_view, one_of, plan, readable,
                             slow_reason)
-from .rows import Rows
 from .stats import unit_axis, unit_view, widen
 
 # %% ../nbs/16_collect.ipynb #943ae729
@@ -128,7 +127,7 @@ class Sampler(Account):
                              'take, above 0 and up to 1, such as 0.02')
         if budget is not None and every > 1:
             raise ValueError(f'{who}: every is {every!r} and budget is {budget!r}; give one of the two')
-        self.every, self.budget, self.prices = every, budget, Prices(budget)
+        self.every, self.budget, self.who, self.prices = every, budget, who, Prices(budget)
         self.decided, self.answer, self.step_began, self.seconds_before = None, False, None, 0.
 
     def wants(self,
@@ -316,10 +315,16 @@ class OutputTap(TensorTap):
             hook.shape, hook.cell, hook.sizes = a.shape, cell, memory_view(a, axis)
 
 # %% ../nbs/16_collect.ipynb #56488f44
+def _is_like(a, t):
+    "Whether a buffer is there, and lies in memory as `t` does."
+    about = lambda o: (o.shape, o.dtype, o.device, o.layout)
+    return (a is not None and about(a) == about(t)
+            and (a.layout is not torch.strided or a.is_contiguous() == t.is_contiguous()))
+
 class Follower:
     "Hangs on an output, and adds its gradient to the row of its source."
     def __init__(self, tap, source, axis):
-        self.tap, self.source, self.axis, self.shape, self.before = tap, source, axis, None, None
+        self.tap, self.source, self.axis, self.shape = tap, source, axis, None
         self.job = np.zeros(10, np.int64)   # as the compiled loop takes it
         self.address = self.job.ctypes.data
 
@@ -340,12 +345,13 @@ class Follower:
         "Add one that is not like the last, and prepare for more of its kind."
         tap, self.shape, a = self.tap, None, widen(grad).contiguous()
         self.cell = rows.cell(self.source, unit_view(a.shape, self.axis)[2], a.device)
-        known = self.before is not None and self.before.shape == a.shape
-        if tap.pairs and not known: self.before = torch.empty_like(a)
-        add_to_row(self.cell.rows[rows.i], a, self.axis, rows.bins, tap.what, self.before, known)
+        before = tap.before.get(self.source) if tap.pairs else None
+        known = _is_like(before, a)
+        if tap.pairs and not known: before = tap.before[self.source] = torch.empty_like(a)
+        add_to_row(self.cell.rows[rows.i], a, self.axis, rows.bins, tap.what, before, known)
         if tap.many is None or not readable(a) or grad.dtype is not torch.float32: return
-        before = self.before.data_ptr() if tap.pairs else 0
-        self.shape, self.job[:] = grad.shape, [0, 0, before, 1, 0, *unit_view(a.shape, self.axis), tap.what]
+        address = before.data_ptr() if tap.pairs else 0
+        self.shape, self.job[:] = grad.shape, [0, 0, address, 1, 0, *unit_view(a.shape, self.axis), tap.what]
 
 # %% ../nbs/16_collect.ipynb #db1017e9
 class OutputGradTap(TensorTap):
@@ -353,7 +359,7 @@ class OutputGradTap(TensorTap):
     def __init__(self, rows, sampler, told, axis=unit_axis, pairs=True, what=3):
         super().__init__(sampler, told, axis)
         self.rows, self.pairs, self.what = rows, pairs, what   # pairs: compare with the gradient before
-        self.followers, self.where = {}, (0, 0, 0)             # where: run, step and epoch
+        self.followers, self.before, self.where = {}, {}, (0, 0, 0)   # where: run, step and epoch
         self.many, self.plan = _compiled(many_of, rows)
 
     def _fast(self, hook, outp):
@@ -369,6 +375,11 @@ class OutputGradTap(TensorTap):
     def _again(self, hook, outp):
         for source,a in named_tensors(outp, hook.name):
             if a.requires_grad and source in self.followers: a.register_hook(self.followers[source])
+
+    def go_on(self, before):
+        "Compare with these gradients next."
+        self.before, self.followers = dict(before), {}
+        self.reset()
 
 # %% ../nbs/16_collect.ipynb #af497b20
 class CallTap(TensorTap):
@@ -392,12 +403,6 @@ def _by_unit(a):   # the entries of a bias are its units
     return a[None] if a is not None and a.ndim == 1 else a
 
 def _axis(o, t): return 1 if t.ndim == 1 else o.axis()
-
-def _is_like(a, t):
-    "Whether a buffer is there, and lies in memory as `t` does."
-    about = lambda o: (o.shape, o.dtype, o.device, o.layout)
-    return (a is not None and about(a) == about(t)
-            and (a.layout is not torch.strided or a.is_contiguous() == t.is_contiguous()))
 
 # %% ../nbs/16_collect.ipynb #ee04b8d9
 class Jobs:

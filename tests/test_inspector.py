@@ -748,9 +748,9 @@ def test_copies_fire_nothing():
     inspector = Inspector([OutputNorm(inplace=False)], module=model, visualizer=None)
     twin, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     twin(torch.randn(8, 4)), loaded(torch.randn(8, 4))
-    assert not inspector._has_values()
+    assert not inspector.seen.fresh
     model(torch.randn(8, 4))
-    assert inspector._has_values()
+    assert inspector.seen.fresh
 
 def test_range_ticks_when_left_early():
     model = small_net()
