@@ -16,8 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .archive import plain_frame, read_table, write_table
-from .history import History
+from .history import History, plain_frame, read_table, write_table
 from .hooks import select_modules, unwrap
 from .lens import parameter_matches, row_stat
 from .visualizer import Recording
@@ -391,7 +390,7 @@ def _evidence_of_recording(recording):
     return Evidence(history)
 
 @patch
-def frame(self:Evidence): # pandas.DataFrame, as `miniai.archive.plain_frame`
+def frame(self:Evidence): # pandas.DataFrame, as `miniai.history.plain_frame`
     "The rows of this run, of all tables; its number is 0."
     import pandas as pd
     frames = [plain_frame(h) for h in self.histories]

@@ -371,15 +371,15 @@ def test_memory_of_the_history_does_not_hold_activations():
     learn, astats = watched_learner(five_convs(), DataLoaders(batches(50, bs=64), batches(1)))
     learn.fit(1, valid=False)
     rows = len(astats.panels())*50
-    assert astats.history._kept() < rows*(44*4 + 16*8 + 8 + 5*8)      # counts, sums, units, and what is known of a row
-    pending = astats.history.nbytes - astats.history._kept()
+    assert astats.history.kept_bytes() < rows*(44*4 + 16*8 + 8 + 5*8)      # counts, sums, units, and what is known of a row
+    pending = astats.history.nbytes - astats.history.kept_bytes()
     assert pending <= len(astats.panels())*2**18
 
 def test_a_full_table_thins_itself_and_stays_true():
     learn, astats = watched_learner(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), DataLoaders(batches(10)*200, batches(1)),
                                     max_bytes=200_000)
     with pytest.warns(UserWarning, match='MB are full'): learn.fit(1, valid=False)
-    assert astats.history._kept() <= 200_000
+    assert astats.history.kept_bytes() <= 200_000
     hists, means = astats.rows('1', 'hist'), astats.rows('1', 'mean')
     assert 10 < len(hists) == len(means) < 2000
     assert len(set(np.diff(hists.steps))) == 1          # equally far apart, over the whole run
