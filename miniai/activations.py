@@ -126,6 +126,10 @@ class LayerStats:
         kind = np.int64 if stat == 'hist' else np.float32
         return list(torch.from_numpy(np.ascontiguousarray(values, dtype=kind)))
 
+def give_stats(cb):
+    "Give every hook of a callback its view of the history; of a nested output, that of the first tensor."
+    for o in cb.hooks: o.stats = LayerStats(cb.history, (cb.sources[o.name] or [o.name])[0], cb.first_run)
+
 # %% ../nbs/40_activations.ipynb #f6467630
 def append_stats(
     hook, # what it finds is kept here: `hook.history`, and `hook.stats` as a view of it
@@ -349,7 +353,7 @@ class OutputSteps(Recorder, HooksCallback):
         self.tap.sampler = self.sampler   # it may be another one's by now
         self.tap.attach(chosen_modules(self, learn.model), () if compiled else select_modules(learn.model))
         self.hooks = self.tap.hooks
-        self.give_stats()
+        give_stats(self)
 
     def before_batch(self, learn):
         super().before_batch(learn)
@@ -373,7 +377,7 @@ class OutputSteps(Recorder, HooksCallback):
     def cleanup_epoch(self, learn):
         if not self.trial:
             for name in self.silent: self.told(name, _why_silent)
-            self.give_stats()
+            give_stats(self)
         super().cleanup_epoch(learn)
 
     def end(self):
@@ -383,8 +387,14 @@ class OutputSteps(Recorder, HooksCallback):
 # %% ../nbs/40_activations.ipynb #589bb33d
 class OutputFacts(OutputSteps):
     "Knows the layers and their sources, as the tap has met them."
-    sources, kinds, axes = (property(lambda self, nm=nm: getattr(self.tap, nm))
-                            for nm in ('sources', 'kinds', 'axes'))
+    saved = 'complete', 'layers'
+    kinds, axes = (property(lambda self, nm=nm: getattr(self.tap, nm)) for nm in ('kinds', 'axes'))
+
+    @property
+    def sources(self):
+        "Layer -> its sources; in the order of the first forward, those that were never called last."
+        known = self.tap.sources
+        return {nm: known[nm] for nm in dict.fromkeys((*self.tap.fired, *known))}
 
     @property
     def silent(self):
@@ -395,14 +405,8 @@ class OutputFacts(OutputSteps):
         "Give what is known of the layers beside the rows."
         sources = {source: name for name,own in self.sources.items() for source in own or [name]}
         sampled = {phase: (self.sampler.sampled[phase], n) for phase,n in self.sampler.seen.items() if n}
-        return dict(layers={nm: self.kinds[nm] for nm in self.layers()}, sources=sources, silent=self.silent,
+        return dict(layers={nm: self.kinds[nm] for nm in self.sources}, sources=sources, silent=self.silent,
                     sampled=sampled, dead_since=self.dead_since())
-
-    def give_stats(self):
-        "Give every hook its view of the history; of a nested output, that of the first tensor."
-        for o in self.hooks:
-            source = (self.sources[o.name] or [o.name])[0]
-            o.stats = LayerStats(self.history, source, first_run=self.first_run)
 
     def merge_processes(self,
         gather # function: an object -> the list of those of all processes
@@ -410,16 +414,15 @@ class OutputFacts(OutputSteps):
         "Make what this process has recorded in this fit that of all processes together."
         if self.parted: self.history.merge(gather(self.history.state_dict(unmerged=True)))
 
-    def state_dict(self):
-        tap = {nm: getattr(self.tap, nm) for nm in ('sources', 'kinds', 'axes')}
-        return {**super().state_dict(), **tap, 'fired': sorted(self.tap.fired)}
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        vars(self.tap).update({nm: dict(state[nm]) for nm in ('sources', 'kinds', 'axes')})
-        self.tap.fired = set(state['fired'])
+    @property
+    def layers(self):
+        "What the tap knows, as it is saved."
+        return {nm: getattr(self.tap, nm) for nm in ('sources', 'kinds', 'axes', 'fired')}
+    @layers.setter
+    def layers(self, state):
+        vars(self.tap).update({nm: dict(o) for nm,o in state.items()})
         self.tap.reset()
-        self.give_stats()
+        give_stats(self)
 
 # %% ../nbs/40_activations.ipynb #a3b23e0c
 def _dead_units(units, **about):
@@ -438,15 +441,9 @@ class OutputTables(Views):
         "Say since when units have been dead in training."
         return {nm: o.since.tolist() for (phase,nm),o in self.table.units.items() if phase == 'train'}
 
-    def layers(self) -> list: # of names; those that were never called are the last
-        "List the watched layers in the order of the first forward."
-        order = {source: i for i,source in enumerate(self.axes)}   # filled as layers are called
-        place = lambda nm: min((order[o] for o in self.sources[nm] if o in order), default=len(order))
-        return sorted(self.sources, key=place)
-
     def panels(self) -> list: # of sources; a layer that was never called is among them
         "List the sources: every watched layer, each tensor of a nested output, each call in one step."
-        return [source for name in self.layers() for source in self.sources[name] or [name]]
+        return [source for name,own in self.sources.items() for source in own or [name]]
 
     def dead_units(self,
         phase:str='train' # 'train' or 'valid'

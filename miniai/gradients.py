@@ -15,8 +15,9 @@ from fastcore.basics import groupby, noop
 
 from .activations import (HooksCallback, Recorder, Views, draw_hist, draw_lines, higher, phase_of)
 from .collect import ParameterTap
+from .device import batch_size
 from .hooks import choose_parameters, find_parameters, named_tensors, parameter_matches, unwrap
-from .learner import TrainCB, _batch_size
+from .learner import TrainCB
 from .plots import heatmap
 from .stats import Bins, effective_rank, unit_axis, widen
 
@@ -107,7 +108,7 @@ class AtSteps(ReachedParameters):
 class StepRows(AtSteps):
     "Opens a row for each sampled step, which has the samples of all its batches."
     def after_loss(self, learn):
-        if self.active: self._samples += _batch_size(learn.batch)
+        if self.active: self._samples += batch_size(learn.batch)
 
     def after_batch(self, learn): self.going = getattr(learn, 'hold', False)
 
