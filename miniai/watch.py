@@ -47,33 +47,14 @@ class NonFinite:
 
     def __str__(self): return self.text
 
-# %% ../nbs/42_watch.ipynb #72858739
-stages = 'weights', 'forward', 'loss', 'backward', 'update'
+# %% ../nbs/42_watch.ipynb #3d46d55e
+asked, stages = ('loss', 'grad_norm_clipped'), ('weights', 'forward', 'loss', 'backward', 'update')
 
-class CheckedSeries:
-    "The steps of one source in one stage, and which of its rows are not finite."
-    def __init__(self, stage, source, place, series, gaps=()):
-        self.stage, self.source, self.place = stage, source, place   # place: in the order of calls
-        self.steps, self.epochs = series.steps, series.epochs
-        values = series.values.reshape(len(series), -1) if len(series) else np.zeros((0, 1))
-        self.nan = np.isnan(values).any(1) & ~np.isin(series.steps, list(gaps))
-        self.bad = self.nan | np.isinf(values).any(1)
-        # backward begins at the end
-        self.rank = stages.index(stage), -place if stage == 'backward' else place
+def histories_of(learn):
+    "List the tables of a learner and of the callbacks that watch it."
+    kinds = ActivationStats, GradientStats, UpdateStats
+    return [learn.history, *(cb.history for cb in learn.cbs if isinstance(cb, kinds))]
 
-    def onset(self, first, last):
-        "Index of a row from step `first` to `last` that is not finite, after one that is; None without."
-        new = self.bad & ~np.r_[False, self.bad[:-1]]
-        at = np.flatnonzero(new & (self.steps >= first) & (self.steps <= last))
-        return at[0] if len(at) else None
-
-    def seen(self, step): return (self.steps == step).any()
-    def last_finite(self, step):
-        "The last step before `step` in which it was finite; None without."
-        at = np.flatnonzero(~self.bad & (self.steps < step))
-        return int(self.steps[at[-1]]) if len(at) else None
-
-# %% ../nbs/42_watch.ipynb #9dac61e8
 class Findings(Callback):
     "Keeps what was found in each fit."
     def __init__(self): self.found, self.history, self.run = [], History(), None
@@ -135,103 +116,114 @@ class NanTracer(Findings):
         return self.keep(found)
 
 # %% ../nbs/42_watch.ipynb #5bccb438
-asked = 'loss', 'grad_norm_clipped'
-
-def histories_of(learn):
-    "List the tables of a learner and of the callbacks that watch it."
-    kinds = ActivationStats, GradientStats, UpdateStats
-    return [learn.history, *(cb.history for cb in learn.cbs if isinstance(cb, kinds))]
-
-class Tables:
+class Recorded:
     "What the callbacks of a learner have recorded in this fit."
     def __init__(self, learn):
         def _first(cls, but=()):
             return next((cb for cb in learn.cbs if isinstance(cb, cls) and not isinstance(cb, but)), None)
         self.ranges, self.acts = _first(RangeStats), _first(ActivationStats, RangeStats)
-        self.grads, self.updates = _first(GradientStats), _first(UpdateStats)
-        outputs = [o for o in (self.ranges, self.acts) if o is not None]
-        self.kinds = {nm: kind for o in outputs for nm,kind in o.kinds.items()}
-        called = outputs[0].axes if outputs else ()   # filled as layers are called
-        self.order = {nm: i for i,nm in enumerate(called)}
+        updates, outputs = _first(UpdateStats), [o for o in (self.ranges, self.acts) if o is not None]
+        self.kinds = {nm: kind for cb in outputs for nm,kind in cb.kinds.items()}
+        self.order = {nm: i for cb in outputs[:1] for i,nm in enumerate(cb.axes)}   # filled in calls
+        self.kept = (('loss', learn, 'loss'), ('forward', self.ranges, 'range'),
+                     ('forward', self.acts, 'mean'), ('forward', self.acts, 'std'),
+                     ('weights', updates, 'param_norm'), ('update', updates, 'update_norm'),
+                     ('backward', _first(GradientStats), 'grad_norm'))
 
-    def series(self, cb, source, stat, phase='train'):
-        return cb.history.series(source, stat, phase, cb.history.run)
+    def table(self, only=None): # {(phase, source)}; default all
+        "Make a table with a line for each row; `onset` where it is not finite after one that is."
+        import pandas as pd
+        found = {}
+        for stage,cb,stat in self.kept:
+            for phase,source,o in cb.history.keys() if cb is not None else ():
+                wanted = source == 'batch' if stage == 'loss' else only is None or (phase, source) in only
+                if not wanted or o != stat or source == 'all': continue
+                found.setdefault((stage, phase, source), (cb, stat))
+        return pd.concat([pd.DataFrame(self._lines(*key, *o)) for key,o in found.items()] or [pd.DataFrame()])
 
-    def row(self, cb, source, stat, step, phase):
-        "The value of one step, or None."
-        if cb is None: return None
-        s = self.series(cb, source, stat, phase)
-        return next(iter(s.values[s.steps == step]), None)
+    def _lines(self, stage, phase, source, cb, stat):
+        s, place = cb.history.series(source, stat, phase, cb.history.run), self._place(source)
+        values = s.values.reshape(len(s), -1) if len(s) else np.zeros((0, 1))
+        bad, rank = ~np.isfinite(values).all(1), -place if stage == 'backward' else place   # from the end
+        return dict(step=s.steps, late=phase == 'train', stage=stages.index(stage), rank=rank, phase=phase,
+                    source='loss' if stage == 'loss' else source, place=place, epoch=s.epochs, bad=bad,
+                    nan=np.isnan(values).any(1), onset=bad & ~np.r_[False, bad][:-1])
 
-    def place(self, source):
-        "Of a parameter: that of its layer, or of the first layer below its module."
+    def _place(self, source):
+        "Of a layer; of a parameter that of its layer, or of the first layer below its module."
         layer = source.rpartition('.')[0]
         near = next((i for nm,i in self.order.items() if nm.startswith(layer + '.')), len(self.order))
         return self.order.get(source, self.order.get(layer, near))
 
-    def name(self, source):
-        kind = self.kinds.get(re.sub(r'[\\[ ].*', '', source))
-        return f'{source} ({kind})' if kind else source
-
-# %% ../nbs/42_watch.ipynb #a344b95a
-def layer_rows(tables, source, phase):
-    "Give the best there is of a layer; None if that is nothing."
-    for cb,stat in ((tables.ranges, 'range'), (tables.acts, 'mean'), (tables.acts, 'std')):
-        if cb is not None and cb.history.has(phase, source, stat):
-            return tables.series(cb, source, stat, phase)
-
-def trails_of(tables, phase, only=None):
-    "List what was recorded in all stages of a phase, as `CheckedSeries`; of the sources in `only`."
-    wanted = lambda nm: only is None or (phase, nm) in only
-    rows = [('forward', nm, layer_rows(tables, nm, phase)) for nm in tables.order if wanted(nm)]
-    stages = (('weights', tables.updates, 'param_norm'), ('backward', tables.grads, 'grad_norm'),
-              ('update', tables.updates, 'update_norm'))
-    for stage,cb,stat in stages if phase == 'train' else ():
-        if cb is None or stat not in cb.stats: continue
-        names = [nm for p,nm,o in cb.history.keys() if (p, o) == (phase, stat) and nm != 'all' and wanted(nm)]
-        rows += [(stage, nm, tables.series(cb, nm, stat)) for nm in names]
-    return [CheckedSeries(stage, nm, tables.place(nm), s) for stage,nm,s in rows if s is not None and len(s)]
-
 # %% ../nbs/42_watch.ipynb #a6ef982b
 def first_non_finite(learn):
     "Find the first of this fit that has spread, else the first of all; None while all is finite."
-    tables = Tables(learn)
-    only = set().union(*(h.not_finite(asked) for h in histories_of(learn)[1:]))
-    trails = {}
-    for phase in ('valid', 'train'):
-        losses = CheckedSeries('loss', 'loss', 0, tables.series(learn, 'batch', 'loss', phase))
-        trails[phase] = [losses, *trails_of(tables, phase, only)]
+    recorded, spoilt = Recorded(learn), set().union(*(h.not_finite(asked) for h in histories_of(learn)[1:]))
+    table = recorded.table(spoilt)
+    if table.empty: return None
+    forward, weights = (table.stage == stages.index(o) for o in ('forward', 'weights'))
+    # weights of a layer after the first one with a bad output are not what broke that
+    first = table[table.onset & forward].groupby(['phase', 'step']).place.min().to_dict()
+    places = zip(table.phase, table.step, table.place)
+    after = np.array([place > first.get((phase, step), np.inf) for phase,step,place in places])
+    events = table[table.onset & ~(weights & after)]
     # what is not finite in these stages will not become so again
-    broken = [(step, phase) for phase,found in trails.items() for o in found
-              if o.stage in ('loss', 'weights', 'update') for step in o.steps[o.bad][:1]]
-    if broken:
-        step, phase = min(broken, key=lambda o: (o[0], o[1] == 'train'))   # validation comes before training
-        events = _events(trails[phase], step - (phase == 'train'), step, phase)
-    else: events = [o for phase in trails for o in _events(trails[phase], 0, np.inf, phase)]
-    if not events: return None
-    step, phase, trail, i = min(events, key=lambda o: (o[0], o[1] == 'train', o[2].rank))
-    return Account(tables, trail, i, step, phase, bool(broken)).finding()
-
-def _events(trails, first, last, phase):
-    "(step, phase, trail, index) of what was finite and is no longer."
-    found = [(o, o.onset(first, last)) for o in trails]
-    events = [(int(o.steps[i]), phase, o, i) for o,i in found if i is not None]
-    return [o for o in events if not _later_weights(o, events)]
-
-def _later_weights(event, events):
-    "Whether these are weights of a layer after the first one with a bad output: not what broke that."
-    step, _, trail, _ = event
-    places = [o.place for at,_,o,_ in events if at == step and o.stage == 'forward']
-    return trail.stage == 'weights' and bool(places) and trail.place > min(places)
+    lasting = table.stage.isin([stages.index(o) for o in ('loss', 'weights', 'update')])
+    broken = table[table.bad & lasting].sort_values(['step', 'late'])   # validation comes before training
+    for o in broken[:1].itertuples():
+        events = events[(events.phase == o.phase) & events.step.between(o.step - o.late, o.step)]
+    order = ['step', 'late', 'stage', 'rank']
+    for o in events.sort_values(order, kind='stable')[:1].itertuples():
+        return Account(recorded, o, len(broken) > 0).finding()
 
 # %% ../nbs/42_watch.ipynb #0723303d
-def size_words(tables, source, step, phase):
-    both = tables.row(tables.ranges, source, 'range', step, phase)
-    mean, std, hist = (tables.row(tables.acts, source, o, step, phase) for o in ('mean', 'std', 'hist'))
+class Account:
+    "What is known around an event, a line of the table."
+    def __init__(self, recorded, event, spread):
+        self.recorded, self.event, self.spread, table = recorded, event, spread, recorded.table()
+        self.table, self.kind = table[table.phase == event.phase], 'NaN' if event.nan else 'Inf'
+        self.seen = self.others('forward').sort_values('place')
+
+    def others(self, stage, back=0):
+        "Give the lines of a stage in the step of the event, or the one so many steps before."
+        t = self.table
+        return t[(t.stage == stages.index(stage)) & (t.step == self.event.step - back)]
+
+    def last_finite(self, stage, source=None):
+        "Give the last step before the event in which a stage was finite; None without."
+        t = self.table
+        t = t[(t.stage == stages.index(stage)) & (t.step < self.event.step) & ~t.bad]
+        steps = t.step if source is None else t.step[t.source == source]
+        return int(steps.max()) if len(steps) else None
+
+    def finding(self) -> NonFinite:
+        "Say it in words."
+        e, stage = self.event, stages[self.event.stage]
+        where = f"step {e.step} (epoch {e.epoch}, {'training' if e.late else 'validation'})"
+        text = f"{where}, {words[stage](self, e)}{'' if self.spread else ' So far the loss is finite.'}"
+        located = stage != 'loss' or len(self.seen) > 0
+        return NonFinite(0, int(e.epoch), int(e.step), e.phase, stage, e.source, self.kind, self.spread,
+                         located, text)
+
+    def name(self, source):
+        kind = self.recorded.kinds.get(re.sub(r'[\[ ].*', '', source))
+        return f'{source} ({kind})' if kind else source
+
+    def row(self, cb, source, stat):
+        "Give the value of a layer in the step of the event; None without."
+        if cb is None: return None
+        s = cb.history.series(source, stat, self.event.phase, cb.history.run)
+        return next(iter(s.values[s.steps == self.event.step]), None)
+
+# %% ../nbs/42_watch.ipynb #f2cc6f53
+def size_words(a, source):
+    acts = a.recorded.acts
+    both = a.row(a.recorded.ranges, source, 'range')
+    mean, std, hist = (a.row(acts, source, o) for o in ('mean', 'std', 'hist'))
     found = [f'in [{both[0]:.3g}, {both[1]:.3g}]'] if both is not None else []
-    if hist is not None and both is None: found.append(_reach_words(tables.acts, hist))
+    if hist is not None and both is None: found.append(_reach_words(acts, hist))
     if mean is not None and std is not None: found.append(f'mean {mean:.3g}, std {std:.3g}')
-    return f"{tables.name(source)} {', '.join(found)}"
+    return f"{a.name(source)} {', '.join(found)}"
 
 def _reach_words(acts, hist):
     lo, hi = acts.hist_range
@@ -239,76 +231,49 @@ def _reach_words(acts, hist):
     if above: return f'{above/hist.sum():.0%} above {hi:g}'
     return f'at most {lo + (hi-lo)*(top[-1]+1)/acts.bins:.3g} in size' if len(top) else 'empty'
 
-def count_words(tables, source, step, phase):
-    hist = tables.row(tables.acts, source, 'hist', step, phase)
+def count_words(a, source):
+    hist = a.row(a.recorded.acts, source, 'hist')
     if hist is None: return ''
-    counts = [(hist[tables.acts.bins + outside.index(nm.lower())], nm) for nm in ('NaN', 'Inf')]
+    counts = [(hist[a.recorded.acts.bins + outside.index(nm.lower())], nm) for nm in ('NaN', 'Inf')]
     return f": {' and '.join(f'{n:,} {nm}' for n,nm in counts if n)} of {hist.sum():,}"
 
-# %% ../nbs/42_watch.ipynb #f2cc6f53
-class Account:
-    "What was found at index `i` of a trail, and what is known around it."
-    def __init__(self, tables, trail, i, step, phase, spread):
-        self.tables, self.trail, self.step, self.phase, self.spread = tables, trail, step, phase, spread
-        self.kind, self.epoch = 'NaN' if trail.nan[i] else 'Inf', int(trail.epochs[i])
-        self.trails = trails_of(tables, phase)
-        self.seen = [o for o in self.trails if o.stage == 'forward' and o.seen(step)]
-
-    def finding(self) -> NonFinite:
-        "Say it in words."
-        name = 'training' if self.phase == 'train' else 'validation'
-        text = f'step {self.step} (epoch {self.epoch}, {name}), {words[self.trail.stage](self)}'
-        located = self.trail.stage != 'loss' or bool(self.seen)
-        return NonFinite(0, self.epoch, self.step, self.phase, self.trail.stage, self.trail.source, self.kind,
-                         self.spread, located, text + ('' if self.spread else ' So far the loss is finite.'))
-
-    def others(self, stage):
-        "List trails of a stage that have a row of this step."
-        return [o for o in self.trails if o.stage == stage and o.seen(self.step)]
-
-    def size(self, trail): return size_words(self.tables, trail.source, self.step, self.phase)
+def forward_words(a, e):
+    mine = [nm for nm in a.others('weights').source if nm.rpartition('.')[0] == e.source]
+    state = f". Its parameters were finite ({', '.join(mine)})" if mine else ''
+    last = a.last_finite('forward', e.source)
+    since = f' (last finite in step {last})' if last is not None and last < e.step-1 else ''
+    fine = [size_words(a, nm) for nm in a.seen[a.seen.place < e.place].source[-3:]]
+    before = f". Before it: {'; '.join(fine)}" if fine else ''
+    return (f'forward: the output of {a.name(e.source)} is the first with {a.kind}'
+            f'{count_words(a, e.source)}{since}{before}{state}.')
 
 # %% ../nbs/42_watch.ipynb #d1766259
-def forward_words(a):
-    mine = [o.source for o in a.others('weights') if o.source.rpartition('.')[0] == a.trail.source]
-    state = f". Its parameters were finite ({', '.join(mine)})" if mine else ''
-    last, fine = a.trail.last_finite(a.step), [a.size(o) for o in a.seen if o.place < a.trail.place][-3:]
-    since = f' (last finite in step {last})' if last is not None and last < a.step-1 else ''
-    before = f". Before it: {'; '.join(fine)}" if fine else ''
-    return (f'forward: the output of {a.tables.name(a.trail.source)} is the first with {a.kind}'
-            f'{count_words(a.tables, a.trail.source, a.step, a.phase)}{since}{before}{state}.')
-
-def loss_words(a):
-    if a.seen:
-        last = a.size(max(a.seen, key=lambda o: o.place))
+def loss_words(a, e):
+    if len(a.seen):
         return (f'loss: it is {a.kind}, while the outputs of all {len(a.seen)} layers that were watched are '
-                f'finite. The last: {last}.')
-    steps = [o.last_finite(a.step) for o in a.trails if o.stage == 'forward']
-    last = max([o for o in steps if o is not None], default=None)
+                f'finite. The last: {size_words(a, a.seen.source.iloc[-1])}.')
+    last = a.last_finite('forward')
     known = '' if last is None else f' (last in step {last})'
     return (f'loss: it is {a.kind}. The layers were not watched in this step{known}, so where it came from '
             'is not known. Fit again from the same seed with learn.watch(every=1), or with ranges=True.')
 
-def backward_words(a):
-    later = [o for o in a.others('backward') if o.place > a.trail.place]
-    near = min(later, key=lambda o: o.place).source if later else ''
-    beside = f', that of {near}, nearer to the loss, is finite' if later else ''
-    fine = ' The forward pass was finite.' if a.seen else ''
-    return (f'backward: the gradient of {a.trail.source} is the first with {a.kind} on the way '
-            f'back{beside}.{fine}')
+def backward_words(a, e):
+    later = a.others('backward').query('place > @e.place').sort_values('place').source
+    beside = f', that of {later.iloc[0]}, nearer to the loss, is finite' if len(later) else ''
+    fine = ' The forward pass was finite.' if len(a.seen) else ''
+    return f'backward: the gradient of {e.source} is the first with {a.kind} on the way back{beside}.{fine}'
 
-def weights_words(a):
-    last = a.trail.last_finite(a.step)
+def weights_words(a, e):
+    last = a.last_finite('weights', e.source)
     since = '' if last is None else f'; in step {last} it was finite'
-    cause = ' The step that did it was not watched.' if a.step else ''
-    if any((o.stage, o.source) == ('update', a.trail.source) and o.seen(a.step-1) for o in a.trails):
+    cause = ' The step that did it was not watched.' if e.step else ''
+    if e.source in set(a.others('update', back=1).source):
         cause = " The optimizer's step before left it finite, so something else has changed it."
-    return f'weights: {a.trail.source} has {a.kind} before the forward pass{since}.{cause}'
+    return f'weights: {e.source} has {a.kind} before the forward pass{since}.{cause}'
 
-def update_words(a):
-    has_grad = a.trail.source in {o.source for o in a.others('backward')}
-    beside = ', though its gradient is finite' if has_grad else ''
-    return f"update: the optimizer's step makes {a.trail.source} {a.kind}{beside}."
+def update_words(a, e):
+    beside = ', though its gradient is finite' if e.source in set(a.others('backward').source) else ''
+    return f"update: the optimizer's step makes {e.source} {a.kind}{beside}."
 
 words = dict(forward=forward_words, loss=loss_words, backward=backward_words, weights=weights_words,
              update=update_words)
