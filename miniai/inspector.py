@@ -24,7 +24,7 @@ from .history import History
 from .hooks import Hook, named_tensors, select_modules, unwrap, warn_if_compiled
 from .kernels import add_to_row, empty_row, readable
 from .lens import OutputStats, aggregates, default_lenses, row_stat, summary
-from .parameters import choose_parameters, find_parameters
+from .hooks import choose_parameters, find_parameters
 from .rows import Rows, joined, to_host
 from .stats import Bins, Sums, grad_bins, output_bins, statistics, unit_axis, unit_view, widen
 from .visualizer import Recording, save_parquet, visualizer_named
@@ -623,9 +623,9 @@ def _failed(self:Inspector, lens, source, e):
 @patch
 def _find_parameters(self:Inspector):
     "All parameters of the model as it is now; new ones are found at the next epoch."
-    named = list(self.model.named_parameters())
-    if len(named) == len(self.params) and all(o.is_now(*n) for o,n in zip(self.params, named)): return
-    self.params, self._held = find_parameters(self.model), {}
+    found = find_parameters(self.model)
+    if found == self.params: return
+    self.params, self._held = found, {}
     for o in self.params: self._order.setdefault(o.name, (o.index, 0))
     for lens in self.lenses:
         if lens.tap not in ('grad', 'update', 'parameter'): continue
