@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import miniai
-from .case import Evidence, Findings
+from .evidence import Evidence, Findings
 from .collect import Cost
 from .hooks import unwrap
 from .page import Html, as_html, fact_list, lines_chart, map_chart, sparkline, table, tag
@@ -367,7 +367,7 @@ def _data(learn):
 def _looked(facts):
     "How many batches the numbers are of."
     often = lambda n, seen: f'{n:,} of {seen:,}' + (': every one' if n == seen else '')
-    return '; '.join(f'{phase} {often(*o)}' for phase,o in facts.looked.items()) or None
+    return '; '.join(f'{phase} {often(*o)}' for phase,o in facts.sampled.items()) or None
 
 def _thinned(evidence):
     found = {stat: n for h in evidence.histories for stat,n in h.thinned().items()}

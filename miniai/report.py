@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 
 from .callback import Callback
-from .case import Findings, evidence_of
+from .evidence import Findings, evidence_of
 from .diagnose import diagnose
 from .history import is_main
 from .hooks import unwrap

@@ -9,7 +9,7 @@ from torch import nn
 
 from miniai.activations import ActivationStats
 from miniai.callback import Callback
-from miniai.case import Evidence, Facts
+from miniai.evidence import Evidence, Facts
 from miniai.conv import conv
 from miniai.datasets import DataLoaders
 from miniai.device import set_seed
