@@ -36,12 +36,17 @@ def some_of(names, n):
     at = np.unique(np.linspace(0, len(names)-1, min(n, len(names))).round().astype(int))
     return [names[i] for i in at]
 
-def draw_runs(o, stats, max_layers, log, width):
-    "The figure of `Comparison.plot`."
+def draw_runs(self,
+    stats=None,   # statistics, a row each; default loss, std, death_rate, grad_norm, update_ratio
+    max_layers=5, # plots in a row
+    log=('grad_norm', 'update_ratio', 'update_norm'), # statistics with a logarithmic axis
+    width=2.2     # of a plot, in inches
+): # the figure
+    "Draw the runs into one plot for each layer and statistic."
     from miniai.plots import caption, plot_lines, subplots
-    recorded = dict.fromkeys(what for _,what in o.keys)
+    recorded = dict.fromkeys(what for _,what in self.keys)
     stats = listify(stats) or [stat for stat in _first_stats if stat in recorded] or list(recorded)[:5]
-    rows = [some_of([nm for nm,what in o.keys if what == stat and nm != 'epoch'], max_layers)
+    rows = [some_of([nm for nm,what in self.keys if what == stat and nm != 'epoch'], max_layers)
             for stat in stats]
     n = max(map(len, rows)) or 1
     fig, axs = subplots(len(rows), n, figsize=(width*n, 1.6*len(rows)+.4), squeeze=False)
@@ -49,15 +54,15 @@ def draw_runs(o, stats, max_layers, log, width):
     for stat,names,own in zip(stats, rows, axs):
         for ax,name in zip(own, names):
             ax.set_visible(True)
-            for run,evidence in o.runs.items():
-                track = evidence.track(name, stat, o.phase)
+            for run,evidence in self.runs.items():
+                track = evidence.track(name, stat, self.phase)
                 if len(track): plot_lines(ax, track.steps, {run: track.values}, legend=False, lw=1)
             if stat in log and any((line.get_ydata() > 0).any() for line in ax.lines): ax.set_yscale('log')
             ax.set_title(stat if name == 'batch' else f'{stat}  {name}', fontsize=8)
             ax.tick_params(labelsize=7)
-    fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside upper right', ncols=len(o.runs),
+    fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside upper right', ncols=len(self.runs),
                fontsize=8)
-    caption(fig, f'{"Training" if o.phase == "train" else "Validation"}, by step.')
+    caption(fig, f'{"Training" if self.phase == "train" else "Validation"}, by step.')
     return fig
 
 # %% ../nbs/56_compare.ipynb #c6c16a14
@@ -94,15 +99,7 @@ class Comparison:
             table['only in'] = [', '.join(np.array(names)[~row]) if row.any() else '' for row in gaps]
         return table.iloc[np.argsort(-differences(ends, spreads), kind='stable')].reset_index(drop=True)
 
-    def plot(self,
-        stats=None,   # statistics, a row each; default loss, std, death_rate, grad_norm, update_ratio
-        max_layers=5, # plots in a row
-        log=('grad_norm', 'update_ratio', 'update_norm'), # statistics with a logarithmic axis
-        width=2.2     # of a plot, in inches
-    ): # the figure
-        "Draw the runs into one plot for each layer and statistic."
-        return draw_runs(self, stats, max_layers, log, width)
-
+    plot = draw_runs
     def _repr_html_(self): return self.table._repr_html_()
     def __repr__(self): return repr(self.table)
 

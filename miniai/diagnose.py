@@ -14,9 +14,10 @@ import torch
 from fastcore.basics import listify, patch
 
 from .callback import Callback, CancelFitException
+from .distributed import gather, is_main
 from .evidence import (Chart, Evidence, Facts, Finding, Findings, Param, Track, evidence_of, levels,
                              unknown)
-from .history import History, is_main
+from .history import History
 from .inspector import Inspector
 from .learner import Learner
 from .loss_rules import consequences
@@ -49,7 +50,7 @@ def asked(nm, f, evidence, given):
         warnings.warn(f'diagnose: rule {nm!r} failed ({type(e).__name__}: {e})', stacklevel=3)
         return [], f'it failed ({type(e).__name__}: {e})'
 
-# %% ../nbs/53_diagnose.ipynb #2173a6e5
+# %% ../nbs/53_diagnose.ipynb #78768423
 def diagnose(
     x,           # History, Learner, Inspector, Watcher, callback, Recording, path of a file; a list of them
     rules=None,  # name or names of the rules to ask; default all
@@ -167,16 +168,8 @@ class StopOnCB(Callback):
 
     def _test(self, learn):   # waits for the device: it reads the flag, and the tables that a condition needs
         reasons = (o.why(learn, bool(self._bad)) for o in self.conditions)
-        self.reason = of_all_processes(next((o for o in reasons if o), None))
+        own = next((o for o in reasons if o), None)
+        self.reason = next((o for o in gather(own) if o), None)   # of all processes: they stop together
         if self.reason is None: return
         if is_main(): print(f'StopOnCB: stopped after {self._n} steps, since {self.reason}')
         raise CancelFitException()
-
-# %% ../nbs/53_diagnose.ipynb #a150f17d
-def of_all_processes(reason):
-    "The first reason that any process has: they stop together."
-    dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized()): return reason
-    found = [None]*dist.get_world_size()
-    dist.all_gather_object(found, reason)   # waits for the others
-    return next((o for o in found if o), None)

@@ -124,6 +124,7 @@ def last_run(history):
     runs = [o for key in history.keys() if key[0] == 'train' for o in history.runs_of(*key)[-1:]]
     return int(max(runs, default=max(history.run, 0)))
 
+# %% ../nbs/50_evidence.ipynb #d11658cb
 class RunTables:
     "The tables of one run, and its facts."
     def __init__(self,
