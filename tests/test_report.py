@@ -11,7 +11,7 @@ from torch import nn
 import miniai.report
 from miniai.activations import ActivationStats
 from miniai.callback import Callback
-from miniai.case import Evidence, Facts
+from miniai.evidence import Evidence, Facts
 from miniai.charts import colors as line_colors, kept_rows, numbers, short_name
 from miniai.conv import conv
 from miniai.datasets import DataLoaders
