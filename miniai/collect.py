@@ -200,7 +200,7 @@ class OutputTap:
         self.hooks, self.others = Hooks([], self._on_output), Hooks([], self._pass)
         self.live, self.forward = False, 0
         self.sources = {}   # layer -> its rows' names, in the order of calls
-        self.kinds, self.axes, self.fired = {}, {}, set()
+        self.kinds, self.axes, self.fired = {}, {}, {}
         self._known, self._last, self.paused = {}, None, False
 
     def attach(self,
@@ -271,7 +271,7 @@ class OutputTap:
         again = hook.forward == self.forward
         hook.call = hook.call + 1 if again else 0
         hook.forward, hook.shape = self.forward, None
-        self.fired.add(hook.name)
+        self.fired.setdefault(hook.name)
         if hook.call >= self.max_calls:
             return self.told(hook.name, f'is called more than {self.max_calls} times in a step; the rest is '
                                         'not recorded')

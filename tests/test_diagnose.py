@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from planted import faults, healthy, is_right, mlp, train
 from shared import CountReads, HandSGD, ReadsPerStep
 from torch import nn, optim
 
@@ -22,7 +23,6 @@ from miniai.hooks import count_hooks
 from miniai.inspector import Inspector, InspectorCB
 from miniai.learner import Learner, TrainCB
 from miniai.lens import LossMetrics, OutputActivation, OutputNorm, ParameterGradientGeometry, ParameterUpdateGeometry
-from miniai.planted import faults, healthy, is_right, mlp, train
 from miniai.visualizer import open_recording
 from miniai.watch import Watcher
 
