@@ -372,8 +372,3 @@ class RunningMean:
 
     def state_dict(self): return dict(total=self.total, weight=self.weight)
     def load_state_dict(self, state): self.total, self.weight = state['total'], state['weight']
-
-def is_main():
-    "Say whether this is the process that prints and writes; True, too, where it is the only one."
-    dist = torch.distributed
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
