@@ -33,12 +33,13 @@ from tqdm import tqdm
 
 from .callback import Callback, CancelFitException, as_cbs
 from .datasets import DataLoaders, MemoryLoader, fashion_mnist
-from .device import def_device, set_seed, to_device
+from .device import batch_size, def_device, rng_state, set_rng_state, set_seed, to_device
+from .files import atomic_write
 from .hooks import Hooks, named_tensors, select_modules, unwrap, warn_if_compiled
 from .kernels import add_to_row, empty_row
-from .learner import (DeviceCB, Learner, MetricsCB, TrainCB, _batch_size, _in_notebook, _in_terminal,
-                            _rng_state, _set_rng_state)
+from .learner import (DeviceCB, Learner, MetricsCB, TrainCB)
 from .stats import Sums, measure, output_bins, statistics, unit_axis, unit_view
+from .plots import in_notebook, in_terminal
 from .training import accuracy
 
 # %% ../nbs/60_actfns.ipynb #254e2d3a
@@ -208,13 +209,6 @@ class BaseNetwork(nn.Module):
     def forward(self, x): return self.layers(x.flatten(1))
 
 # %% ../nbs/60_actfns.ipynb #8a86804f
-def _write(path, data):
-    "`data` into `path`, down to the disk."
-    with open(path, 'wb') as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
 def _put_back(folder, temp, nm):
     "Undo the renaming of one file, if it has happened."
     if (temp/nm).exists(): return
@@ -227,7 +221,7 @@ def _write_all(folder, files):
     with TemporaryDirectory(dir=folder, prefix='.saving-') as temp:
         temp = Path(temp)
         for nm,data in files.items():
-            _write(temp/nm, data)
+            atomic_write(temp/nm, data)
             if (folder/nm).exists(): shutil.copy2(folder/nm, temp/f'{nm}.old')
         try:
             for nm in files: os.replace(temp/nm, folder/nm)
@@ -332,9 +326,9 @@ def _net_from(path):
 @contextmanager
 def _rng_kept(dl=None):
     "All random states are afterwards what they were before, those of the loader `dl` too."
-    before = _rng_state(_Loaders(dl))
+    before = rng_state(_Loaders(dl))
     try: yield
-    finally: _set_rng_state(before)
+    finally: set_rng_state(before)
 
 _Loaders = namedtuple('_Loaders', 'train')
 
@@ -527,7 +521,7 @@ def _numbers(a, axis=1):
 def _output_row(o):
     "Numbers of one output."
     numbers, flat = _numbers(o.a, o.axis), _saturated(o.x, o.a, o.shape)
-    return dict(numbers, layer=o.source, function=o.function, samples=_batch_size(o.a), fed_by=o.fed_by,
+    return dict(numbers, layer=o.source, function=o.function, samples=batch_size(o.a), fed_by=o.fed_by,
                 dead=numbers['death_rate'], saturated=np.nan if flat is None else flat.float().mean().item())
 
 def _grad_row(name, grad, saturated):
@@ -771,7 +765,7 @@ class _Count:
 def _count(net, dl, layers, axis, progress, n_inp):
     "Run all of the loader through the model; a `_Count` for each output."
     counts = defaultdict(_Count)
-    hide = not (progress and (_in_notebook() or _in_terminal()))   # in a log file a bar would be many lines
+    hide = not (progress and (in_notebook() or in_terminal()))   # in a log file a bar would be many lines
     dl = [dl] if isinstance(dl, (torch.Tensor, tuple)) or _is_listed_batch(dl) else dl
     with _undisturbed(net, dl), _Taps(net, layers, lambda o: counts[o.source].add(o), axis) as taps:
         for batch in tqdm(dl, leave=False, disable=hide):

@@ -18,11 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .callback import Callback, CancelFitException, as_cbs
-from .device import to_cpu
+from .device import batch_size, rng_state, set_rng_state, to_cpu
 from .history import History
 from .hooks import Hooks, named_tensors, select_modules, unwrap
 from .init import BatchTransformCB, undisturbed
-from .learner import Learner, _batch_size, _rng_state, _set_rng_state
+from .learner import Learner
 from .stats import mean_std
 
 # %% ../nbs/33_augment.ipynb #32317c96
@@ -38,13 +38,13 @@ class _FirstBatch(Callback):
 @contextmanager
 def _put_back(learn):
     "Afterwards the learner is as it was, except for what its callbacks have written down."
-    attrs,rng = dict(vars(learn)),_rng_state(learn.dls)
+    attrs,rng = dict(vars(learn)),rng_state(learn.dls)
     try:
         with undisturbed(learn.model): yield
     finally:
         vars(learn).clear()
         vars(learn).update(attrs)
-        _set_rng_state(rng)
+        set_rng_state(rng)
 
 # %% ../nbs/33_augment.ipynb #6b04c360
 class _NoOpt:
@@ -197,7 +197,7 @@ def summary(self:Learner,
         raise ValueError('summary: the model has lazy layers, which get their size from the first batch; '
                          'run one through the model first')
     def measure(learn):
-        model,bs = unwrap(learn.model),_batch_size(learn.batch)
+        model,bs = unwrap(learn.model),batch_size(learn.batch)
         chosen = select_modules(model, what)
         macs,calls = _watch(learn, chosen)
         rows = [_layer(nm, m, calls, macs, bs) for nm,m in chosen]

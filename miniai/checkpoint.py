@@ -9,7 +9,6 @@ __all__ = ['CheckpointError', 'save_state', 'load_state', 'learner_state', 'load
 import json, os, shutil, warnings, zlib
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from .accel import gather
 from .callback import Callback
-from .device import to_device
-from .history import is_main
+from .device import rng_state, set_rng_state, to_device
+from .distributed import gather, is_main, rank, start_processes
+from .files import atomic_write
 from .hooks import unwrap
-from .learner import Learner, _rng_state, _set_rng_state
+from .learner import Learner
 
 # %% ../nbs/36_checkpoint.ipynb #4f4a5245
 _plain = type(None), bool, int, float, str
@@ -120,20 +119,10 @@ def save_state(
     _write_whole(Path(path), to_bytes(tensors, dict(miniai=text, sum=str(zlib.crc32(text.encode())))))
 
 def _write_whole(path, data):
-    temp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        with open(temp, 'wb') as file: _write(file, data)
-        os.replace(temp, path)
-    except BaseException as e:
-        with suppress(OSError): temp.unlink()
-        if not isinstance(e, OSError): raise
+    try: atomic_write(path, data)
+    except OSError as e:
         raise OSError(e.errno, f'checkpoint {path.name} was not written: {e.strerror}; what was saved before '
                                'it is whole', str(path)) from e
-
-def _write(file, data, piece=2**20):
-    for i in range(0, len(data), piece): file.write(data[i:i+piece])
-    file.flush()
-    os.fsync(file.fileno())   # a rename must not reach the disk before the data
 
 # %% ../nbs/36_checkpoint.ipynb #59ac61f1
 def load_state(
@@ -180,7 +169,7 @@ def _rng_to_save(rng): return [*rng[:-1], [state for _,state in rng[-1]]]
 
 def _own_state(learn, batches):
     "What each process has of its own."
-    now = _rng_state(learn.dls)
+    now = rng_state(learn.dls)
     return dict(history=learn.history.state_dict(), rng=_rng_to_save(now),
                 epoch_rng=_rng_to_save(learn._rng if batches else now),
                 callbacks={nm: to_device(cb.state_dict(), 'cpu') for nm,cb in _with_state(learn).items()})
@@ -254,7 +243,7 @@ class _Resume:
         done = self.state['batches']
         if not done: self.load(learn)
         learn._rng = self._rng(learn, 'epoch_rng')
-        _set_rng_state(learn._rng)
+        set_rng_state(learn._rng)
         self._warn_of_workers(learn.dl)
         numbered = enumerate(learn.dl)
         for i in range(done):
@@ -277,16 +266,16 @@ class _Resume:
 @patch
 def _own(self:_Resume):
     "The part of this process."
-    parts, n = self.state['processes'], len(gather(None))
+    parts, n = self.state['processes'], start_processes()
     if len(parts) != n:
         raise CheckpointError(f'{self.path} was saved by {len(parts)} processes, and now there are {n}')
-    return parts[torch.distributed.get_rank() if n > 1 else 0]
+    return parts[rank()]
 
 @patch
 def _rng(self:_Resume, learn, nm):
     *states, gens = self._own()[nm]
     if states[-1] is not None: states[-1] = states[-1][:torch.cuda.device_count()] or None
-    return *states, list(zip([g for g,_ in _rng_state(learn.dls)[-1]], gens))
+    return *states, list(zip([g for g,_ in rng_state(learn.dls)[-1]], gens))
 
 @patch
 def check(self:_Resume, learn):
@@ -353,7 +342,7 @@ def load(self:_Resume, learn):
         if nm in own['callbacks']: cb.load_state_dict(to_device(own['callbacks'][nm], device))
     learn.history.load_state_dict(own['history'])
     learn.n_steps,learn.epochs_done = state['n_steps'],state['epoch']
-    _set_rng_state(self._rng(learn, 'rng'))
+    set_rng_state(self._rng(learn, 'rng'))
 
 def _like(grad, p): return None if grad is None else grad.to(p.device)
 

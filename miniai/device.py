@@ -64,6 +64,29 @@ def to_cpu(
     "Bring every tensor inside `x` to the CPU, detached; float16 and bfloat16 become float32."
     return _walk(x, _cpu)
 
+# %% ../nbs/00_device.ipynb #8e1174fa
+def _first_len(o):
+    if isinstance(o, torch.Tensor): return len(o) if o.ndim else None
+    if isinstance(o, Mapping): o = o.values()
+    elif not isinstance(o, (list, tuple)): return None
+    return next((n for n in map(_first_len, o) if n is not None), None)
+
+def batch_size(
+    batch # any nesting of tensors
+) -> int: # 1 if there is no tensor with a first axis in it
+    "Length of the first tensor inside `batch`."
+    return _first_len(batch) or 1
+
+# %% ../nbs/00_device.ipynb #42cc3539
+def cloned(o):
+    "A copy of tensor `o` without its graph; None of None."
+    return None if o is None else o.detach().clone()
+
+def refilled(old, now):
+    "The values of tensor `old`, inside `now` where they fit; on its device in any case."
+    if old is None or now is None: return old
+    return now.copy_(old) if (now.shape, now.dtype) == (old.shape, old.dtype) else old.to(now.device)
+
 # %% ../nbs/00_device.ipynb #f49a9949
 def set_seed(
     seed:int, # any integer
@@ -75,6 +98,33 @@ def set_seed(
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
+
+# %% ../nbs/00_device.ipynb #7ba807ca
+def generators(dl):
+    "The random generators that a loader was given."
+    parts = dl, getattr(dl, 'sampler', None), getattr(getattr(dl, 'batch_sampler', None), 'sampler', None)
+    found = [getattr(o, 'generator', None) for o in parts]
+    return [o for o in found if isinstance(o, torch.Generator)]
+
+def rng_state(
+    dls=None # object with the loaders `.train` and `.valid`, whose generators count too
+) -> tuple: # Python's, NumPy's, PyTorch's on the CPU and on CUDA, pairs of a loader's generator and its state
+    "All random states that a fit draws from."
+    found = [g for nm in ('train', 'valid') for g in generators(getattr(dls, nm, None))]
+    return (random.getstate(), np.random.get_state(), torch.get_rng_state(),
+            torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None,
+            [(g, g.get_state()) for g in {id(g): g for g in found}.values()])
+
+def set_rng_state(
+    state:tuple # of `rng_state`
+):
+    "Go back to random states."
+    python,numpy,cpu,cuda,gens = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda is not None: torch.cuda.set_rng_state_all(cuda)
+    for g,s in gens: g.set_state(s)
 
 # %% ../nbs/00_device.ipynb #4ba5c9c8
 def _forget_traceback():

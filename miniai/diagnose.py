@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from .callback import Callback, CancelFitException
 from .case import Chart, Evidence, Facts, Finding, Findings, Param, Track, evidence_of, levels, unknown
 from .checks import Missing, rule, rules
-from .history import History, is_main
+from .distributed import gather, is_main
+from .history import History
 from .inspector import Inspector
 from .learner import Learner
 
@@ -187,8 +188,4 @@ class StopOnCB(Callback):
 
 def _of_all(reason):
     "Of several processes the first that has a reason: they stop together."
-    dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized()): return reason
-    found = [None]*dist.get_world_size()
-    dist.all_gather_object(found, reason)   # waits for the others
-    return next((o for o in found if o), None)
+    return next((o for o in gather(reason) if o), None)

@@ -16,9 +16,10 @@ from fastcore.basics import groupby, noop, patch
 from .activations import HooksCallback, _empty, _fit_size, _outside_text, _steps
 from .callback import Callback
 from .collect import Cost, ParameterTap, Sampler, Told
+from .device import batch_size
 from .history import History
 from .hooks import named_tensors, unwrap
-from .learner import TrainCB, _batch_size
+from .learner import TrainCB
 from .parameters import choose_parameters, find_parameters, parameter_matches
 from .rows import Rows
 from .stats import Bins, effective_rank, unit_axis, widen
@@ -96,7 +97,7 @@ def before_batch(self:_AtSteps, learn):
 
 @patch
 def after_loss(self:_AtSteps, learn):
-    if self.active: self._samples += _batch_size(learn.batch)
+    if self.active: self._samples += batch_size(learn.batch)
 
 @patch
 def after_batch(self:_AtSteps, learn): self._going = getattr(learn, 'hold', False)

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 from .callback import Callback
 from .conv import conv as _plain_conv
-from .device import clean_mem, def_device, to_device
+from .device import clean_mem, cloned, def_device, refilled, rng_state, set_rng_state, to_device
 from .hooks import Hook, Hooks, select_modules, unwrap
-from .learner import DeviceCB, _clone, _like, _rng_state, _set_rng_state
+from .learner import DeviceCB
 from .stats import mean_std
 
 # %% ../nbs/30_init.ipynb #e5136692
@@ -207,21 +207,21 @@ def undisturbed(
     model:nn.Module # any module
 ):
     "No gradients inside; afterwards modes, buffers, attributes and random states are as before."
-    kept = [(m, dict(vars(m)), {k: _clone(o) for k,o in m._buffers.items()}) for m in model.modules()]
-    rng = _rng_state(None)
+    kept = [(m, dict(vars(m)), {k: cloned(o) for k,o in m._buffers.items()}) for m in model.modules()]
+    rng = rng_state()
     try:
         with torch.no_grad(): yield
     finally:
         with torch.no_grad():
             for m,attrs,buffers in kept: _put_back(m, attrs, buffers)
-        _set_rng_state(rng)
+        set_rng_state(rng)
 
 # %% ../nbs/30_init.ipynb #abc562de
 def _put_back(m, attrs, buffers):
     "The attributes and buffers of one module, as they were."
     vars(m).clear()
     vars(m).update(attrs)
-    for nm,old in buffers.items(): m._buffers[nm] = _like(old, m._buffers.get(nm))
+    for nm,old in buffers.items(): m._buffers[nm] = refilled(old, m._buffers.get(nm))
 
 # %% ../nbs/30_init.ipynb #2c942588
 def _run(model, xb):

@@ -19,6 +19,7 @@ from torch.optim import optimizer as torch_optimizer
 from .activations import OutputPlots
 from .callback import Callback
 from .collect import Cost, OutputTap, ParameterTap, Sampler, Told, in_backward
+from .distributed import gather, rank, world_size
 from .history import History
 from .hooks import Hook, named_tensors, select_modules, unwrap, warn_if_compiled
 from .kernels import add_to_row, empty_row, readable
@@ -288,8 +289,6 @@ def _batch_len(o):
     "Length of the first tensor with axes somewhere in `o`; None without one."
     if o and isinstance(o, tuple) and isinstance(o[0], torch.Tensor) and o[0].ndim: return o[0].shape[0]
     return next((a.shape[0] for _,a in named_tensors(o) if a.ndim), None)
-
-def _distributed(): return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 # %% ../nbs/45_inspector.ipynb #05d39404
 class Inspector:
@@ -829,7 +828,7 @@ Inspector.tick = Inspector.tick_epoch
 def _close_epoch(self:Inspector, share):
     for o in self._tables.values(): o.close()
     values = self._numbers_of_epoch()
-    if share and _distributed(): values = self._gather(values)
+    if share and world_size() > 1: values = self._gather(values)
     self._history.flush()   # waits for the device
     self._rank_sources()
     done = set()
@@ -841,7 +840,7 @@ def _close_epoch(self:Inspector, share):
         for stat,value in (('size', max(sizes, key=sizes.get)), ('count', sizes.total())):
             self._history.record('batches', stat, float(value), **self._where(phase))
     self._tell_silent()
-    if not _distributed() or torch.distributed.get_rank() == self.master_rank: self._draw()
+    if world_size() == 1 or rank() == self.master_rank: self._draw()
 
 @patch
 def _place(self:Inspector, source): return self._order.get(source, (len(self._order), 0))
@@ -954,8 +953,7 @@ def _gather(self:Inspector, values):
     same = {key for key in values if own[id(self.lenses[int(key[2][0])])]}
     mine = ({tap: self._tables[tap].state_dict(unmerged=True) for tap in _merged if tap in self._tables},
             {key: o for key,o in values.items() if key not in same}, self._batches)
-    everyone = [None]*torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)   # waits for the device and for the others
+    everyone = gather(mine)   # waits for the device and for the others
     for tap in mine[0]: self._tables[tap].merge([o[0][tap] for o in everyone])
     res = {key: values[key] for key in same}
     for key in dict.fromkeys(key for o in everyone for key in o[1]):

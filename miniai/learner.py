@@ -8,7 +8,7 @@ __all__ = ['Learner', 'TrainCB', 'TrainLearner', 'MomentumLearner', 'SingleBatch
            'CancelEpochException', 'run_cbs', 'with_cbs', 'to_cpu']
 
 # %% ../nbs/21_learner.ipynb #ef154455
-import copy, io, math, random, sys, time, warnings
+import copy, io, math, sys, time, warnings
 from collections import namedtuple
 from collections.abc import Mapping
 from functools import partial
@@ -24,25 +24,15 @@ from tqdm import tqdm
 from .callback import (Callback, CancelBatchException, CancelEpochException, CancelFitException, as_cbs,
                              bind_event, call_event, events, explained, give_learner, run_cbs, warn_misspelt,
                              with_cbs, work_events)
-from .device import def_device, to_cpu, to_device
-from .history import History, RunningMean, is_main
+from .device import (batch_size, cloned, def_device, refilled, rng_state, set_rng_state, to_cpu,
+                           to_device)
+from .distributed import is_main
+from .history import History, RunningMean
+from .plots import in_notebook, in_terminal
 
 # %% ../nbs/21_learner.ipynb #327ecf9f
 _all_ = ['Callback', 'CancelFitException', 'CancelBatchException', 'CancelEpochException',
          'run_cbs', 'with_cbs', 'to_cpu']
-
-# %% ../nbs/21_learner.ipynb #ad8e2a68
-def _batch_size(
-    batch # any nesting of tensors
-) -> int: # 1 if there is no tensor with a first axis in it
-    "Length of the first tensor inside `batch`."
-    return _first_len(batch) or 1
-
-def _first_len(o):
-    if isinstance(o, torch.Tensor): return len(o) if o.ndim else None
-    if isinstance(o, Mapping): o = o.values()
-    elif not isinstance(o, (list, tuple)): return None
-    return next((n for n in map(_first_len, o) if n is not None), None)
 
 # %% ../nbs/21_learner.ipynb #e117ca27
 class Learner:
@@ -231,7 +221,7 @@ def _numbered(self:Learner):
     "The batches of this pass with their numbers; after a resume, those that were done are left out."
     resume,self._resume = self._resume,None
     if resume and self.training: return resume.batches(self)
-    if self.training: self._rng = _rng_state(self.dls)
+    if self.training: self._rng = rng_state(self.dls)
     return enumerate(self.dl)
 
 # %% ../nbs/21_learner.ipynb #6e5276ea
@@ -284,7 +274,7 @@ def record(self:Learner,
     samples:int=None # samples the value was computed from; default those of the current batch
 ):
     "One row into `history`, at the step, epoch and phase the fit is in."
-    if samples is None: samples = _batch_size(self.batch) if 'batch' in vars(self) else 0
+    if samples is None: samples = batch_size(self.batch) if 'batch' in vars(self) else 0
     where = dict(step=self.n_steps, epoch=self.epoch, phase=self.phase)
     self.history.record(source, stat, value, samples=samples, **where)
 
@@ -311,32 +301,6 @@ def _end(self:Learner, added, modes):
     for nm in {'preds', 'loss'} & set(vars(self)):   # the last graph may go
         setattr(self, nm, _detach(getattr(self, nm)))
     self.history.flush()
-
-# %% ../nbs/21_learner.ipynb #3247e01c
-def _generators(dl):
-    "The random generators that a loader was given."
-    parts = dl, getattr(dl, 'sampler', None), getattr(getattr(dl, 'batch_sampler', None), 'sampler', None)
-    found = [getattr(o, 'generator', None) for o in parts]
-    return [o for o in found if isinstance(o, torch.Generator)]
-
-def _all_generators(dls):
-    "Those of both loaders, each once."
-    found = [g for nm in ('train', 'valid') for g in _generators(getattr(dls, nm, None))]
-    return list({id(g): g for g in found}.values())
-
-def _rng_state(dls):
-    "All random states that a fit draws from."
-    return (random.getstate(), np.random.get_state(), torch.get_rng_state(),
-            torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None,
-            [(g, g.get_state()) for g in _all_generators(dls)])
-
-def _set_rng_state(state):
-    python,numpy,cpu,cuda,gens = state
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if cuda is not None: torch.cuda.set_rng_state_all(cuda)
-    for g,s in gens: g.set_state(s)
 
 # %% ../nbs/21_learner.ipynb #5bccbe23
 def _split_batch(
@@ -412,7 +376,7 @@ class _FuncMetric:
     def update(self, preds, *targets):
         res = self.f(preds, *targets)
         if not isinstance(res, torch.Tensor): res = torch.tensor(float(res))
-        self.mean.update(res, _batch_size(targets))
+        self.mean.update(res, batch_size(targets))
     def compute(self): return self.mean.compute()
     def state_dict(self): return self.mean.state_dict()
     def load_state_dict(self, state): self.mean.load_state_dict(state)
@@ -476,7 +440,7 @@ class MetricsCB(Callback):
         preds,targets = _detach(learn.preds),self._targets(learn)
         with torch.no_grad():
             for nm,o in self.metrics.items(): self._do(nm, o.update, preds, *targets)
-        self.loss.update(learn.loss, weight=_batch_size(learn.batch))
+        self.loss.update(learn.loss, weight=batch_size(learn.batch))
         self.n += 1
 
     def after_epoch(self, learn):
@@ -563,14 +527,6 @@ class _LateValue:
             self.value = float(self.host.numpy())
         return self.value
 
-# %% ../nbs/21_learner.ipynb #67c3fd49
-def _in_notebook():
-    "Whether a Jupyter kernel is running this."
-    shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
-    return 'IPKernelApp' in getattr(shell, 'config', {})
-
-def _in_terminal(): return bool(getattr(sys.stderr, 'isatty', bool)())
-
 # %% ../nbs/21_learner.ipynb #e5131ea4
 class _Display:
     "One output of a notebook, replaced by each new one."
@@ -600,7 +556,7 @@ class ProgressCB(Callback):
     ): self.plot = plot
 
     def before_fit(self, learn):
-        self.notebook,self.terminal = _in_notebook() and is_main(),_in_terminal() and is_main()
+        self.notebook,self.terminal = in_notebook() and is_main(),in_terminal() and is_main()
         self._draws = self.plot and self.notebook and not learn.trial
         self.rows,self._keys,self._table,self._picture = [],None,_Display(),_Display()
         self._smooth,self._late,self._mean = None,_LateValue(),RunningMean()
@@ -615,7 +571,7 @@ class ProgressCB(Callback):
         loss = learn.loss.detach()
         if learn.training:
             self._smooth = loss.clone() if self._smooth is None else self._smooth.lerp(loss, 0.1)
-        if self._printer is None: self._mean.update(loss, _batch_size(learn.batch))
+        if self._printer is None: self._mean.update(loss, batch_size(learn.batch))
 
     def cleanup_batch(self, learn):
         if self._bar is None: return
@@ -864,11 +820,11 @@ def plot(self:LRFinderCB,
 class _Snapshot:
     "A learner as it is now; `restore` puts it back, in place."
     def __init__(self, learn):
-        self.learn,self.attrs,self.rng = learn,dict(vars(learn)),_rng_state(learn.dls)
+        self.learn,self.attrs,self.rng = learn,dict(vars(learn)),rng_state(learn.dls)
         modules = [m for o in (learn.model, learn.loss_func) if isinstance(o, nn.Module) for m in o.modules()]
-        self.params = [(p, p.detach().clone(), _clone(p.grad))
+        self.params = [(p, p.detach().clone(), cloned(p.grad))
                        for m in modules for p in m.parameters(recurse=False)]
-        self.buffers = [(m, nm, _clone(o)) for m in modules for nm,o in m._buffers.items()]
+        self.buffers = [(m, nm, cloned(o)) for m in modules for nm,o in m._buffers.items()]
         self.opt = copy.deepcopy(learn.opt.state_dict()) if hasattr(learn.opt, 'state_dict') else None
 
     @torch.no_grad()
@@ -878,17 +834,9 @@ class _Snapshot:
         for p,old,grad in self.params:
             p.copy_(old)
             p.grad = None if grad is None else grad.to(p.device)
-        for m,nm,old in self.buffers: m._buffers[nm] = _like(old, m._buffers.get(nm))
+        for m,nm,old in self.buffers: m._buffers[nm] = refilled(old, m._buffers.get(nm))
         if self.opt is not None: self.learn.opt.load_state_dict(self.opt)
-        _set_rng_state(self.rng)
-
-def _clone(o): return None if o is None else o.detach().clone()
-
-def _like(old, now):
-    "The values of buffer `old`, inside `now` where they fit; on its device in any case."
-    if old is None or now is None: return old
-    # the fit may have moved the model
-    return now.copy_(old) if (now.shape, now.dtype) == (old.shape, old.dtype) else old.to(now.device)
+        set_rng_state(self.rng)
 
 # %% ../nbs/21_learner.ipynb #94519abc
 @patch

@@ -7,13 +7,15 @@ __all__ = ['Html', 'as_html', 'tag', 'fact_list', 'table', 'numbers', 'kept_rows
            'sparkline', 'page_html', 'write_page']
 
 # %% ../nbs/55_page.ipynb #bf6e8267
-import base64, gzip, json, os, secrets
+import base64, gzip, json, secrets
 from functools import lru_cache
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
+
+from .files import atomic_write
 
 # %% ../nbs/55_page.ipynb #690fa5a3
 class Html(str):
@@ -265,11 +267,5 @@ def write_page(
     page:str # what
 ) -> Path:
     "Write a page so that who reads it finds the old one or the new one, whole; folders are made."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    try:
-        beside.write_text(page, encoding='utf-8', errors='backslashreplace')
-        os.replace(beside, path)
-    finally: beside.unlink(missing_ok=True)
-    return path
+    atomic_write(path, page.encode('utf-8', 'backslashreplace'))
+    return Path(path)

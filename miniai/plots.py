@@ -6,20 +6,33 @@
 __all__ = ['subplots', 'get_grid', 'show_image', 'show_images', 'plot_lines', 'heatmap', 'caption']
 
 # %% ../nbs/01_plots.ipynb #64afdaac
-import math, textwrap
+import math, sys, textwrap
 from functools import partial
 from itertools import zip_longest
 
 import numpy as np
 
 # %% ../nbs/01_plots.ipynb #080c5ce9
-def _show_once(fig):
-    "What a notebook calls for a figure that is the result of a cell."
+def in_notebook() -> bool:
+    "Whether a Jupyter kernel is running this."
+    shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
+    return 'IPKernelApp' in getattr(shell, 'config', {})
+
+def in_terminal() -> bool:
+    "Whether somebody at a terminal reads what is printed."
+    return bool(getattr(sys.stderr, 'isatty', bool)())
+
+def _show(fig):
     import matplotlib.pyplot as plt
     from IPython.core.pylabtools import print_figure
     from IPython.display import display
     display({'image/png': print_figure(fig, base64=True)}, raw=True)
     plt.close(fig)   # or the end of the cell would show it again
+
+def shown_once(fig):
+    "`fig`, which a notebook shows once where it is the result of a cell."
+    fig._ipython_display_ = partial(_show, fig)
+    return fig
 
 # %% ../nbs/01_plots.ipynb #cd76f4b1
 def subplots(
@@ -34,9 +47,8 @@ def subplots(
     import matplotlib.pyplot as plt
     kw.setdefault('layout', 'constrained')
     fig,axs = plt.subplots(nrows, ncols, figsize=figsize or (ncols*imsize, nrows*imsize), **kw)
-    fig._ipython_display_ = partial(_show_once, fig)
     if suptitle is not None: fig.suptitle(suptitle)
-    return fig,axs
+    return shown_once(fig),axs
 
 # %% ../nbs/01_plots.ipynb #4b879635
 def _grid_shape(n, nrows, ncols):

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .callback import Callback
 from .case import Findings, evidence_of
 from .diagnose import diagnose
-from .history import is_main
+from .distributed import is_main
 from .hooks import unwrap
 from .inspector import Inspector
 from .learner import Learner

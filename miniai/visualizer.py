@@ -255,10 +255,9 @@ def _figure(recording, style):
 
 def _empty_figure(width, height, style):
     import matplotlib.pyplot as plt
-    from miniai.plots import _show_once
+    from miniai.plots import shown_once
     fig = plt.figure(layout='constrained', figsize=(width, height), **style.kw)
-    fig._ipython_display_ = partial(_show_once, fig)
-    return fig
+    return shown_once(fig)
 
 def _any(recording, panel): return recording.has('train', panel) or recording.has('valid', panel)
 def _is_heat(panels, style): return len(panels[0].sources) > style.max_rows

@@ -274,7 +274,7 @@ from miniai.accel import AccelerateCB, AccumulateCB, DDPCB, GradClipCB, MixedPre
 from miniai.activations import ActivationStats
 from miniai.datasets import DataLoaders, MemoryLoader
 from miniai.device import set_seed
-from miniai.history import is_main
+from miniai.distributed import is_main
 from miniai.learner import Learner, MetricsCB, ProgressCB, TrainCB
 from miniai.sgd import EMACB, OneCycleCB
 from miniai.training import accuracy

@@ -234,8 +234,8 @@ def test_whole_or_not_at_all(tmp_path, monkeypatch, fails, there_before):
     if there_before: save_model(old, tmp_path, 'x')
     before, calls, rename, sync = {o.name: o.read_bytes() for o in tmp_path.iterdir()}, [], os.replace, os.fsync
     def replace(a, b):
-        calls.append(b)
-        if len(calls) == {'first rename': 1, 'second rename': 2}.get(fails): raise OSError('no more')
+        calls.append(b)   # each file is renamed twice: when it is written, and when both are
+        if len(calls) == {'first rename': 3, 'second rename': 4}.get(fails): raise OSError('no more')
         rename(a, b)
     def write(path, data): raise OSError('disk full')
     def fsync(fd):
@@ -243,7 +243,7 @@ def test_whole_or_not_at_all(tmp_path, monkeypatch, fails, there_before):
         if len(calls) == 2: raise KeyboardInterrupt
         sync(fd)
     if 'rename' in fails: monkeypatch.setattr(mod.os, 'replace', replace)
-    if fails == 'write': monkeypatch.setattr(mod, '_write', write)
+    if fails == 'write': monkeypatch.setattr(mod, 'atomic_write', write)
     if fails == 'disk': monkeypatch.setattr(mod.os, 'fsync', fsync)
     with pytest.raises((OSError, KeyboardInterrupt)): save_model(new, tmp_path, 'x')
     assert {o.name: o.read_bytes() for o in tmp_path.iterdir()} == before

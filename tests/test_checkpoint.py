@@ -14,7 +14,7 @@ from torcheval.metrics import MulticlassAccuracy
 
 from shared import ClosureCB, HandSGD
 
-from miniai import checkpoint
+from miniai import checkpoint, files
 from miniai.accel import AccumulateCB, GradClipCB, MixedPrecision
 from miniai.activations import ActivationStats
 from miniai.callback import Callback, events
@@ -605,13 +605,13 @@ def test_a_loader_that_raises(tmp_path):
     finally: del kinds['broken'], kinds['mended']
 
 def test_disk_full(tmp_path, monkeypatch):
-    whole, write, left = uninterrupted('memory', tmp_path/'whole', 2), checkpoint._write, [3]
+    whole, write, left = uninterrupted('memory', tmp_path/'whole', 2), files._write, [3]
     def full(file, data):
         left[0] -= 1
         if left[0] >= 0: return write(file, data)
         file.write(data[:1000])
         raise OSError(errno.ENOSPC, 'No space left on device')
-    monkeypatch.setattr(checkpoint, '_write', full)
+    monkeypatch.setattr(files, '_write', full)
     learn = learner('memory', CheckpointCB(tmp_path/'run', every=2))
     with pytest.raises(OSError, match='was not written: No space left on device') as e: learn.fit(3)
     assert e.value.errno == errno.ENOSPC and 'CheckpointCB at event `after_batch`' in said(e.value)
@@ -656,7 +656,7 @@ import os, signal, sys, torch
 sys.path.insert(0, sys.argv[1])
 from test_checkpoint import *
 from miniai.accel import DDPCB
-from miniai.history import is_main
+from miniai.distributed import is_main
 folder, step, name = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 cbs = [DDPCB(), CheckpointCB(folder/name, every=2)] + ([KillAt('after_batch', step)] if step else [])
 learn = learner('memory', *cbs)

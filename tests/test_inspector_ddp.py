@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from miniai.accel import AccelerateCB, DDPCB, GradClipCB
 from miniai.datasets import DataLoaders, MemoryLoader
 from miniai.device import set_seed
-from miniai.history import is_main
+from miniai.distributed import is_main
 from miniai.inspector import InspectorCB
 from miniai.learner import Learner, TrainCB
 from miniai.lens import *

@@ -18,7 +18,7 @@ from miniai.callback import CancelBatchException, CancelEpochException, CancelFi
 from miniai.hooks import count_hooks
 from miniai.learner import (Callback, DeviceCB, LRFinderCB, Learner, MetricsCB, MomentumLearner, ProgressCB, SingleBatchCB,
                             TrainCB, TrainLearner, with_cbs)
-from miniai.learner import _batch_size as batch_size
+from miniai.device import batch_size
 
 torch.manual_seed(0)
 x = torch.randn(80, 4)
@@ -156,7 +156,7 @@ ENDS = [(at, error) for at in events[:18] if at not in module.work_events for er
 
 @pytest.mark.parametrize('name', CALLBACKS)
 def test_every_callback_survives_every_end(name, monkeypatch):
-    monkeypatch.setattr(module, '_in_terminal', lambda: True)   # bars too
+    monkeypatch.setattr(module, 'in_terminal', lambda: True)   # bars too
     for at,error in ENDS:
         for order in (-100, 100):
             cbs, raiser = callbacks_with(name), RecordCB(at, error)
@@ -517,7 +517,7 @@ def test_epoch_without_a_batch_is_a_gap(capsys):
 
 @pytest.mark.parametrize('terminal', [True, False])
 def test_two_hundred_steps_without_a_read(terminal, monkeypatch):
-    monkeypatch.setattr(module, '_in_terminal', lambda: terminal)
+    monkeypatch.setattr(module, 'in_terminal', lambda: terminal)
     monkeypatch.setattr(ProgressCB, 'every', 0.)   # a look at the loss after every batch
     class CheckCB(Callback):
         order = 50
@@ -587,7 +587,7 @@ def test_notebook_display(monkeypatch):
         def update(self, o): self.all.append(o)
     display = pytest.importorskip('IPython.display')
     monkeypatch.setattr(display, 'display', lambda o, display_id: Handle(o))
-    monkeypatch.setattr(module, '_in_notebook', lambda: True)
+    monkeypatch.setattr(module, 'in_notebook', lambda: True)
     monkeypatch.setattr(sys, 'stderr', io.StringIO())
     import matplotlib.pyplot as plt
     figures = plt.get_fignums()
@@ -614,7 +614,7 @@ def test_one_bar_for_the_whole_fit(monkeypatch):
             super().reset(total)
             seen.append((self.desc, self.total, self.n))
     monkeypatch.setattr(module, 'tqdm', Bar)
-    monkeypatch.setattr(module, '_in_terminal', lambda: True)
+    monkeypatch.setattr(module, 'in_terminal', lambda: True)
     learn = get_learner([ProgressCB()])
     learn.dls.valid = iter_only(learn.dls.valid)
     learn.fit(2)
