@@ -11,25 +11,18 @@ from math import prod
 import numpy as np
 import torch
 
+from .stats import outside, row_width, unit_view, widen
+
 # %% auto #0
-__all__ = ['measure_cuda']
+__all__ = []
 
 # %% ../nbs/12_cuda.ipynb #a8458c64
 def _real(a):
-    "`a` without its graph, in a type that the kernel loads; a complex tensor by its modulus."
-    a = a.detach()
-    if a.is_complex(): a = a.abs()
-    return a if a.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) else a.float()
-
-# %% ../nbs/12_cuda.ipynb #fdf43dfe
-def _shape(shape, axis):
-    "Samples, positions before the unit axis, units, positions after it."
-    if len(shape) < 2: return prod(shape), 1, 1, 1
-    axis %= len(shape)
-    return shape[0] if axis else 1, prod(shape[1:axis]), shape[axis], prod(shape[axis+1:])
+    "Give `a` without its graph, in a type that the kernel loads; a complex tensor by its modulus."
+    return a.detach() if a.dtype in (torch.float16, torch.bfloat16) else widen(a)
 
 def _view(a, shape):
-    "`a` as `shape`, and its strides, 0 where there is no second entry to go to."
+    "Give `a` as `shape`, and its strides, 0 where there is no second entry to go to."
     a = a.reshape(shape)
     return a, [step if size > 1 else 0 for size,step in zip(shape, a.stride())]
 
@@ -38,7 +31,7 @@ _tile, _programs = 2048, 512   # entries of a tile; programs of a launch, at mos
 
 @lru_cache(4096)
 def _plan(shape, units_first):
-    "The sides of a tile, how many tiles a sample takes, and how many groups and parts the programs make."
+    "Give the sides of a tile, the tiles of a sample, and how many groups and parts the programs make."
     sides, left, tiles = {}, _tile, 1
     order = [('BC', 2, 128), ('BS', 3, 512)]
     for nm,i,most in [*(order if units_first else order[::-1]), ('BP', 1, _tile)]:
@@ -50,17 +43,16 @@ def _plan(shape, units_first):
 
 # %% ../nbs/12_cuda.ipynb #74e36ef9
 @lru_cache(None)
-def _table(bins, lo, hi, log, dtype, device, stream):
-    "On the device: lower end, upper end, bins per unit, edges."
-    ends = np.geomspace(lo, hi, bins+1).astype(np.float32) if log else np.array([lo, hi])
-    numbers = np.concatenate([ends[[0, -1]], [bins/(hi-lo)], ends])
-    return torch.from_numpy(numbers).to(torch.float64 if dtype == torch.float64 else torch.float32).to(
-        device, non_blocking=True)
+def _table(bins, dtype, device, stream):
+    "Send lower end, upper end, bins per unit, and edges to the device."
+    ends = bins.edges if bins.log else np.array([bins.lo, bins.hi])
+    numbers = torch.from_numpy(np.concatenate([ends[[0, -1]], [bins.n/(bins.hi-bins.lo)], ends]))
+    numbers = numbers.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    return numbers.to(device, non_blocking=True)
 
-# %% ../nbs/12_cuda.ipynb #702e78b1
 @lru_cache(None)
 def _scratch(device, stream):
-    "Room for the items of all programs, for the squares of samples by part, and the ticket."
+    "Make room for the items of all programs, for the squares of samples by part, and the ticket."
     room = torch.zeros(2, 16, _programs, dtype=torch.float64, device=device)
     return *room, torch.zeros(1, dtype=torch.int32, device=device)
 
@@ -76,7 +68,7 @@ def _kernel(f):
 
 @lru_cache(None)
 def _load():
-    "The kernel, with Triton imported and all its functions replaced by those that Triton compiles."
+    "Import Triton, and replace all functions of the kernel by those that Triton compiles."
     global triton, tl
     import triton
     import triton.language as tl
@@ -87,7 +79,7 @@ def _load():
 # %% ../nbs/12_cuda.ipynb #b07bfb43
 @_kernel
 def _indices(tile, b0, samples, P, C, S, BB, BP, BC, BS):
-    "The indices of tile number `tile`, by axis, and which of its entries there are."
+    "Give the indices of tile number `tile`, by axis, and which of its entries there are."
     across, down = tl.cdiv(S, BS), tl.cdiv(C, BC)
     rows = tl.arange(0, BB*BP)
     b = b0 + rows//BP
@@ -99,7 +91,7 @@ def _indices(tile, b0, samples, P, C, S, BB, BP, BC, BS):
 
 @_kernel
 def _entries(ptr, b, p, c, s, there, s0, s1, s2, s3):
-    "The entries at these indices, 0 where there is none."
+    "Load the entries at these indices, 0 where there is none."
     rows = b.to(tl.int64)*s0 + p.to(tl.int64)*s1
     units, places = c.to(tl.int64)*s2, s.to(tl.int64)*s3
     offsets = rows[:, None, None] + units[None, :, None] + places[None, None, :]
@@ -108,7 +100,7 @@ def _entries(ptr, b, p, c, s, there, s0, s1, s2, s3):
 # %% ../nbs/12_cuda.ipynb #cb05637c
 @_kernel
 def _reached(m, edges, bins, HALVINGS):
-    "How many of the bins+1 `edges` are at or below `m`."
+    "Count the edges, of bins+1, that are at or below `m`."
     n = tl.zeros(m.shape, tl.int32)
     for i in tl.static_range(HALVINGS):
         more = n + (1 << (HALVINGS-1-i))
@@ -119,7 +111,7 @@ def _reached(m, edges, bins, HALVINGS):
 
 @_kernel
 def _slots(m, turns, table, bins, HALVINGS):
-    "The slot of each of `m` >= 0: a bin, below, above, infinite, NaN, or for zeros an idle one."
+    "Find the slot of each of `m` >= 0: a bin, below, above, infinite, NaN, or for zeros an idle one."
     lo, hi = tl.load(table), tl.load(table + 1)
     within = (m >= lo) & (m <= hi)
     if HALVINGS: slot = _reached(m, table + 3, bins, HALVINGS) - 1
@@ -133,35 +125,28 @@ def _slots(m, turns, table, bins, HALVINGS):
 # %% ../nbs/12_cuda.ipynb #5234b1c7
 @_kernel
 def _put(k, i, value):
-    "A vector of zeros with `value` at `i`."
+    "Give a vector of zeros with `value` at `i`."
     return tl.where(k == i, value.to(tl.float64), 0.)
 
 @_kernel
-def _how_many(x):
-    "The number of true entries."
-    return tl.sum(x.to(tl.int32))
+def _all_sums(x, x64, k):
+    "Find items 1 to 3, 5, 7 and 8; `x64` has zeros for what is not finite."
+    squares, inf = x64*x64, float('inf')
+    nan, high, low = (x != x).to(tl.int32), (x == inf).to(tl.int32), (x == -inf).to(tl.int32)
+    items = _put(k, 1, tl.sum(nan)) + _put(k, 2, tl.sum(high)) + _put(k, 3, tl.sum(low))
+    items += _put(k, 5, tl.sum(x64)) + _put(k, 7, tl.sum(squares*x64))
+    return items + _put(k, 8, tl.sum(squares*squares))
 
 @_kernel
-def _awkward(x, k):
-    "Items 1 to 3."
-    high, low = x == float('inf'), x == -float('inf')
-    return _put(k, 1, _how_many(x != x)) + _put(k, 2, _how_many(high)) + _put(k, 3, _how_many(low))
-
-@_kernel
-def _powers(x, squares, k):
-    "Items 5, 7, 8, from finite `x` in float64."
-    return _put(k, 5, tl.sum(x)) + _put(k, 7, tl.sum(squares*x)) + _put(k, 8, tl.sum(squares*squares))
-
-@_kernel
-def _products(x, y, fine, k):
-    "Items 13, 14, from `x` that is 0 where it is not finite."
+def _products(x, y, k):
+    "Find items 13 and 14, from `x` that is 0 where it is not finite."
     y = tl.where(tl.abs(y) < float('inf'), y, 0.)
     return _put(k, 13, tl.sum(x*y)) + _put(k, 14, tl.sum(y*y))
 
 # %% ../nbs/12_cuda.ipynb #f9b77f1f
 @_kernel
 def _norms(squares, samples, parts):
-    "The sum of the samples' norms, from the `squares` [samples, parts]."
+    "Sum the samples' norms, from the `squares` [samples, parts]."
     total = tl.zeros([32], tl.float64)
     for i in range(0, samples, 32):
         b, sums = i + tl.arange(0, 32), tl.zeros([32], tl.float64)
@@ -174,7 +159,7 @@ def _norms(squares, samples, parts):
     return tl.sum(total)
 
 @_kernel
-def _finish(row, room, k, more, zero, PROGRAMS):
+def _finish(row, room, k, more, zero, WHAT, PROGRAMS):
     "Add the items of all programs, and `more`, to the row, and the zeros to their slot `zero`."
     low = tl.full([16], float('inf'), tl.float64)
     high = tl.full([16], -float('inf'), tl.float64)
@@ -188,13 +173,14 @@ def _finish(row, room, k, more, zero, PROGRAMS):
     old = tl.load(row + k)
     new = tl.where(k == 9, tl.minimum(old, low), tl.where(k == 10, tl.maximum(old, high), old + more))
     tl.store(row + k, new)
-    zeros = tl.sum(tl.where(k == 0, more, 0.)) - tl.sum(tl.where(k == 4, more, 0.))
-    tl.atomic_add(row + (16 + zero), zeros, sem='relaxed')
+    if WHAT & 1:
+        zeros = tl.sum(tl.where(k == 0, more, 0.)) - tl.sum(tl.where(k == 4, more, 0.))
+        tl.atomic_add(row + (16 + zero), zeros, sem='relaxed')
 
 # %% ../nbs/12_cuda.ipynb #3772449e
 @_kernel
 def _samples(lengths, squares, b0, part, samples, parts, k, BB, SPLIT):
-    "Item 11 of whole samples; of others the squares are left for `_norms`."
+    "Find item 11 of whole samples; of others leave the squares for `_norms`."
     if SPLIT:
         b = b0 + tl.arange(0, BB)
         tl.store(squares + (b*parts + part), lengths, mask=b < samples)
@@ -203,9 +189,9 @@ def _samples(lengths, squares, b0, part, samples, parts, k, BB, SPLIT):
 
 @_kernel
 def _leave(sums, low, high, counts, row, room, squares, ticket, n, samples, bins, zero, parts, k,
-           SLOTS, SPLIT, PROGRAMS):
-    "The end of a program, and of the last one the end of the launch."
-    if SLOTS > 1:
+           SLOTS, SPLIT, WHAT, PROGRAMS):
+    "End a program, and with the last one the launch."
+    if SLOTS > 1 and WHAT & 1:
         slot = tl.arange(0, SLOTS)
         found = (slot < bins+4) & (counts > 0)
         tl.atomic_add(row + (16 + slot), counts.to(tl.float64), mask=found, sem='relaxed')
@@ -214,8 +200,8 @@ def _leave(sums, low, high, counts, row, room, squares, ticket, n, samples, bins
     tl.debug_barrier()
     if tl.atomic_add(ticket, 1, sem='acq_rel') == tl.num_programs(0) - 1:
         more = _put(k, 0, n) + _put(k, 12, samples)
-        if SPLIT: more += _put(k, 11, _norms(squares, samples, parts))
-        _finish(row, room, k, more, zero, PROGRAMS)
+        if SPLIT and WHAT & 4: more += _put(k, 11, _norms(squares, samples, parts))
+        _finish(row, room, k, more, zero, WHAT, PROGRAMS)
         tl.store(ticket, 0)
 
 # %% ../nbs/12_cuda.ipynb #2229126f
@@ -224,8 +210,8 @@ def _measure(a, other, row, table, room, squares, ticket, n, samples, P, C, S, a
              tiles, bins, zero, parts,
              BB: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
              SLOTS: tl.constexpr, HALVINGS: tl.constexpr, PAIRS: tl.constexpr,
-             SPLIT: tl.constexpr, PROGRAMS: tl.constexpr):
-    "All programs of a launch."
+             SPLIT: tl.constexpr, WHAT: tl.constexpr, PROGRAMS: tl.constexpr):
+    "Run all programs of a launch."
     k, me = tl.arange(0, 16), tl.program_id(0)
     part, groups, inf = me%parts, tl.num_programs(0)//parts, float('inf')
     sums, counts = tl.zeros([16], tl.float64), tl.zeros([SLOTS], tl.int32)
@@ -239,66 +225,54 @@ def _measure(a, other, row, table, room, squares, ticket, n, samples, P, C, S, a
             x64 = tl.where(fine, x, 0.).to(tl.float64)
             length = tl.sum(tl.sum(x64*x64, 2), 1)
             units = tl.sum(tl.sum((x != 0).to(tl.int32), 2), 0)
-            place, found = row + (16+4 + bins + c), (c < C) & (units > 0)
-            tl.atomic_add(place, units.to(tl.float64), mask=found, sem='relaxed')
-            sums += _awkward(x, k) + _put(k, 4, tl.sum(units)) + _put(k, 6, tl.sum(length))
-            sums += _powers(x64, x64*x64, k)
+            if WHAT & 2:
+                place, found = row + (16+4 + bins + c), (c < C) & (units > 0)
+                tl.atomic_add(place, units.to(tl.float64), mask=found, sem='relaxed')
+            sums += _put(k, 4, tl.sum(units)) + _put(k, 6, tl.sum(length)) + _all_sums(x, x64, k)
             low = tl.minimum(low, tl.min(tl.where(there & fine, x64, inf)))
             high = tl.maximum(high, tl.max(tl.where(there & fine, x64, -inf)))
-            turns = b[:, None, None] + p[:, None, None] + c[None, :, None] + s[None, None, :]
-            slot = _slots(tl.abs(x), turns, table, bins, HALVINGS)
-            if SLOTS > 1: counts += tl.histogram(tl.reshape(slot, [BB*BP*BC*BS]), SLOTS)
-            else: tl.atomic_add(row + (16 + slot), 1., mask=x != 0, sem='relaxed')
+            if WHAT & 1:
+                turns = b[:, None, None] + p[:, None, None] + c[None, :, None] + s[None, None, :]
+                slot = _slots(tl.abs(x), turns, table, bins, HALVINGS)
+                if SLOTS > 1: counts += tl.histogram(tl.reshape(slot, [BB*BP*BC*BS]), SLOTS)
+                else: tl.atomic_add(row + (16 + slot), 1., mask=x != 0, sem='relaxed')
             if PAIRS:
                 y = _entries(other, b, p, c, s, there, o0, o1, o2, o3).to(tl.float64)
-                sums += _products(x64, y, fine, k)
+                sums += _products(x64, y, k)
             lengths += length
-        lengths = tl.sum(tl.reshape(lengths, [BB, BP]), 1)
-        sums += _samples(lengths, squares, b0, part, samples, parts, k, BB, SPLIT)
+        if WHAT & 4:
+            lengths = tl.sum(tl.reshape(lengths, [BB, BP]), 1)
+            sums += _samples(lengths, squares, b0, part, samples, parts, k, BB, SPLIT)
     _leave(sums, low, high, counts, row, room, squares, ticket, n, samples, bins, zero, parts, k,
-           SLOTS, SPLIT, PROGRAMS)
+           SLOTS, SPLIT, WHAT, PROGRAMS)
 
 # %% ../nbs/12_cuda.ipynb #91c35ceb
 def _check(a, row, bins, units, other):
-    if row.dtype != torch.float64 or row.shape != (16 + bins+4 + units,) or row.device != a.device:
+    width = row_width(bins, units)
+    if row.dtype != torch.float64 or row.shape != (width,) or row.device != a.device:
         raise ValueError(f'measure_cuda: row is {row.dtype} {list(row.shape)} on {row.device}; give float64 '
-                         f'[16 + bins+4 + {units} units] = [{16 + bins+4 + units}] on {a.device}')
+                         f'[16 + {bins.n}+{len(outside)} + {units} units] = [{width}] on {a.device}')
     if not row.is_contiguous(): raise ValueError('measure_cuda: row has strides; give a contiguous one')
     if other is not None and (other.shape, other.device) != (a.shape, a.device):
         raise ValueError(f'measure_cuda: other is {list(other.shape)} on {other.device}; '
                          f'give one like a: {list(a.shape)} on {a.device}')
 
-def _launch(a, shape, row, bins, lo, hi, log, other):
-    "Add `a`, seen as `shape`, to `row`."
-    stream, pairs, slots = _stream(a), other is not None, 1 << (bins+4 + 15).bit_length()
-    zero = bins if log or lo > 0 else 0   # the slot of zeros
-    a, steps = _view(a, shape)
-    other, other_steps = _view(other, shape) if pairs else (a, [0]*4)
+def measure_cuda(a, axis, row, bins, other=None, what=7):
+    """Add the sums of `a`, of any shape, strides and type, to `row` in one launch; nothing is read back.
+
+    With `other` its products with `a` are summed, too; for `what` see `miniai.kernels.add_to_row`."""
+    shape, pairs, stream = unit_view(a.shape, axis), other is not None, _stream(a)
+    _check(a, row, bins, shape[2], other)
+    if not a.numel(): return row
+    a, steps = _view(_real(a), shape)
+    other, other_steps = _view(_real(other), shape) if pairs else (a, [0]*4)
     sides, tiles, groups, parts = _plan(shape, steps[2] < steps[3])
-    n, kernel = prod(shape), _load()
+    zero = bins.n if bins.log or bins.lo > 0 else 0   # the slot of zeros
+    slots, kernel = 1 << (len(bins) + 15).bit_length(), _load()
     with torch.cuda.device_of(a):
         kernel[(groups*parts,)](
-            a, other, row, _table(bins, float(lo), float(hi), bool(log), a.dtype, a.device, stream),
-            *_scratch(a.device, stream), n, *shape, *steps, *other_steps, tiles, bins, zero, parts, **sides,
-            SLOTS=slots if slots <= 1024 else 1, HALVINGS=(bins+1).bit_length() if log else 0,
-            PAIRS=pairs, SPLIT=parts > 1, PROGRAMS=_programs, num_warps=8)
-
-# %% ../nbs/12_cuda.ipynb #ca68b778
-def measure_cuda(
-    a:torch.Tensor,   # what to measure: any shape, strides and type; on a GPU
-    axis:int,         # axis of its units; 0 for a weight, whose entries are then one sample
-    row:torch.Tensor, # float64 [16 + bins+4 + units] on the device of `a`, added to in place
-    bins:int,         # number of bins
-    lo:float,         # lower end of the bins of |a|
-    hi:float,         # upper end
-    log:bool,         # equal in log10 instead of equal
-    other:torch.Tensor=None # of the shape of `a`: its products with `a` are summed too
-) -> torch.Tensor: # `row`
-    """Add the statistics of `a` to `row` in one launch, with nothing read back.
-
-    Items 9 and 10 keep the smaller and the larger, so a new row begins with inf and -inf there. An empty
-    tensor changes nothing."""
-    shape = _shape(a.shape, axis)
-    _check(a, row, bins, shape[2], other)
-    if a.numel(): _launch(_real(a), shape, row, bins, lo, hi, log, None if other is None else _real(other))
+            a, other, row, _table(bins, a.dtype, a.device, stream), *_scratch(a.device, stream), prod(shape),
+            *shape, *steps, *other_steps, tiles, bins.n, zero, parts, **sides,
+            SLOTS=slots if slots <= 1024 else 1, HALVINGS=(bins.n+1).bit_length() if bins.log else 0,
+            PAIRS=pairs, SPLIT=parts > 1, WHAT=what, PROGRAMS=_programs, num_warps=8)
     return row

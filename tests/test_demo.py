@@ -58,9 +58,9 @@ def test_findings(done):
 
 def test_without_plotly_it_says_how_to_get_it(capsys, monkeypatch, tmp_path):
     from miniai.demo import main
-    from miniai.page import _library
+    from miniai.report import plotly_script
     monkeypatch.setitem(sys.modules, 'plotly.offline', None)
-    _library.cache_clear()
+    plotly_script.cache_clear()
     main(['--epochs', '1', '--out', str(tmp_path)])
     assert 'pip install plotly' in capsys.readouterr().out
     assert {o.name for o in tmp_path.iterdir()} == pictures
