@@ -6,5 +6,5 @@ warnings.filterwarnings('error', category=DeprecationWarning, module=r'miniai\b'
 modules = sorted(o.stem for o in (Path(__file__).resolve().parent.parent/'miniai').glob('[!_]*.py'))
 for nm in modules: importlib.import_module(f'miniai.{nm}')
 
-import fastcore  # noqa: E402
+import fastcore
 print(f'{len(modules)} modules with fastcore {fastcore.__version__}')

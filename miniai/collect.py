@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from .hooks import Hooks, named_tensors
-from .kernels import (add_to_row, compiled_loops, many_of, memory_view, one_of, plan, readable,
-                            slow_reason)
+from .kernels import add_to_row, compiled_loops, memory_view, plan, readable, slow_reason
 from .stats import unit_axis, unit_view, widen
 
 # %% ../nbs/16_collect.ipynb #943ae729
@@ -288,7 +287,7 @@ class TensorTap(ModuleTap):
 def _compiled(which, rows):
     "The compiled function for float32 and the address of its plan; None, 0 where there is none."
     if not compiled_loops(): return None, 0
-    return which(torch.float32), plan(rows.bins, torch.float32).address
+    return getattr(compiled_loops(), which)['float32'], plan(rows.bins, torch.float32).address
 
 class OutputTap(TensorTap):
     "Adds the outputs of modules to rows of sums, whose slot must be open."
@@ -297,7 +296,7 @@ class OutputTap(TensorTap):
         self.rows, self.what = rows, what   # what: see `miniai.kernels.add_to_row`
 
     def attach(self, modules, leaves=()):
-        self.one, self.plan = _compiled(one_of, self.rows)
+        self.one, self.plan = _compiled('one', self.rows)
         super().attach(modules, leaves)
 
     def _fast(self, hook, outp):
@@ -360,7 +359,7 @@ class OutputGradTap(TensorTap):
         super().__init__(sampler, told, axis)
         self.rows, self.pairs, self.what = rows, pairs, what   # pairs: compare with the gradient before
         self.followers, self.before, self.where = {}, {}, (0, 0, 0)   # where: run, step and epoch
-        self.many, self.plan = _compiled(many_of, rows)
+        self.many, self.plan = _compiled('many', rows)
 
     def _fast(self, hook, outp):
         if not self._is_alike(hook, outp): return False
@@ -411,7 +410,7 @@ class Jobs:
         self.tap, self.from_start, self.n = tap, from_start, len(tap.params)
         self.shapes, self.lines = [None]*self.n, np.zeros((self.n, 10), np.int64)
         self.base, self.step = np.zeros(self.n, np.int64), np.zeros(self.n, np.int64)
-        self.many, self.plan = _compiled(many_of, tap.rows)
+        self.many, self.plan = _compiled('many', tap.rows)
         self.address = self.lines.ctypes.data
 
     def run(self, tensors):

@@ -21,10 +21,10 @@ from .collect import OutputGradTap, Sampler, Told, in_backward
 from .device import batch_size
 from .distributed import gather, rank, world_size
 from .history import History
-from .hooks import Hook, named_tensors, select_modules, unwrap, warn_if_compiled
+from .hooks import (Hook, choose_parameters, find_parameters, named_tensors, select_modules, unwrap,
+                          warn_if_compiled)
 from .kernels import add_to_row, empty_row
 from .lens import OutputStats, aggregates, checked_loss, default_lenses, row_stat, summary
-from .parameters import choose_parameters, find_parameters
 from .rows import to_host
 from .stats import Sums, grad_bins, unit_view
 from .steps import ClipNorms, Layers, Moment, OptimizerTaps, Steps, tables_for
@@ -315,10 +315,9 @@ class Summaries:
     def _record(self, source, stat, value, phase):
         self.history.record(source, stat, float(value), step=self.step, epoch=self.epoch, phase=phase)
 
-    def _record_many(self, sources, stats, values, phase):
-        if not sources: return
-        values = torch.from_numpy(values).float()
-        self.history.record_many(sources, stats, values, step=self.step, epoch=self.epoch, phase=phase)
+    def _record_all(self, sources, stats, values, phase):
+        for stat,row in zip(stats, values):
+            for source,value in zip(sources, row): self._record(source, stat, value, phase)
 
     def _summarize(self, i, lens, phase, values, done):
         "Record the aggregates of one lens in one phase, but for what another lens had already."
@@ -332,7 +331,7 @@ class Summaries:
             new, means[stat] = [(phase, nm, stat) not in done for nm in of], table[0]
             names = [nm for nm,o in zip(of, new) if o]
             done |= {(phase, nm, stat) for nm in names}
-            self._record_many(names, tuple(row_stat(stat, o) for o in aggregates), table[:, new], phase)
+            self._record_all(names, tuple(row_stat(stat, o) for o in aggregates), table[:, new], phase)
         if not any(o in means for o in lens.named): return
         found = lens.over_all([means[o] for o in lens.named if o in means])
         for name,value in found.items(): self._record('all', name, value, phase)
@@ -360,9 +359,9 @@ class Parameters:
     "Knows the parameters of the model, and reads at the end of an epoch those that a lens asks for."
     def _find_parameters(self):
         "All parameters of the model as it is now; new ones are found at the next epoch."
-        named = list(self.model.named_parameters())
-        if len(named) == len(self.params) and all(o.is_now(*n) for o,n in zip(self.params, named)): return
-        self.params, self.held = find_parameters(self.model), {}
+        found = find_parameters(self.model)
+        if found == self.params: return
+        self.params, self.held = found, {}
         for lens in (o for o in self.lenses if o.tap in ('grad', 'update', 'parameter')):
             chosen = {o.name for o in choose_parameters(self.params, lens.parameters, type(lens).__name__)}
             for rows in self.tables:
@@ -377,7 +376,7 @@ class Parameters:
         params = [o for o in choose_parameters(self.params, lens.parameters)
                   if not isinstance(o.p, nn.parameter.UninitializedParameter)]
         found = np.array([[self._statistic(lens, stat, o) for o in params] for stat in lens.stats])
-        self._record_many([o.name for o in params], lens.stats, found, 'train')
+        self._record_all([o.name for o in params], lens.stats, found, 'train')
 
     def _statistic(self, lens, stat, o):
         a, axis = o.p.detach(), o.axis()

@@ -15,7 +15,7 @@ import torch
 from fastcore.meta import delegates
 from torch import nn
 
-from .parameters import parameter_matches
+from .hooks import parameter_matches
 from .stats import Bins, base_name, statistics, widen
 
 # %% ../nbs/43_lens.ipynb #ce324a5d
