@@ -404,31 +404,38 @@ def _by_unit(a):   # the entries of a bias are its units
 def _axis(o, t): return 1 if t.ndim == 1 else o.axis()
 
 # %% ../nbs/16_collect.ipynb #ee04b8d9
-class Jobs:
+class Lines:
     "The lines that the compiled loop takes, one for each parameter."
     def __init__(self, tap, from_start):
         self.tap, self.from_start, self.n = tap, from_start, len(tap.params)
         self.shapes, self.lines = [None]*self.n, np.zeros((self.n, 10), np.int64)
         self.base, self.step = np.zeros(self.n, np.int64), np.zeros(self.n, np.int64)
         self.many, self.plan = _compiled('many', tap.rows)
-        self.address = self.lines.ctypes.data
+        self.address, self.at, self.rest, self.new = self.lines.ctypes.data, None, [], []
 
-    def run(self, tensors):
-        "Measure what is plain; [(parameter, tensor)] that is left."
-        rest, at = [], [0]*self.n
+    def run(self, tensors, at=None):
+        "Measure what is plain; what is left, [(parameter, tensor)]. `at`: where all are, if that is known."
+        if at is None or at != self.at: self._look_up(tensors)
+        self.lines[:, 4] = self.base + self.tap.rows.i*self.step
+        if self.many is not None and self.n: self.many(self.address, self.n, self.plan)
+        if self.new: self.lines[self.new, 3], self.new = 1, []   # there is something to compare with now
+        self.at = at
+        return self.rest
+
+# %% ../nbs/16_collect.ipynb #e7eec3b2
+class Jobs(Lines):
+    "Lines that are filled in when a parameter is new, or has changed."
+    def _look_up(self, tensors):
+        self.rest, at = [], [0]*self.n
         for i,(t,shape) in enumerate(zip(tensors, self.shapes)):
             if t is None: continue
             plain = t.shape == shape and t.dtype is torch.float32 and t.is_cpu and t.is_contiguous()
             if plain or self._prepare(i, self.tap.params[i], t): at[i] = t.data_ptr()
-            else: rest.append((self.tap.params[i], t))
+            else: self.rest.append((self.tap.params[i], t))
         self.lines[:, 0] = at
-        self.lines[:, 4] = self.base + self.tap.rows.i*self.step
-        if self.many is not None and self.n: self.many(self.address, self.n, self.plan)
-        self.lines[self.lines[:, 0] > 0, 3] = 1
-        return rest
 
     def _prepare(self, i, o, t):
-        "Fill in the line of a parameter that has changed, or is new; say whether it can be measured here."
+        "Fill in the line of a parameter; say whether it can be measured here."
         self.shapes[i], tap = None, self.tap
         plain = t.dtype is torch.float32 and t.is_contiguous() and t.numel()
         if self.many is None or not readable(t) or not plain: return False
@@ -440,13 +447,14 @@ class Jobs:
             if not known: tap.before[o.name] = torch.empty_like(t, memory_format=torch.contiguous_format)
             before = tap.before[o.name].data_ptr()
         cell = tap.rows.cell(o.name, sizes[2])
+        self.new.append(i)
         self.lines[i] = [0, 0 if start is None else start.data_ptr(), before, known, 0, *sizes, tap.what]
         self.base[i], self.step[i], self.shapes[i] = cell.address, cell.nbytes, t.shape
         return True
 
-# %% ../nbs/16_collect.ipynb #e7eec3b2
-class ParameterTap:
-    "Adds gradients, or updates, of parameters to rows of sums."
+# %% ../nbs/16_collect.ipynb #a3bebebe
+class Choice:
+    "The parameters that are read, and what they are compared with."
     def __init__(self, rows, told, pairs=True, what=3):
         # rows: their slot must be open; pairs: compare with the step before; what: see `add_to_row`
         self.rows, self.told, self.pairs, self.what = rows, told, pairs, what
@@ -455,24 +463,32 @@ class ParameterTap:
     def choose(self, params):
         "Read these, `NamedParameter`s that have, or ever had, a gradient; what is known of others is kept."
         params = tuple(params)
-        if params != self.params: self.params, self.jobs = params, None
+        if params != self.params: self.params, self.jobs, self.at = params, None, None
 
     def forget(self):   # lets go of all buffers
-        self.before, self.starts, self.jobs, self.params = {}, {}, None, ()
+        self.before, self.starts, self.jobs, self.params, self.at = {}, {}, None, (), None
 
     def start(self, tensors):
         "Copy what updates are measured from; None for a parameter that will not move."
-        found = [(o, t.detach()) for o,t in zip(self.params, tensors) if t is not None]
-        for o,t in found:
-            if _is_like(self.starts.get(o.name), t): continue
-            # lines have the address of the one before
-            self.starts[o.name], self.jobs = torch.empty_like(t), None
-        if found: torch._foreach_copy_([self.starts[o.name] for o,_ in found], [t for _,t in found])
+        at = [0 if t is None or t.layout is not torch.strided else t.data_ptr() for t in tensors]
+        if at != self.at:
+            self.moving = [(o, t.detach()) for o,t in zip(self.params, tensors) if t is not None]
+            for o,t in self.moving:
+                if _is_like(self.starts.get(o.name), t): continue
+                # lines have the address of the one before
+                self.starts[o.name], self.jobs = torch.empty_like(t), None
+            self.copies = [self.starts[o.name] for o,_ in self.moving], [t for _,t in self.moving]
+        self.at = at
+        if self.moving: torch._foreach_copy_(*self.copies)
 
+# %% ../nbs/16_collect.ipynb #2bca271f
+class ParameterTap(Choice):
+    "Adds gradients, or updates, of parameters to rows of sums."
     def read(self, tensors, from_start=False):
         "Add all of them, one for each parameter or None, or their differences to what `start` copied."
         if self.jobs is None: self.jobs = Jobs(self, from_start)
-        for o,t in self.jobs.run(tensors): self._read_one(o, t, self.starts if from_start else {})
+        rest = self.jobs.run(tensors, self.at if from_start else None)
+        for o,t in rest: self._read_one(o, t, self.starts if from_start else {})
 
     def _read_one(self, o, t, starts):
         "The long way, for what is not plain memory."

@@ -229,7 +229,7 @@ class Slots(Table):
     "Rows of sums that wait."
     def __init__(self, bins):
         super().__init__()
-        self.bins, self.cells, self.slots, self.closed, self.i = bins, {}, [], True, -1
+        self.bins, self.cells, self.slots, self.closed, self.i, self.room = bins, {}, [], True, -1, np.inf
 
     def open(self, phase, run, step, epoch, samples=0, new=False):
         "Begin a step, or go on with it unless `new`, as for batches of validation; the number of the slot."
@@ -238,7 +238,7 @@ class Slots(Table):
             self.slots[-1] = *mine, self.slots[-1][4] + samples
             return self.i
         self.closed = True
-        if len(self.slots) >= min((len(o.rows) for o in self.cells.values()), default=np.inf): self.on_full()
+        if len(self.slots) >= self.room: self.on_full()
         self.slots.append((*mine, samples))
         self.closed, self.i = False, len(self.slots)-1
         return self.i
@@ -251,6 +251,7 @@ class Slots(Table):
         if found is None or found.n_units != n_units or found.rows.device != torch.device(device):
             if found is not None: self.empty()
             found = self.cells[source] = Cell(self.bins, n_units, call, len(self.slots), device)
+            self.room = min(len(o.rows) for o in self.cells.values())
         return found
 
     def row(self, source, n_units, device='cpu', call=0):
