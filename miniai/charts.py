@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/54_charts.ipynb #7f42e9d9
+# %% ../nbs/54_charts.ipynb #58f1ee5e
 from html import escape
 
 import numpy as np
@@ -14,14 +14,15 @@ from .case import Evidence, Track
 from .lens import aggregates
 from .stats import base_name, near_zero, outside, statistics, taps
 
-# %% ../nbs/54_charts.ipynb #aa791d4c
-def numbers(values): # whole numbers or floats, None where not finite
-    "Turn an array into values for JSON that are equal in their own precision."
+# %% ../nbs/54_charts.ipynb #d07d5afc
+def numbers(values): # array of any shape; gives an array of objects, None where not finite
+    "Turn an array into values for JSON: equal in single precision, else to nine digits."
     values = np.asarray(values)
-    if values.dtype.kind in 'iub': return values.tolist()
-    return [float(o) if ok else None for o,ok in zip(values.astype(str), np.isfinite(values).tolist())]
+    if values.dtype.kind in 'iub': return values.astype(object)
+    digits = values.astype(str) if values.dtype == np.float32 else np.char.mod('%.9g', values)
+    return np.where(np.isfinite(values), digits.astype(float).astype(object), None)
 
-# %% ../nbs/54_charts.ipynb #45e9bb57
+# %% ../nbs/54_charts.ipynb #6eef0e58
 def kept_rows(values, most): # values [k, n]: k lines of n rows; gives rising numbers of rows
     "Choose about `most` rows: first, last, and of each stretch where a line is lowest and highest."
     (k, n), values = values.shape, np.where(np.isnan(values), np.inf, values)   # a NaN is a highest value
@@ -40,7 +41,7 @@ def thinned(lines, most): # lines: label -> (positions, values)
             for names in groups.values() for nm in names}
     return {nm: (np.asarray(x)[rows[nm]], np.asarray(y)[rows[nm]]) for nm,(x,y) in lines.items()}
 
-# %% ../nbs/54_charts.ipynb #24dd5038
+# %% ../nbs/54_charts.ipynb #eafd813f
 colors = '#2a7ab8', '#c8571b', '#1f8f63', '#a8509f', '#8f7a1a', '#5a7d92'
 
 def short_name(name, most=26):
@@ -67,7 +68,7 @@ def figure(traces, xlabel, ylabel='', height=260, xaxis=(), yaxis=(), hovermode=
         xaxis={**axis, 'title': text(xlabel), **dict(xaxis)},
         yaxis={**axis, 'title': text(ylabel), **dict(yaxis)}))
 
-# %% ../nbs/54_charts.ipynb #980bc34f
+# %% ../nbs/54_charts.ipynb #a34f238f
 def line_traces(label, x, y, gaps, focus):
     "Make the line of one label, and the crosses where its values are not finite."
     ok, around = np.isfinite(y), np.pad(np.isfinite(y), 1)
@@ -79,7 +80,7 @@ def line_traces(label, x, y, gaps, focus):
     bad = np.isinf(y) if gaps else ~ok
     if not bad.any(): return [line]
     low = y[ok].min() if ok.any() else 1.
-    crosses = dict(x=numbers(x[bad]), y=[float(low)]*int(bad.sum()), text=[str(o) for o in y[bad]],
+    crosses = dict(x=numbers(x[bad]), y=np.full(bad.sum(), float(low)), text=[str(o) for o in y[bad]],
                    mode='markers', hovertemplate='%{text}', showlegend=False,
                    marker=dict(symbol='x', size=8, color='#d0342c'))
     return [line, {**line, **crosses}]
@@ -107,36 +108,40 @@ def shown_ticks(places, names, most=25):
     every = -(-len(names)//most) or 1
     return list(places)[::every], [text(o, 26) for o in names][::every]
 
-# %% ../nbs/54_charts.ipynb #da8cbf37
-scales = dict(log1p=np.log1p, log10=np.log10, none=lambda o: o)
+# %% ../nbs/54_charts.ipynb #23c0fe9f
+def count_colors(high):
+    "Give the colours of counts, which follow log(1 + count), up to the highest count."
+    from plotly.colors import sample_colorscale
+    at = np.linspace(0, 1, 30)
+    stops = np.expm1(at*np.log1p(high))/high
+    return [*zip(stops.clip(0, 1).tolist(), sample_colorscale('Viridis', at))]
 
-def color_bar(values, scale):
+def log_bar(values): # values: logarithms
     "Give the bar beside a map of logarithms the numbers they are of."
-    known = values[np.isfinite(values)]
-    if scale != 'log10' or not len(known): return {}
-    at = np.linspace(known.min(), known.max(), 4)
-    return dict(tickvals=at, ticktext=[f'{10**o:.2g}' for o in at])
+    at = np.linspace(values.min(), values.max(), 4) if len(values) else []
+    return dict(thickness=10, outlinewidth=0, tickvals=at, ticktext=[f'{10**o:.2g}' for o in at])
 
-def map_chart(title, xlabel, x, rows, values, caption='', ylabel='', value='value', scale='none',
-              limits=(None, None), bar=False, height=260, most=500):
-    "Draw a map of values [rows, n], the first row at the bottom."
+def map_chart(title, xlabel, x, rows, values, caption='', ylabel='', value='value', log=False,
+              limits=(None, None), height=260, most=500):
+    "Draw a map of values [rows, n], the first row at the bottom; counts by colours of their own."
     every = -(-len(x)//most) or 1
     if every > 1: caption += f' One in {every} of {len(x):,} columns is on this page.'
-    shown = np.asarray(values)[:, ::every]
-    with np.errstate(all='ignore'): z = np.round(scales[scale](shown.astype(float)), 3)
-    names = [text(o) for o in rows]
-    trace = dict(type='heatmap', x=numbers(x[::every]), y=names, z=[numbers(o) for o in z], meta=list(rows),
-                 customdata=[numbers(o) for o in shown], zmin=limits[0], zmax=limits[1],
-                 colorscale='Viridis', showscale=bar, hoverongaps=False,
-                 hovertemplate=f'{xlabel} %{{x}}<br>{text(ylabel)} %{{y}}<br>{value} %{{customdata:.9~g}}'
-                               '<extra></extra>')
-    if bar: trace['colorbar'] = dict(thickness=10, outlinewidth=0, **color_bar(z, scale))
+    shown, names = np.asarray(values)[:, ::every], [text(o) for o in rows]
+    cell = '%{customdata:.9~g}' if log else '%{z:.9~g}'
+    trace = dict(type='heatmap', x=numbers(x[::every]), y=names, z=shown if value == 'count' else numbers(shown), meta=list(rows),
+                 hovertemplate=f'{xlabel} %{{x}}<br>{text(ylabel)} %{{y}}<br>{value} {cell}<extra></extra>',
+                 zmin=limits[0], zmax=limits[1], colorscale='Viridis', hoverongaps=False,
+                 showscale=value != 'count', colorbar=dict(thickness=10, outlinewidth=0))
+    if value == 'count': trace |= dict(zmin=0, zmax=shown.max(), colorscale=count_colors(max(shown.max(), 1)))
+    if log:
+        with np.errstate(all='ignore'): z = np.round(np.log10(shown.astype(float)), 2)
+        trace |= dict(z=numbers(z), customdata=numbers(shown), colorbar=log_bar(z[np.isfinite(z)]))
     at, ticks = shown_ticks(names, rows, height//25)
     axis = dict(type='category', tickvals=at, ticktext=ticks)
     fig = figure([trace], xlabel, ylabel, height, yaxis=axis, hovermode='closest')
     return dict(title=title, caption=caption.strip(), xlabel=xlabel, figure=fig)
 
-# %% ../nbs/54_charts.ipynb #40c08be6
+# %% ../nbs/54_charts.ipynb #3425fe92
 whole = 'batch', 'batches', 'epoch', 'loss', 'all'   # sources that are no layers
 
 def plain_stat(stat):
@@ -167,11 +172,11 @@ class RunData:
         "Find values in training; those in validation where only that was watched."
         if stat == 'near_zero' and 'hist' in self.stats.get(source, ()):
             found = self.track(source, 'hist')
-            return found.changed(values=near_zero(np.asarray(found.values))) if len(found) else found
+            return found.changed(values=near_zero(found.values).astype('float32')) if len(found) else found
         found = self.evidence.track(source, stat)
         return found if len(found) else self.evidence.track(source, stat, 'valid')
 
-# %% ../nbs/54_charts.ipynb #2520a675
+# %% ../nbs/54_charts.ipynb #0641d510
 def is_line(track): return len(track) > 0 and track.values.dtype != object and track.values.ndim == 1
 
 def by_step(track):
@@ -197,7 +202,7 @@ def lines_of(run, sources, stats, prefix=''):
         if what == xlabel: lines[label] = x, track.values
     return lines, xlabel or 'step'
 
-# %% ../nbs/54_charts.ipynb #144f67c9
+# %% ../nbs/54_charts.ipynb #d99b1a37
 together = {'Mean and standard deviation': ('mean', 'std'), 'Dead units': ('death_rate',),
             'Near zero': ('near_zero',), 'Active outputs': ('activation_rate',),
             'Norm of the gradients': ('grad_norm',), 'Update to weight': ('update_ratio',),
@@ -233,7 +238,7 @@ def dead_units(run, source):
     return (f' Dead in every batch of epoch {track.epochs[-1]} (epoch window): {len(dead)} of '
             f'{len(track.values[-1])} units{f" ({which})" if len(dead) else ""}.')
 
-# %% ../nbs/54_charts.ipynb #64697196
+# %% ../nbs/54_charts.ipynb #2bbb2947
 hist_titles = dict(hist=('Histogram', '|output|'), grad_hist=('Histogram of the gradient', '|gradient|'))
 
 def bin_names(run, source, stat, n):
@@ -259,7 +264,7 @@ def hist_chart(run, source, stat, most):
     caption = f'How many entries of {what} were in each bin; colour: log(1 + count).'
     return [map_chart(f'{title}: {source}', xlabel, x, bin_names(run, source, stat, n)[used],
                       track.values[:, :n].T[used], caption + outside_note(track.values), what, 'count',
-                      'log1p', most=most)]
+                      most=most)]
 
 def layer_charts(run, layer, most, columns):
     "Chart everything that was recorded of one layer."
@@ -272,11 +277,9 @@ def layer_charts(run, layer, most, columns):
             *(o for title,names in {**together, **own}.items() if set(names) & set(stats)
               for o in stat_chart(run, layer, title, names, most))]
 
-# %% ../nbs/54_charts.ipynb #e8118889
-maps = (('std', 'Standard deviation of the outputs', 'log10', (None, None)),
-        ('death_rate', 'Dead units (batch window)', 'none', (0, 1)),
-        ('grad_norm', 'Norm of the gradients', 'log10', (None, None)),
-        ('update_ratio', 'Update to weight', 'log10', (None, None)))
+# %% ../nbs/54_charts.ipynb #d21eab28
+maps = dict(std='Standard deviation of the outputs', death_rate='Dead units (batch window)',
+            grad_norm='Norm of the gradients', update_ratio='Update to weight')
 
 def matrix(tracks):
     "Put the values of tracks into rows, at all positions that any of them has; NaN where one has none."
@@ -288,19 +291,20 @@ def matrix(tracks):
 def overview_charts(run, columns):
     "Chart all layers, or parameters, over time."
     charts = []
-    for stat,title,scale,limits in maps:
+    for stat,title in maps.items():
         tracks = {o: run.track(o, stat) for own in run.layers.values() for o in own}
         tracks = {o: track for o,track in reversed(tracks.items()) if is_line(track)}
         if len(tracks) < 2: continue
         x, values = matrix(list(tracks.values()))
-        blank = 'zero, or not measured' if scale == 'log10' else 'not measured'
+        log = stat != 'death_rate'
+        blank, limits = ('zero, or not measured', (None, None)) if log else ('not measured', (0, 1))
         caption = f'From the first on top to the last. Blank: {blank}.'
         xlabel = by_step(next(iter(tracks.values())))[1]
         charts.append(map_chart(title, xlabel, x, list(tracks), values, caption, '', stat.replace('_', ' '),
-                                scale, limits, True, min(600, 120 + 22*len(tracks)), columns))
+                                log, limits, min(600, 120 + 22*len(tracks)), columns))
     return charts
 
-# %% ../nbs/54_charts.ipynb #f16583c4
+# %% ../nbs/54_charts.ipynb #1f1ce094
 def loss_lines(evidence):
     "Give the lines of the loss, and what their positions are."
     found = {'training': evidence.loss(), 'validation': evidence.epoch_loss('valid')}
@@ -337,7 +341,7 @@ def finding_chart(finding, most):
     return line_chart(c.title or 'Evidence', c.xlabel, lines, caption, c.ylabel, c.log, guides=c.guides,
                       ticks=tuple(c.ticks), steps=steps, focus=focus, most=most)
 
-# %% ../nbs/54_charts.ipynb #bd1e89b1
+# %% ../nbs/54_charts.ipynb #78d3c8b3
 def spark_path(values, width=80, height=24):
     "Give the path of a small line for SVG, with gaps for what is not finite; '' for nothing."
     values = np.asarray(values, dtype=float)
