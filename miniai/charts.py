@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/54_charts.ipynb #58f1ee5e
+# %% ../nbs/54_charts.ipynb #d5c0512f
 from html import escape
 
 import numpy as np
@@ -14,7 +14,7 @@ from .case import Evidence, Track
 from .lens import aggregates
 from .stats import base_name, near_zero, outside, statistics, taps
 
-# %% ../nbs/54_charts.ipynb #d07d5afc
+# %% ../nbs/54_charts.ipynb #15bad968
 def numbers(values): # array of any shape; gives an array of objects, None where not finite
     "Turn an array into values for JSON: equal in single precision, else to nine digits."
     values = np.asarray(values)
@@ -22,7 +22,7 @@ def numbers(values): # array of any shape; gives an array of objects, None where
     digits = values.astype(str) if values.dtype == np.float32 else np.char.mod('%.9g', values)
     return np.where(np.isfinite(values), digits.astype(float).astype(object), None)
 
-# %% ../nbs/54_charts.ipynb #6eef0e58
+# %% ../nbs/54_charts.ipynb #457d0689
 def kept_rows(values, most): # values [k, n]: k lines of n rows; gives rising numbers of rows
     "Choose about `most` rows: first, last, and of each stretch where a line is lowest and highest."
     (k, n), values = values.shape, np.where(np.isnan(values), np.inf, values)   # a NaN is a highest value
@@ -41,7 +41,7 @@ def thinned(lines, most): # lines: label -> (positions, values)
             for names in groups.values() for nm in names}
     return {nm: (np.asarray(x)[rows[nm]], np.asarray(y)[rows[nm]]) for nm,(x,y) in lines.items()}
 
-# %% ../nbs/54_charts.ipynb #eafd813f
+# %% ../nbs/54_charts.ipynb #bdd1bb76
 colors = '#2a7ab8', '#c8571b', '#1f8f63', '#a8509f', '#8f7a1a', '#5a7d92'
 
 def short_name(name, most=26):
@@ -65,10 +65,12 @@ def figure(traces, xlabel, ylabel='', height=260, xaxis=(), yaxis=(), hovermode=
         hovermode=hovermode, hoverdistance=60, margin=dict(l=4, r=10, t=6, b=4),
         font=dict(size=12, family='system-ui, sans-serif'), hoverlabel=dict(namelength=40),
         legend=dict(orientation='h', x=0, y=1.02, yanchor='bottom', bgcolor=clear),
-        xaxis={**axis, 'title': text(xlabel), **dict(xaxis)},
+        modebar=dict(bgcolor=clear, color='#888', activecolor='#888'),
+        xaxis={**axis, 'title': text(xlabel), 'unifiedhovertitle': dict(text=f'{text(xlabel)} %{{x}}'),
+               'spikethickness': 1, **dict(xaxis)},
         yaxis={**axis, 'title': text(ylabel), **dict(yaxis)}))
 
-# %% ../nbs/54_charts.ipynb #a34f238f
+# %% ../nbs/54_charts.ipynb #a0e41301
 def line_traces(label, x, y, gaps, focus):
     "Make the line of one label, and the crosses where its values are not finite."
     ok, around = np.isfinite(y), np.pad(np.isfinite(y), 1)
@@ -108,7 +110,7 @@ def shown_ticks(places, names, most=25):
     every = -(-len(names)//most) or 1
     return list(places)[::every], [text(o, 26) for o in names][::every]
 
-# %% ../nbs/54_charts.ipynb #23c0fe9f
+# %% ../nbs/54_charts.ipynb #3eb29f6f
 def count_colors(high):
     "Give the colours of counts, which follow log(1 + count), up to the highest count."
     from plotly.colors import sample_colorscale
@@ -141,7 +143,7 @@ def map_chart(title, xlabel, x, rows, values, caption='', ylabel='', value='valu
     fig = figure([trace], xlabel, ylabel, height, yaxis=axis, hovermode='closest')
     return dict(title=title, caption=caption.strip(), xlabel=xlabel, figure=fig)
 
-# %% ../nbs/54_charts.ipynb #3425fe92
+# %% ../nbs/54_charts.ipynb #db759583
 whole = 'batch', 'batches', 'epoch', 'loss', 'all'   # sources that are no layers
 
 def plain_stat(stat):
@@ -176,7 +178,7 @@ class RunData:
         found = self.evidence.track(source, stat)
         return found if len(found) else self.evidence.track(source, stat, 'valid')
 
-# %% ../nbs/54_charts.ipynb #0641d510
+# %% ../nbs/54_charts.ipynb #915e9418
 def is_line(track): return len(track) > 0 and track.values.dtype != object and track.values.ndim == 1
 
 def by_step(track):
@@ -202,7 +204,7 @@ def lines_of(run, sources, stats, prefix=''):
         if what == xlabel: lines[label] = x, track.values
     return lines, xlabel or 'step'
 
-# %% ../nbs/54_charts.ipynb #d99b1a37
+# %% ../nbs/54_charts.ipynb #9a76575b
 together = {'Mean and standard deviation': ('mean', 'std'), 'Dead units': ('death_rate',),
             'Near zero': ('near_zero',), 'Active outputs': ('activation_rate',),
             'Norm of the gradients': ('grad_norm',), 'Update to weight': ('update_ratio',),
@@ -221,7 +223,7 @@ def stat_chart(run, layer, title, stats, most):
     lines, xlabel = lines_of(run, run.layers[layer], stats, layer)
     if not lines: return []
     known = [o for o in map(meaning, stats) if o]
-    caption = ' '.join([o.caption for o in known] + ['Here the mean of each epoch.']*(xlabel == 'epoch'))
+    caption = ' '.join([o.caption.replace('`', '') for o in known] + ['Here the mean of each epoch.']*(xlabel == 'epoch'))
     if 'death_rate' in stats: caption += ''.join(dead_units(run, o) for o in run.layers[layer])
     gaps = stats[0].startswith(('grad_', 'update_', 'param_', 'effective'))   # a NaN: nothing to measure
     style = dict(gaps=gaps, most=most)
@@ -238,7 +240,7 @@ def dead_units(run, source):
     return (f' Dead in every batch of epoch {track.epochs[-1]} (epoch window): {len(dead)} of '
             f'{len(track.values[-1])} units{f" ({which})" if len(dead) else ""}.')
 
-# %% ../nbs/54_charts.ipynb #2bbb2947
+# %% ../nbs/54_charts.ipynb #36dc1910
 hist_titles = dict(hist=('Histogram', '|output|'), grad_hist=('Histogram of the gradient', '|gradient|'))
 
 def bin_names(run, source, stat, n):
@@ -277,7 +279,7 @@ def layer_charts(run, layer, most, columns):
             *(o for title,names in {**together, **own}.items() if set(names) & set(stats)
               for o in stat_chart(run, layer, title, names, most))]
 
-# %% ../nbs/54_charts.ipynb #d21eab28
+# %% ../nbs/54_charts.ipynb #9c663ec7
 maps = dict(std='Standard deviation of the outputs', death_rate='Dead units (batch window)',
             grad_norm='Norm of the gradients', update_ratio='Update to weight')
 
@@ -304,7 +306,7 @@ def overview_charts(run, columns):
                                 log, limits, min(600, 120 + 22*len(tracks)), columns))
     return charts
 
-# %% ../nbs/54_charts.ipynb #1f1ce094
+# %% ../nbs/54_charts.ipynb #2bc0dd35
 def loss_lines(evidence):
     "Give the lines of the loss, and what their positions are."
     found = {'training': evidence.loss(), 'validation': evidence.epoch_loss('valid')}
@@ -341,11 +343,11 @@ def finding_chart(finding, most):
     return line_chart(c.title or 'Evidence', c.xlabel, lines, caption, c.ylabel, c.log, guides=c.guides,
                       ticks=tuple(c.ticks), steps=steps, focus=focus, most=most)
 
-# %% ../nbs/54_charts.ipynb #78d3c8b3
+# %% ../nbs/54_charts.ipynb #624dc186
 def spark_path(values, width=80, height=24):
     "Give the path of a small line for SVG, with gaps for what is not finite; '' for nothing."
     values = np.asarray(values, dtype=float)
-    values = np.where(np.isfinite(values), values, np.nan)[kept_rows(values[None], width)]
+    values = np.where(np.isfinite(values), values, np.nan)[kept_rows(values[None], width//2)]
     if np.isnan(values).all(): return ''
     low, high = np.nanmin(values), np.nanmax(values)
     y = (height-2)*(1 - (values-low)/(high-low or 1)) + 1
@@ -353,4 +355,4 @@ def spark_path(values, width=80, height=24):
     ok = np.isfinite(y)
     starts = ok & ~np.concatenate([[False], ok[:-1]])
     points = zip(np.where(starts, 'M', 'L')[ok], x[ok], y[ok], np.where(starts, 'h1', '')[ok])
-    return ''.join(f'{how}{a:.1f} {b:.1f}{dot}' for how,a,b,dot in points)
+    return ''.join(f'{how}{a:.3g} {b:.3g}{dot}' for how,a,b,dot in points)

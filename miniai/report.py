@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['live_seconds', 'report_html', 'write_report', 'ReportCB']
 
-# %% ../nbs/55_report.ipynb #b8e8114c
+# %% ../nbs/55_report.ipynb #e25f1a70
 import base64, csv, datetime, gzip, io, itertools, json, platform, re, secrets, time, urllib.parse, warnings
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +27,7 @@ from .hooks import unwrap
 from .inspector import Inspector
 from .learner import Learner
 
-# %% ../nbs/55_report.ipynb #53a11e27
+# %% ../nbs/55_report.ipynb #fc9abdc7
 def data_size(learn, phase):
     "Say how many samples a data set has; '' for an iterator nobody knows the length of."
     try: return f'{len(getattr(learn.dls, phase).dataset):,} samples in {phase}'
@@ -60,7 +60,7 @@ def run_facts(evidence, learn=None):
              'versions': ', '.join(f'{nm} {o}' for nm,o in versions.items())}
     return {nm: o for nm,o in found.items() if o not in (None, '', 0, '0')}
 
-# %% ../nbs/55_report.ipynb #11eb130a
+# %% ../nbs/55_report.ipynb #dae0bc61
 def parts_of(x): return [o for part in x for o in parts_of(part)] if isinstance(x, (list, tuple)) else [x]
 
 def costs_of(x): # of (name of the watcher, its `Cost`)
@@ -78,7 +78,7 @@ def module_types(x):
     if not isinstance(model, torch.nn.Module): return {}
     return {nm: type(m).__name__ for nm,m in unwrap(model).named_modules()}
 
-# %% ../nbs/55_report.ipynb #d02604a3
+# %% ../nbs/55_report.ipynb #5f0c2689
 def tiles_of(evidence): # of dict(name, courses: of dict(phase, last, best, values))
     "Sum up the loss and each metric."
     tiles = {}
@@ -116,7 +116,7 @@ def csv_link(titles, rows):
     csv.writer(text).writerows([['layer', 'type', 'findings', *titles], *cells])
     return 'data:text/csv;charset=utf-8,' + urllib.parse.quote(text.getvalue(), errors='replace')
 
-# %% ../nbs/55_report.ipynb #7b456623
+# %% ../nbs/55_report.ipynb #8243fdc2
 def packed(text): return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 @lru_cache(1)
@@ -160,8 +160,8 @@ def template(name):
     env.filters.update(code=code, dotted=dotted, head=headline, spark=spark_path)
     return env.get_template(name)
 
-# %% ../nbs/55_report.ipynb #1279f7dd
-room = 400_000   # numbers on a page, in lines and in maps each
+# %% ../nbs/55_report.ipynb #e5af7377
+room = 330_000   # numbers on a page, in lines and in maps each
 
 def room_for(evidence):
     "Say how many rows of a line and columns of a map there is room for."
@@ -195,12 +195,12 @@ def content_of(x, title=None, findings=None):
 def charts_of(run, findings):
     "Draw all charts of one run: name of a group -> charts."
     most, width = room_for(run.evidence)
-    drawn = [finding_chart(o, most) for o in findings]
+    drawn = [finding_chart(o, most//2) for o in findings]
     return dict(curves=loop_charts(run, most), overview=overview_charts(run, width),
                 **{f'finding {i}': [o] for i,o in enumerate(drawn) if o},
                 **{f'layer {i}': layer_charts(run, nm, most, width) for i,nm in enumerate(run.layers)})
 
-# %% ../nbs/55_report.ipynb #551a5da9
+# %% ../nbs/55_report.ipynb #b37b9123
 def report_html(
     x,                      # a Learner, Inspector, Watcher, History, file, or a list: as for `diagnose`
     title:str=None,         # above the page; default names the model
@@ -214,7 +214,7 @@ def report_html(
     charts = json.dumps(charts_of(content['run'], content['findings']), cls=PlotlyJSONEncoder)
     return page.render(content, live=live, nonce=secrets.token_hex(12), plotly=script, charts=packed(charts))
 
-# %% ../nbs/55_report.ipynb #9cb3b31f
+# %% ../nbs/55_report.ipynb #cce8cad9
 def write_report(
     x,                 # as for `report_html`
     path='report.html',# where to, folders are made; a path that ends in .md gets a text
@@ -226,7 +226,7 @@ def write_report(
     atomic_write(path, made.encode('utf-8', 'backslashreplace'))   # a reader finds the old one or the new one, whole
     return Path(path)
 
-# %% ../nbs/55_report.ipynb #faf6ce6f
+# %% ../nbs/55_report.ipynb #8460484e
 live_seconds = 5   # between two readings of its file by a live page
 
 class ReportCB(Callback):
@@ -270,7 +270,7 @@ class ReportCB(Callback):
         now = time.monotonic()
         self.due = now + max(self.seconds or 0, (now-began)/self.share)
 
-# %% ../nbs/55_report.ipynb #836cdf2b
+# %% ../nbs/55_report.ipynb #15136f47
 @patch
 def report(self:Learner,
     path='report.html', # where to; folders are made
