@@ -9,21 +9,18 @@ __all__ = ['Comparison', 'compare']
 from fnmatch import fnmatchcase
 
 import numpy as np
-from fastcore.basics import patch
+from fastcore.basics import listify
 
-from .case import evidence_of
+from .evidence import evidence_of
 
 # %% ../nbs/54_compare.ipynb #33882d00
-_first_stats = 'loss', 'std', 'death_rate', 'grad_norm', 'update_ratio'   # the order of rows of a figure
-
-def _end(track):
-    "Median and deviation of what is finite in the last quarter; NaN where there is nothing, or no number."
+def end_of(track):
+    "Median and deviation of what is finite in the last quarter; NaN where nothing is, or no number."
     if not len(track) or track.values.ndim > 1 or track.values.dtype == object: return np.nan, np.nan
-    values = track.values[-max(1, len(track)//4):].astype(float)
-    values = values[np.isfinite(values)]
+    values = track[track.end].finite.astype(float)
     return (float(np.median(values)), float(values.std())) if len(values) else (np.nan, np.nan)
 
-def _size(ends, spreads):
+def differences(ends, spreads):
     "[rows] How much runs differ from the first: in units of the smaller value and of how much it varies."
     with np.errstate(all='ignore'):
         smaller = np.minimum(np.abs(ends[:, 1:]), np.abs(ends[:, :1]))
@@ -31,25 +28,56 @@ def _size(ends, spreads):
         size = np.nan_to_num(np.abs(ends[:, 1:] - ends[:, :1])/unit, nan=0., posinf=1e9).max(1)
     return np.where(np.isnan(ends).any(1), np.inf, size)   # what only some have comes first
 
-def _asked(name, patterns): return patterns is None or any(fnmatchcase(name, o) for o in patterns)
+# %% ../nbs/54_compare.ipynb #32225189
+_first_stats = 'loss', 'std', 'death_rate', 'grad_norm', 'update_ratio'   # the order of rows of a figure
 
+def some_of(names, n):
+    "At most `n` of them, the first and the last among them."
+    at = np.unique(np.linspace(0, len(names)-1, min(n, len(names))).round().astype(int))
+    return [names[i] for i in at]
+
+def draw_runs(self,
+    stats=None,   # statistics, a row each; default loss, std, death_rate, grad_norm, update_ratio
+    max_layers=5, # plots in a row
+    log=('grad_norm', 'update_ratio', 'update_norm'), # statistics with a logarithmic axis
+    width=2.2     # of a plot, in inches
+): # the figure
+    "Draw the runs into one plot for each layer and statistic."
+    from miniai.plots import caption, plot_lines, subplots
+    recorded = dict.fromkeys(what for _,what in self.keys)
+    stats = listify(stats) or [stat for stat in _first_stats if stat in recorded] or list(recorded)[:5]
+    rows = [some_of([nm for nm,what in self.keys if what == stat and nm != 'epoch'], max_layers)
+            for stat in stats]
+    n = max(map(len, rows)) or 1
+    fig, axs = subplots(len(rows), n, figsize=(width*n, 1.6*len(rows)+.4), squeeze=False)
+    for ax in axs.flat: ax.set_visible(False)
+    for stat,names,own in zip(stats, rows, axs):
+        for ax,name in zip(own, names):
+            ax.set_visible(True)
+            for run,evidence in self.runs.items():
+                track = evidence.track(name, stat, self.phase)
+                if len(track): plot_lines(ax, track.steps, {run: track.values}, legend=False, lw=1)
+            if stat in log and any((line.get_ydata() > 0).any() for line in ax.lines): ax.set_yscale('log')
+            ax.set_title(stat if name == 'batch' else f'{stat}  {name}', fontsize=8)
+            ax.tick_params(labelsize=7)
+    fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside upper right', ncols=len(self.runs),
+               fontsize=8)
+    caption(fig, f'{"Training" if self.phase == "train" else "Validation"}, by step.')
+    return fig
+
+# %% ../nbs/54_compare.ipynb #c6c16a14
 class Comparison:
-    "Several runs side by side: `table` has the differences, `plot` the lines."
-    def __init__(self,
-        runs,          # name -> whatever `miniai.diagnose.diagnose` takes; of each the last run
-        layers=None,   # globs of layers and parameters to compare; default all
-        stats=None,    # names of statistics; default all
-        phase='train'  # 'train' or 'valid'
-    ):
+    "Several runs side by side: `table` has the differences, `plot` the lines; made by `compare`."
+    def __init__(self, runs, layers=None, stats=None, phase='train'):
         if not hasattr(runs, 'items') or len(runs) < 2:
             raise ValueError(f"compare: got {type(runs).__name__}; give two runs or more by name, as in "
                              "compare({'default': one, 'kaiming': two})")
         self.runs, self.phase = {nm: evidence_of(o) for nm,o in runs.items()}, phase
-        layers, stats = ([o] if isinstance(o, str) else o for o in (layers, stats))
-        found = {(who, what): None for o in self.runs.values() for p,who,what in o.keys() if p == phase
-                 and _asked(who, layers) and _asked(what, stats)}
-        self.keys = [key for key in found if any(np.isfinite(_end(o.track(*key, phase))[0])
-                                                 for o in self.runs.values())]
+        chosen = lambda name, globs: globs is None or any(fnmatchcase(name, o) for o in listify(globs))
+        keys = dict.fromkeys((nm, what) for o in self.runs.values() for p,nm,what in o.keys()
+                             if p == phase and chosen(nm, layers) and chosen(what, stats))
+        self.keys = [key for key in keys
+                     if any(np.isfinite(end_of(o.track(*key, phase))[0]) for o in self.runs.values())]
         if not self.keys:
             raise ValueError(f'compare: no run has numbers of layers {layers or "(all)"}, statistics '
                              f'{stats or "(all)"}, phase {phase!r}')
@@ -58,70 +86,29 @@ class Comparison:
     def table(self): # pandas.DataFrame: layer, stat, a column for each run, its ratio for each but the first
         """How each quantity ends: those that only some runs have, then the largest difference first.
 
-        Where there are such quantities, `only in` names the runs with finite numbers. Differences are told
-        from how much values vary in the last quarter: numbers around 0 do not come first by their ratio."""
+        Where not all runs have a quantity, `only in` names those with finite numbers. Differences are in
+        units of how much values vary in the end: numbers around 0 do not come first by their ratio."""
         import pandas as pd
-        found = [[_end(o.track(*key, self.phase)) for o in self.runs.values()] for key in self.keys]
-        ends, spreads = np.moveaxis(np.array(found), 2, 0)
+        ends, spreads = np.moveaxis([[end_of(o.track(*key, self.phase)) for o in self.runs.values()]
+                                     for key in self.keys], 2, 0)
         with np.errstate(all='ignore'): ratios = ends[:, 1:]/ends[:, :1]
-        size, names, gaps = _size(ends, spreads), list(self.runs), np.isnan(ends)
+        names, gaps = list(self.runs), np.isnan(ends)
         table = pd.DataFrame(self.keys, columns=['layer', 'stat']).assign(**dict(zip(names, ends.T)))
         table = table.assign(**{f'{nm}/{names[0]}': o for nm,o in zip(names[1:], ratios.T)})
         if gaps.any():
-            table['only in'] = [', '.join(nm for nm,gap in zip(names, row) if not gap) if row.any() else ''
-                                for row in gaps]
-        return table.iloc[np.argsort(-size, kind='stable')].reset_index(drop=True)
+            table['only in'] = [', '.join(np.array(names)[~row]) if row.any() else '' for row in gaps]
+        return table.iloc[np.argsort(-differences(ends, spreads), kind='stable')].reset_index(drop=True)
 
+    plot = draw_runs
     def _repr_html_(self): return self.table._repr_html_()
     def __repr__(self): return repr(self.table)
 
+# %% ../nbs/54_compare.ipynb #37e29972
 def compare(
     runs,          # name -> Learner, History, Inspector, path of a file, ...: two or more
     layers=None,   # globs of layers and parameters to compare, such as 'layer1.*'; default all
     stats=None,    # names of statistics, such as 'std'; default all
     phase='train'  # 'train' or 'valid'
 ) -> Comparison:
-    "Runs side by side: a table of differences, and `.plot()`."
+    "Put runs side by side: a table of differences, and `.plot()`."
     return Comparison(runs, layers, stats, phase)
-
-# %% ../nbs/54_compare.ipynb #c0567e32
-def _some(names, n):
-    "At most `n` of them, the first and the last among them."
-    return [names[i]
-            for i in np.unique(np.linspace(0, len(names)-1,
-                                           n).round().astype(int))] if len(names) > n else names
-
-@patch
-def plot(self:Comparison,
-    stats=None,   # statistics, a row of panels each; default loss, std, death_rate, grad_norm, update_ratio
-    max_layers=5, # panels in a row
-    log=('grad_norm', 'update_ratio', 'update_norm'), # statistics with a logarithmic axis
-    width=2.2     # of a panel, in inches
-): # the figure
-    "Runs overlaid, layer by layer."
-    from miniai.plots import caption, subplots
-    there = list(dict.fromkeys(what for _,what in self.keys))
-    stats = [stats] if isinstance(stats, str) else stats or [o for o in _first_stats
-                                                             if o in there] or there[:5]
-    rows = [(stat, _some([who for who,what in self.keys if what == stat and who != 'epoch'], max_layers))
-            for stat in stats]
-    n = max(len(names) for _,names in rows) or 1
-    fig, axs = subplots(len(rows), n, figsize=(width*n, 1.6*len(rows)+.4), squeeze=False)
-    for (stat,names),own in zip(rows, axs):
-        for ax,name in zip(own, names): self._draw(ax, name, stat, stat in log)
-        for ax in own[len(names):]: ax.set_visible(False)
-    fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside upper right', ncols=len(self.runs),
-               fontsize=8)
-    caption(fig,
-            f'{"Training" if self.phase == "train" else "Validation"}, by step.')
-    return fig
-
-@patch
-def _draw(self:Comparison, ax, name, stat, log):
-    from miniai.plots import plot_lines
-    for run,evidence in self.runs.items():
-        track = evidence.track(name, stat, self.phase)
-        if len(track): plot_lines(ax, track.steps, {run: track.values}, legend=False, lw=1)
-    if log and any((line.get_ydata() > 0).any() for line in ax.lines): ax.set_yscale('log')
-    ax.set_title(stat if name == 'batch' else f'{stat}  {name}', fontsize=8)
-    ax.tick_params(labelsize=7)
