@@ -7,199 +7,268 @@ __all__ = ['gradient_stat_names', 'update_stat_names', 'GradientStats', 'UpdateS
 
 # %% ../nbs/41_gradients.ipynb #90866f23
 import warnings
-import weakref
+from dataclasses import replace
 
 import numpy as np
 import torch
-from fastcore.basics import groupby, noop, patch
+from fastcore.basics import groupby, noop
 
-from .activations import HooksCallback, _empty, _fit_size, _outside_text, _steps
-from .callback import Callback
-from .collect import Cost, ParameterTap, Sampler, Told
+from .activations import (HooksCallback, Recorder, Views, draw_hist, draw_lines, higher, phase_of)
+from .collect import ParameterTap
 from .device import batch_size
-from .history import History
-from .hooks import named_tensors, unwrap
+from .hooks import choose_parameters, find_parameters, named_tensors, parameter_matches, unwrap
 from .learner import TrainCB
-from .parameters import choose_parameters, find_parameters, parameter_matches
-from .rows import Rows
+from .plots import heatmap
 from .stats import Bins, effective_rank, unit_axis, widen
 
 # %% ../nbs/41_gradients.ipynb #88229cd7
-class _AtSteps(Callback):
-    "Measures parameters around the optimizer's step."
-    order = TrainCB.order-10   # before those who clip or change gradients, after those who add them up
-    known_stats, measured, _tells = (), '', True
-
-    def __init__(self, parameters, every, budget, stats, max_bytes, bins, what):
-        who = type(self).__name__
-        if isinstance(stats, str) or not stats or set(stats) - set(self.known_stats):
-            raise ValueError(f'{who}: stats is {stats!r}; give a tuple of some of {self.known_stats}')
-        self.parameters, self.stats, self.history = parameters, tuple(stats), History(max_bytes=max_bytes)
-        self.table = self.history.add_table(Rows(self.measured, bins, self.stats, follow_units=False))
-        self.sampler, self.what, self.first_run, self._model = Sampler(every, budget, who), what, 0, noop
-        self.active, self._trial, self._going, self._samples = False, False, False, 0
-        self._start_model()
-
-    @property
-    def pace(self):
-        "The sampler, by its name in the first version."
-        return self.sampler
-
-    def __len__(self): return len(self.params)
-
-    def __getstate__(self):   # no weak reference, nothing of the learner, no buffers
-        return {**vars(self), **dict(learn=None, _model=noop, tap=None, params=(), _found=[])}
-
-    def __setstate__(self, state):
-        vars(self).update(state)
-        self._start_tap()
-
-# %% ../nbs/41_gradients.ipynb #eaa0e8d8
-@patch
-def _start_model(self:_AtSteps):
-    "What is known of one model is not mixed with another's."
-    self.params, self._found, self.gaps, self.unreached = (), [], {}, ()
-    self.told, o = Told(type(self).__name__), self.sampler
-    vars(o).update(vars(Sampler(o.every, o.budget, o.who, o.now)))   # in place: it may be others', too
-    self._start_tap()
-
-@patch
-def _start_tap(self:_AtSteps):
-    "A tap without buffers: nothing to compare with yet."
-    pairs = any(o.endswith('correlation') for o in self.stats)
-    self.tap, self._there, self._moving = ParameterTap(self.table, self.told, pairs, self.what), None, None
-
-# %% ../nbs/41_gradients.ipynb #9fd47918
-@patch
-def before_fit(self:_AtSteps, learn):
-    self._trial, self.active, self._going = getattr(learn, 'trial', False), False, False
-    if self._trial: return
-    run, model = self.history.start_run(), unwrap(learn.model)
-    if self._model() is not model:
-        self._start_model()
-        self._model, self.first_run = weakref.ref(model), run
-    self._start_tap()
-    self.sampler.start()   # a loop of your own may know no epochs
-
-@patch
-def before_epoch(self:_AtSteps, learn):
-    self._going = False
-    if self._trial: return
-    self.sampler.start()
-    if learn.training: self._find(learn)
-
-@patch
-def before_batch(self:_AtSteps, learn):
-    going, self._going = self._going and learn.training, False
-    if going or self._trial: return
-    self._samples = 0
-    self.active = learn.training and self.sampler.wants('train', getattr(learn, 'n_steps', None))
-
-@patch
-def after_loss(self:_AtSteps, learn):
-    if self.active: self._samples += batch_size(learn.batch)
-
-@patch
-def after_batch(self:_AtSteps, learn): self._going = getattr(learn, 'hold', False)
-
-# %% ../nbs/41_gradients.ipynb #a94a9210
-@patch
-def cleanup_fit(self:_AtSteps, learn):
-    if self._trial: return
-    self.active = False
-    self._watch(self.history.flush)
-    self.table.cells.clear()
-    self._start_tap()
-    self.sampler.stop()
-
-# %% ../nbs/41_gradients.ipynb #45087eb6
-@patch
-def _find(self:_AtSteps, learn):
-    "List the parameters of the model as it is now."
-    found, self._there = find_parameters(unwrap(learn.model)), None
-    same = all(a.is_now(b.name, b.p) for a,b in zip(self._found, found))
-    if same and len(found) == len(self._found): return
-    self.params, self._found = (), found
-    self.tap.choose(())
-    self.params = choose_parameters(found, self.parameters, type(self).__name__)
-
-@patch
-def _choose(self:_AtSteps, learn):
-    "Tell the tap which of the optimizer's parameters have ever had a gradient."
-    if not self._found: self._find(learn)
-    there = [o.p.grad is not None for o in self.params]
-    if there == self._there: return
-    self._there, self._held, known = there, _held(learn), set(self.tap.params)
-    chosen = (o for o,has in zip(self.params, there) if has or o in known)
-    self.tap.choose(o for o in chosen if self._is_held(o))
-
-def _held(learn):
-    "Ids of what the optimizer trains; None for one that does not say."
-    groups = getattr(getattr(learn, 'opt', None), 'param_groups', None)
-    return None if groups is None else {id(p) for group in groups for p in group['params']}
-
-@patch
-def _is_held(self:_AtSteps, o): return self._held is None or id(o.p) in self._held
-
-# %% ../nbs/41_gradients.ipynb #77c9ab3f
-@patch
-def _watch(self:_AtSteps, f, *args):
-    self.sampler.begin_watch()
-    try:
-        with torch.no_grad(): f(*args)
-    except Exception as e: self.told.failed('a step', e)
-    finally:
-        self.table.close()
-        self.sampler.end_watch()
-
-@patch
-def _add(self:_AtSteps, learn, tensors, from_start=False):
-    "Add a row for each parameter that has a tensor."
-    # a Learner of your own may not count its steps
-    step = getattr(learn, 'n_steps', self.sampler.seen['train']-1)
-    self._where = dict(step=step, epoch=getattr(learn, 'epoch', 0), samples=self._samples)
-    if not tensors: return
-    self.table.open('train', self.history.run, new=True, **self._where)
-    self.tap.read(tensors, from_start)
-
-# %% ../nbs/41_gradients.ipynb #c4867c6f
 _why = dict(frozen='is frozen (requires_grad is False)',
             unused='has had no gradient in the sampled steps: the loss was not computed from it',
             other='is not among the parameters of the optimizer')
 
-@patch
-def cleanup_epoch(self:_AtSteps, learn):
-    if self._trial: return
-    if learn.training and self._there is not None: self._note_gaps()
-    self._watch(self.history.flush)   # the device is waited for here, once per epoch
-    self.sampler.stop()
+class ReachedParameters(Recorder):
+    "Chooses parameters, and knows why some of them are not measured."
+    saved, warns = ('gaps', 'unreached'), True
 
-@patch
-def _note_gaps(self:_AtSteps):
-    measured = set(self.tap.params)
-    why = {o.name: 'other' if not self._is_held(o) else 'unused' if o.p.requires_grad else 'frozen'
-           for o in self.params if o not in measured}
-    self.gaps = {nm: _why[key] for nm,key in why.items()}
-    self.unreached = tuple(nm for nm,key in why.items() if key == 'unused')
-    if self._tells: self._warn_unreached()
+    def forget(self):
+        super().forget()
+        self.params, self._found, self.gaps, self.unreached = (), [], {}, ()
 
-@patch
-def _warn_unreached(self:_AtSteps):
-    new = [nm for nm in self.unreached if (nm, 'unused') not in self.told.known]
-    self.told.known |= {(nm, 'unused') for nm in new}
-    more = f' and {len(new)-3} more' if len(new) > 3 else ''
-    if new: warnings.warn(f"{type(self).__name__}: {', '.join(new[:3])}{more} {_why['unused']}", stacklevel=4)
+    def _find(self, learn):
+        found, self._there = find_parameters(unwrap(learn.model)), None
+        if found == self._found: return
+        self._found = found
+        self.tap.choose(())
+        self.params = choose_parameters(found, self.parameters, type(self).__name__)
+
+    def _choose(self, learn):
+        "Tell the tap which of the optimizer's parameters have ever had a gradient."
+        if not self._found: self._find(learn)
+        there = [o.p.grad is not None for o in self.params]
+        if there == self._there: return
+        self._there, known = there, set(self.tap.params)
+        groups = getattr(getattr(learn, 'opt', None), 'param_groups', None)   # not every optimizer has them
+        self._held = {id(p) for o in groups or [dict(params=[o.p for o in self.params])] for p in o['params']}
+        self.tap.choose(o for o,has in zip(self.params, there)
+                        if (has or o in known) and id(o.p) in self._held)
+
+    def _note_gaps(self):
+        why = {o.name: 'other' if id(o.p) not in self._held else 'unused' if o.p.requires_grad else 'frozen'
+               for o in self.params if o not in set(self.tap.params)}
+        self.gaps = {nm: _why[key] for nm,key in why.items()}
+        self.unreached = tuple(nm for nm,key in why.items() if key == 'unused')
+        new = [nm for nm in self.unreached if (nm, 'unused') not in self.told.known]
+        if not (new and self.warns): return
+        self.told.known |= {(nm, 'unused') for nm in new}
+        more = f' and {len(new)-3} more' if len(new) > 3 else ''
+        warnings.warn(f"{type(self).__name__}: {', '.join(new[:3])}{more} {_why['unused']}", stacklevel=4)
+
+# %% ../nbs/41_gradients.ipynb #eaa0e8d8
+class AtSteps(ReachedParameters):
+    "Measures parameters around the optimizer's step."
+    order = TrainCB.order-10   # before those who clip or change gradients, after those who add them up
+
+    def __init__(self, tap, known, parameters, every, budget, stats, max_bytes, bins, what):
+        super().__init__(every, budget)
+        self.parameters, self.what, self.going = parameters, what, False
+        self.keep(stats, known, max_bytes, tap, bins)
+
+    def forget(self):
+        super().forget()
+        self._new_tap()
+
+    def _new_tap(self):
+        "Begin without buffers: there is nothing to compare with yet."
+        pairs = any(o.endswith('correlation') for o in self.stats)
+        self.tap = ParameterTap(self.table, self.told, pairs, self.what)
+        self._there = self._moving = None
+
+    def begin(self, learn):
+        self.going = False
+        self.meet(learn)
+        self._new_tap()
+
+    def end(self):
+        self.guarded(self.history.flush)
+        self.table.cells.clear()
+        self._new_tap()
+
+    def before_epoch(self, learn):
+        super().before_epoch(learn)
+        self.going = False
+        if learn.training and not self.trial: self._find(learn)
+
+    def before_batch(self, learn):
+        going, self.going = self.going and learn.training, False
+        if going or self.trial: return
+        self._samples = 0
+        self.active = learn.training and self.sampler.wants('train', getattr(learn, 'n_steps', None))
+
+# %% ../nbs/41_gradients.ipynb #4567afa5
+class StepRows(AtSteps):
+    "Opens a row for each sampled step, which has the samples of all its batches."
+    def after_loss(self, learn):
+        if self.active: self._samples += batch_size(learn.batch)
+
+    def after_batch(self, learn): self.going = getattr(learn, 'hold', False)
+
+    def _add(self, learn, tensors, from_start=False):
+        step = getattr(learn, 'n_steps', self.sampler.seen['train']-1)   # your own may not count its steps
+        self._where = dict(step=step, epoch=getattr(learn, 'epoch', 0), samples=self._samples)
+        if not tensors: return
+        self.table.open('train', self.history.run, new=True, **self._where)
+        self.tap.read(tensors, from_start)
+
+    def cleanup_epoch(self, learn):
+        if learn.training and not self.trial and self._there is not None: self._note_gaps()
+        super().cleanup_epoch(learn)
+
+    def cost(self): # buffers are memory, too
+        cost = super().cost()
+        cost.bytes += sum(o.nbytes for o in (*self.tap.before.values(), *self.tap.starts.values()))
+        return cost
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self._new_tap()   # the table has other memory now
+
+    def __len__(self): return len(self.params)
+    def __getstate__(self): return {**super().__getstate__(), 'tap': None, 'params': (), '_found': []}
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._new_tap()
+
+# %% ../nbs/41_gradients.ipynb #9fd47918
+class ParameterViews(Views):
+    "Draws rows of parameters."
+    def _names(self, stat, parameters):
+        "Those parameters that have rows, in model order."
+        seen = {source for _,source,o in self.history.keys() if o == stat}
+        patterns = (parameters,) if isinstance(parameters, str) else parameters
+        names = [o.name for o in self.params] or sorted(seen - {'all'})
+        return [nm for nm in names if nm in seen and any(parameter_matches(nm, o) for o in patterns)]
+
+    def _matrix(self, stat, names):
+        "Where the columns are, what that is called, and values [n, steps], NaN where there is no row."
+        found = [self.rows(nm, stat) for nm in names]
+        places = [list(zip(o.runs.tolist(), o.steps.tolist())) for o in found]
+        order = {at: i for i,at in enumerate(sorted(set().union(*places)))}
+        values = np.full((len(names), len(order)), np.nan)
+        for row,at,o in zip(values, places, found): row[[order[k] for k in at]] = o.values
+        steps = np.array([step for _,step in order])
+        if (np.diff(steps) > 0).all(): return steps, 'step', values
+        return np.arange(len(steps)), 'sampled step', values
+
+    def _draw_map(self, stat, names, label, title, text, figsize, **kw):
+        "Draw colours for log10 of a statistic, the first name at the top."
+        def _draw(ax, _):
+            x, xlabel, values = self._matrix(stat, names)
+            logs = np.log10(np.where(values > 0, values, np.nan))
+            heatmap(ax, logs[::-1], x=x, xlabel=xlabel, title=title, **kw)
+            step = -(-len(names)//40)
+            ax.set_yticks(np.arange(len(names))[::-1][::step], names[::step], fontsize=7)
+            for o in [*ax.get_images(), *ax.collections][:1]:
+                ax.figure.colorbar(o, ax=ax, label=f'log10 of {label}')
+        return self.draw(_draw, [0], (stat,), names, text, higher(figsize, min(len(names), 40)))
 
 # %% ../nbs/41_gradients.ipynb #deaa6873
+class GradientMaps(ParameterViews):
+    "Draws every parameter's gradients."
+    def plot_heat(self,
+        parameters='weight', # names or globs, or the kinds 'weight' and 'bias'
+        figsize=(7, 3)       # inches; higher for more than twelve parameters
+    ): # the figure
+        "Draw norms of gradients as a map: a row for each parameter, the first at the top; a column a step."
+        text = 'Grey: no gradient, zero, or not finite. Before clipping.'
+        names = self._names('grad_norm', parameters)
+        return self._draw_map('grad_norm', names, 'norm', 'Norm of the gradient', text, figsize)
+
+    def color_dim(self,
+        parameters='weight', # names or globs, or the kinds 'weight' and 'bias'
+        figsize=(11, 5)      # inches; higher for more than twelve parameters
+    ): # the figure
+        "Draw histograms of |gradient| over time, one for each parameter: a column is a step, a row a bin."
+        names, (lo, hi) = self._names('grad_hist', parameters), self.hist_range
+        ends = np.log10(lo), np.log10(hi)
+        def _draw(ax, nm): draw_hist(ax, self.rows(nm, 'grad_hist'), self.bins, ends, nm)
+        text = (f'|gradient| at each step, {self.bins} logarithmic bins from {lo:g} to {hi:g}; the axis is '
+                'log10. Colour: log(1 + count), each picture with its own scale. Zeros count as below.')
+        return self.draw(_draw, names, ('grad_hist',), names, text, higher(figsize, len(names)))
+
+# %% ../nbs/41_gradients.ipynb #ace58632
+class GradientViews(GradientMaps):
+    "Draws the size of gradients."
+    def plot_norm(self,
+        figsize=(6, 3) # inches
+    ): # the figure
+        "Draw the norm of all gradients together, before and after clipping."
+        found = (('before clipping', self.rows('all', 'grad_norm')),
+                 ('after clipping', self.rows('all', 'grad_norm_clipped')))
+        text = 'L2 norm over all parameters the optimizer has.'
+        return self.draw_one([(nm, s) for nm,s in found if len(s)], text, figsize, yscale='log',
+                             title='Norm of the gradient', ylabel='norm')
+
+    def plot_flow(self,
+        parameters='weight', # names or globs, or the kinds 'weight' and 'bias'
+        first:int=None,      # step to begin with; default the first of all
+        last:int=None,       # last step; default the last of all
+        figsize=(7, 3)       # inches
+    ): # the figure
+        "Draw a bar for each parameter: the mean of its gradient's norms over the steps, and the largest."
+        names = self._names('grad_norm', parameters)
+        def _norms(s):   # finite ones between the two steps
+            return s.values[np.isfinite(s.values) & (s.steps >= (first or 0)) & (s.steps <= (last or np.inf))]
+        def _draw(ax, _):
+            norms = [_norms(self.rows(nm, 'grad_norm')) for nm in names]
+            for label,f,color in (('max', np.max, '0.8'), ('mean', np.mean, 'C0')):
+                heights = [f(o) if len(o) else np.nan for o in norms]
+                ax.bar(range(len(names)), heights, color=color, label=label)
+            ax.set_xticks(range(len(names)), names, rotation=90 if len(names) > 6 else 0, fontsize=7)
+            ax.set(yscale='log', title='Gradient flow', ylabel='norm of the gradient')
+        text = 'From the first layer (left) to the last. Before clipping.'
+        return self.draw(_draw, [0], ('grad_norm',), names, text, figsize)
+
+# %% ../nbs/41_gradients.ipynb #2f134b41
+class GradientSteps(StepRows):
+    "Reads gradients before anybody clips them, and their norm after it."
+    def begin(self, learn):
+        super().begin(learn)
+        self._clipped = _may_clip(learn, self) if self.clipped is None else self.clipped
+
+    def after_backward(self, learn):
+        if self.active: self.guarded(self._read, learn)
+
+    def _read(self, learn):
+        self._choose(learn)
+        self._add(learn, [o.p.grad for o in self.tap.params])
+
+    def after_step(self, learn):
+        if self.active and self._clipped: self.guarded(self._read_clipped)
+
+    def _read_clipped(self):
+        grads = [widen(o.p.grad) for o in self.tap.params if o.p.grad is not None]
+        norms = torch._foreach_norm(grads) if grads else ()
+        if not norms: return
+        norm = torch.linalg.vector_norm(torch.stack([o.to(norms[0]) for o in norms]))
+        self.history.record('all', 'grad_norm_clipped', norm, **self._where)
+
+    def facts(self) -> dict: # unreached: names of parameters that should have had a gradient
+        "Give what is known beside the rows."
+        return dict(unreached=self.unreached)
+
+def _may_clip(learn, me):
+    "Whether another callback comes between this one and the optimizer."
+    later = [cb for cb in getattr(learn, 'cbs', ()) if getattr(cb, 'order', 0) >= me.order]
+    return any(callable(getattr(cb, 'after_backward', None)) and not isinstance(cb, StepRows) for cb in later)
+
+# %% ../nbs/41_gradients.ipynb #3a939c98
 gradient_stat_names = 'grad_norm', 'grad_hist', 'grad_correlation', 'grad_activation_rate', 'grad_death_rate'
 
-class GradientStats(_AtSteps):
+class GradientStats(GradientViews, GradientSteps):
     """Records norm, histogram, correlation, activation and death rate of each parameter's gradient, and the
     norm of all of them before and after clipping; `history` has the rows.
 
     Takes memory for one copy of all gradients while a fit runs, for the correlation."""
-    known_stats, measured = gradient_stat_names, 'grad'
-
     def __init__(self,
         parameters=('weight', 'bias'), # names or globs of them; 'weight' and 'bias' are the two kinds
         every:int=1,             # sample every n-th step of the optimizer
@@ -212,59 +281,46 @@ class GradientStats(_AtSteps):
     ):
         rates = {'grad_activation_rate', 'grad_death_rate'}
         what = ('grad_hist' in stats) + 2*bool(rates & set(stats))   # see `miniai.kernels.add_to_row`
-        super().__init__(parameters, every, budget, stats, max_bytes, Bins(bins, *hist_range, log=True), what)
         self.bins, self.hist_range, self.clipped = bins, tuple(hist_range), clipped
+        super().__init__('grad', gradient_stat_names, parameters, every, budget, stats, max_bytes,
+                         Bins(bins, *hist_range, log=True), what)
 
     @property
     def hist_edges(self):
         "The borders of the histograms' bins, [bins+1] float32."
         return self.table.bins.edges
 
-# %% ../nbs/41_gradients.ipynb #ace58632
-@patch
-def before_fit(self:GradientStats, learn):
-    _AtSteps.before_fit(self, learn)
-    self._clipped = _may_clip(learn, self) if self.clipped is None else self.clipped
-
-def _may_clip(learn, me):
-    "Whether somebody else comes between this callback and the optimizer."
-    later = [cb for cb in getattr(learn, 'cbs', ()) if getattr(cb, 'order', 0) >= me.order]
-    return any(callable(getattr(cb, 'after_backward', None)) and not isinstance(cb, _AtSteps) for cb in later)
-
-@patch
-def after_backward(self:GradientStats, learn):
-    if self.active: self._watch(self._read, learn)
-
-@patch
-def _read(self:GradientStats, learn):
-    self._choose(learn)
-    self._add(learn, [o.p.grad for o in self.tap.params])
-
-@patch
-def after_step(self:GradientStats, learn):
-    if self.active and self._clipped: self._watch(self._read_clipped)
-
-@patch
-def _read_clipped(self:GradientStats):
-    grads = [widen(o.p.grad) for o in self.tap.params if o.p.grad is not None]
-    kinds = groupby(grads, lambda o: (o.device, o.dtype)).values()
-    norms = [_together(torch._foreach_norm(o)) for o in kinds]
-    if norms: self.history.record('all', 'grad_norm_clipped', _together(norms), **self._where)
-
-def _together(norms):
-    "The norm of the whole from those of parts."
-    return torch.linalg.vector_norm(torch.stack([o.to(norms[0].device) for o in norms]))
-
 # %% ../nbs/41_gradients.ipynb #e5f1d38c
+class UpdateViews(ParameterViews):
+    "Draws the size of updates. Between 1e-4 and 1e-2 is the band to be in."
+    def plot_ratio(self,
+        parameters='weight', # names or globs, or the kinds 'weight' and 'bias'
+        figsize=(7, 3)       # inches; higher for a map
+    ): # the figure
+        "Draw the update:weight ratio over the steps: lines for up to twelve parameters, else a map."
+        names, title = self._names('update_ratio', parameters), 'Update:weight ratio'
+        rule = '(rule of thumb for weights, CS231n).'
+        if len(names) > 12:
+            text = f'Colour: white at 1e-3, red where the steps are larger {rule}'
+            colours = dict(cmap='RdBu_r', vmin=-6, vmax=0)
+            return self._draw_map('update_ratio', names, 'ratio', title, text, figsize, **colours)
+        def _draw(ax, _):
+            ax.axhspan(1e-4, 1e-2, color='0.93', zorder=0)
+            ax.axhline(1e-3, color='0.5', lw=1, ls='--')
+            x, xlabel, values = self._matrix('update_ratio', names)
+            lines = [(nm, x, y) for nm,y in zip(names, values)]
+            draw_lines(ax, lines, yscale='log', xlabel=xlabel, ylabel='ratio', title=title)
+        text = f'Band: 1e-4 to 1e-2, guide at 1e-3 {rule}'
+        return self.draw(_draw, [0], ('update_ratio',), names, text, figsize)
+
+# %% ../nbs/41_gradients.ipynb #5e788048
 update_stat_names = 'update_norm', 'update_ratio', 'update_correlation', 'param_norm'
 
-class UpdateStats(_AtSteps):
+class UpdateStats(UpdateViews, StepRows):
     """Records how far each step of the optimizer moves each parameter: norm, ratio to the parameter's,
     correlation; `history` has the rows.
 
     Takes memory for one copy of all parameters while a fit runs, two with the correlation."""
-    known_stats, measured, _moving = update_stat_names, 'update', None
-
     def __init__(self,
         parameters=('weight', 'bias'), # names or globs of them; 'weight' and 'bias' are the two kinds
         every:int=1,           # sample every n-th step of the optimizer
@@ -272,15 +328,15 @@ class UpdateStats(_AtSteps):
         stats=update_stat_names, # what to record
         max_bytes=56_000_000   # memory for the rows; the largest series are thinned when it is full
     ):
-        super().__init__(parameters, every, budget, stats, max_bytes, Bins(1), 0)   # no histogram, no units
+        super().__init__('update', update_stat_names, parameters, every, budget, stats, max_bytes, Bins(1), 0)
 
-    def before_fit(self, learn):
-        super().before_fit(learn)   # one of the two is enough to say which parameters are not used
-        self._tells = not any(isinstance(cb, GradientStats) for cb in getattr(learn, 'cbs', ()))
+    def begin(self, learn):
+        super().begin(learn)   # one of the two is enough to say which parameters are not used
+        self.warns = not any(isinstance(cb, GradientStats) for cb in getattr(learn, 'cbs', ()))
 
     def after_backward(self, learn):
         self._moving = None
-        if self.active: self._watch(self._note_start, learn)
+        if self.active: self.guarded(self._note_start, learn)
 
     def _note_start(self, learn):
         self._choose(learn)
@@ -289,57 +345,63 @@ class UpdateStats(_AtSteps):
         self._moving = moving
 
     def after_step(self, learn):
-        if self._moving: self._watch(self._add, learn, self._moving, True)
+        if self._moving: self.guarded(self._add, learn, self._moving, True)
         self._moving = None
 
-    def __getstate__(self): return {**super().__getstate__(), '_moving': None}
-
-# %% ../nbs/41_gradients.ipynb #fa1e6caf
-@patch
-def rows(self:_AtSteps,
-    source:str, # name of a parameter; 'all' for the norm of all gradients
-    stat:str    # one of `stats`, or 'grad_norm_clipped' of 'all'
-): # `Series`
-    "Give the rows of the model that is watched now."
-    return self.history.series(source, stat, first_run=self.first_run)
-
-@patch
-def cost(self:_AtSteps) -> Cost: # seconds, bytes, parameters as `layers`, steps seen and sampled
-    "Say what watching this model has cost so far, and the memory that rows and buffers take."
-    buffers = *self.tap.before.values(), *self.tap.starts.values()
-    return self.sampler.cost(self.history.nbytes + sum(o.nbytes for o in buffers), len(self))
-
-@patch
-def state_dict(self:_AtSteps) -> dict: # history, sampler, gaps
-    "Give what is needed to go on."
-    told = sorted([list(o) for o in self.told.known if isinstance(o[1], str)])
-    return dict(history=self.history.state_dict(), sampler=self.sampler.state_dict(), told=told,
-                first_run=self.first_run, gaps=self.gaps, unreached=list(self.unreached))
-
-@patch
-def load_state_dict(self:_AtSteps,
-    state:dict # as `state_dict` gave it
-):
-    "Go on from there; in a fit, or before one with the same model."
-    self.history.load_state_dict(state['history'])
-    self.sampler.load_state_dict(state['sampler'])
-    self.first_run, self.told.known = state['first_run'], {tuple(o) for o in state['told']}
-    self.gaps, self.unreached = dict(state['gaps']), tuple(state['unreached'])
-    self._start_tap()   # the table has other memory now
-
 # %% ../nbs/41_gradients.ipynb #150e1fab
-def _sample_rows(a, axis, n):
+def _sample_rows(a, axis, n, center=False):
     "[n, units] of a layer's output, without a copy of the rest."
     a = a.detach().movedim(axis, -1)
     size = a[..., 0].numel()
     at = torch.arange(min(n, size), device=a.device)*size//min(n, size)
-    return a[torch.unravel_index(at, a.shape[:-1])].float()
+    rows = a[torch.unravel_index(at, a.shape[:-1])].float()
+    return rows - rows.mean(0) if center else rows
 
 # %% ../nbs/41_gradients.ipynb #1765e1c5
-class RankStats(HooksCallback):
-    "Effective rank of each chosen layer's output, on a sample; `history` has the rows."
-    max_waiting = 32_000_000   # bytes of samples
+class RankSamples(Recorder, HooksCallback):
+    "Puts samples of outputs aside, and finds their ranks as an epoch ends."
+    max_waiting, saved = 32_000_000, ('limits',)   # bytes of samples
 
+    def before_batch(self, learn):
+        super().before_batch(learn)
+        step, epoch = getattr(learn, 'n_steps', 0), getattr(learn, 'epoch', 0)
+        self._called, self._where = set(), dict(step=step, epoch=epoch, phase=phase_of(learn))
+
+    def _take(self, hook, mod, inp, outp):
+        if hook.name in self._called: return   # the first call in a batch will do
+        self._called.add(hook.name)
+        for source,a in named_tensors(outp, hook.name):
+            try: self._take_tensor(source, mod, a)
+            except Exception as e: self.told.failed(source, e)
+        # on a GPU this waits for the device
+        if sum(rows.nbytes for _,rows,_ in self._waiting) > self.max_waiting: self._measure()
+
+    def _take_tensor(self, source, mod, a):
+        if not a.is_floating_point(): return self.told(source, f'has no rank: {a.dtype}')
+        if a.ndim < 2 or not a.numel(): return
+        rows = _sample_rows(a, self.axis(mod, a.ndim), self.samples, self.center)
+        self.limits[source] = min(rows.shape)
+        self._waiting.append((source, rows, self._where))
+
+    def _measure(self):
+        waiting, self._waiting = self._waiting, []   # samples of one shape and moment are taken together
+        together = lambda o: (tuple(o[1].shape), o[1].device, tuple(o[2].values()))
+        for found in groupby(waiting, together).values():
+            sources, rows, wheres = zip(*found)
+            for source,rank in zip(sources, effective_rank(torch.stack(rows))):
+                self.history.record(source, 'effective_rank', rank, samples=len(rows[0]), **wheres[0])
+
+    def cleanup_epoch(self, learn):
+        if not self.trial: self.guarded(self._measure)
+        super().cleanup_epoch(learn)
+
+    def state_dict(self):
+        self._measure()
+        return super().state_dict()
+
+# %% ../nbs/41_gradients.ipynb #1faa66e6
+class RankStats(RankSamples):
+    "Records the effective rank of each chosen layer's output, on a sample; `history` has the rows."
     def __init__(self,
         mod_filter=noop,     # predicate, type, name pattern or a list of these; default all leaves
         every:int=100,       # sample every n-th step of a phase
@@ -352,290 +414,24 @@ class RankStats(HooksCallback):
         max_bytes=56_000_000,# memory for the rows
         center=False         # subtract each unit's mean over the sample first
     ):
-        super().__init__(self._take, mod_filter, on_train, on_valid, mods, 1 if budget else every, budget)
         if samples < 2: raise ValueError(f'RankStats: samples is {samples!r}; it must be 2 or more')
-        self.samples, self.axis, self.history = samples, axis or unit_axis, History(max_bytes=max_bytes)
-        self.limits, self._waiting, self.told, self.center = {}, [], Told('RankStats'), center
-        self.first_run, self._model = 0, noop
+        self.samples, self.axis, self.center, self._waiting = samples, axis or unit_axis, center, []
+        every = 1 if budget else every
+        HooksCallback.__init__(self, self._take, mod_filter, on_train, on_valid, mods, every, budget)
+        self.keep(('effective_rank',), ('effective_rank',), max_bytes)
 
-    def before_fit(self, learn):
-        super().before_fit(learn)
-        if self._trial: return
-        run, model = self.history.start_run(), unwrap(learn.model)
-        if self._model() is not model: self._model, self.first_run, self.limits = weakref.ref(model), run, {}
-        self.names = [hook.name for hook in self.hooks]
+    def forget(self):
+        super().forget()
+        self.limits = {}
 
-    def before_batch(self, learn):
-        super().before_batch(learn)
-        self._called, phase = set(), 'train' if learn.training else 'valid'
-        self._where = dict(step=getattr(learn, 'n_steps', 0), epoch=getattr(learn, 'epoch', 0), phase=phase)
-
-    def cleanup_epoch(self, learn):
-        super().cleanup_epoch(learn)
-        if not self._trial: self._measure()
-
-    def __getstate__(self): return {**vars(self), **dict(learn=None, _model=noop, _waiting=[])}
-
-# %% ../nbs/41_gradients.ipynb #1faa66e6
-@patch
-def _take(self:RankStats, hook, mod, inp, outp):
-    "Put a sample of the first call in a batch aside."
-    if hook.name in self._called: return
-    self._called.add(hook.name)
-    for source,a in named_tensors(outp, hook.name):
-        try: self._take_tensor(source, mod, a)
-        except Exception as e: self.told.failed(source, e)
-    # on a GPU this waits for the device
-    if sum(rows.nbytes for _,rows,_ in self._waiting) > self.max_waiting: self._measure()
-
-@patch
-def _take_tensor(self:RankStats, source, mod, a):
-    if not a.is_floating_point(): return self.told(source, f'has no rank: {a.dtype}')
-    if a.ndim < 2 or not a.numel(): return
-    rows = _sample_rows(a, self.axis(mod, a.ndim), self.samples)
-    if self.center: rows -= rows.mean(0)
-    self.limits[source] = min(rows.shape)
-    self._waiting.append((source, rows, self._where))
-
-@patch
-def _measure(self:RankStats):
-    "Ranks of what waits, samples of one shape and moment together."
-    waiting, self._waiting = self._waiting, []
-    self.sampler.begin_watch()
-    together = lambda o: (tuple(o[1].shape), o[1].device, tuple(o[2].values()))
-    for found in groupby(waiting, together).values():
-        sources, rows, wheres = zip(*found)
-        for source,rank in zip(sources, effective_rank(torch.stack(rows))):
-            self.history.record(source, 'effective_rank', rank, samples=len(rows[0]), **wheres[0])
-    self.history.flush()
-    self.sampler.end_watch()
-
-# %% ../nbs/41_gradients.ipynb #99e7fd4e
-@patch
-def rows(self:RankStats,
-    source:str,                  # name of a layer
-    stat:str='effective_rank',   # the only one
-    phase:str='train'            # 'train' or 'valid'
-): # `Series`
-    "The rows of the model that is watched now."
-    return self.history.series(source, stat, phase, self.first_run)
-
-@patch
-def cost(self:RankStats) -> Cost: # seconds, bytes, layers, steps seen and sampled
-    "What watching has cost so far, over all fits."
-    return self.sampler.cost(self.history.nbytes, len(self))
-
-@patch
-def state_dict(self:RankStats) -> dict: # history, sampler, limits
-    "What is needed to go on."
-    self._measure()
-    return dict(history=self.history.state_dict(), sampler=self.sampler.state_dict(), limits=self.limits,
-                first_run=self.first_run)
-
-@patch
-def load_state_dict(self:RankStats,
-    state:dict # as `state_dict` gave it
-):
-    "Go on from there; in a fit, or before one with the same model."
-    self.history.load_state_dict(state['history'])
-    self.sampler.load_state_dict(state['sampler'])
-    self.limits, self.first_run, self._waiting = dict(state['limits']), state['first_run'], []
-
-# %% ../nbs/41_gradients.ipynb #44dc34b8
-@patch
-def _matrix(self:_AtSteps, stat, names):
-    "Where the columns are, what that is called, and values [n, steps], NaN where there is no row."
-    found = [self.rows(nm, stat) for nm in names]
-    places = [list(zip(o.runs.tolist(), o.steps.tolist())) for o in found]
-    order = {at: i for i,at in enumerate(sorted(set().union(*places)))}
-    values = np.full((len(names), len(order)), np.nan)
-    for row,at,o in zip(values, places, found): row[[order[k] for k in at]] = o.values
-    steps = np.array([step for _,step in order])
-    if (np.diff(steps) > 0).all(): return steps, 'step', values
-    return np.arange(len(steps)), 'sampled step', values
-
-@patch
-def _named(self:_AtSteps, stat, parameters):
-    "Names of the parameters that have rows, in model order."
-    there = {source for _,source,o in self.history.keys() if o == stat}
-    names = [o.name for o in self.params] or sorted(there - {'all'})
-    return [nm for nm in names if nm in there and any(parameter_matches(nm, o) for o in _each(parameters))]
-
-def _each(o): return (o,) if isinstance(o, str) else tuple(o)
-
-@patch
-def _nothing(self:_AtSteps, stat, figsize):
-    fix = f'Put this {type(self).__name__} into the cbs of a Learner and fit.'
-    if stat not in self.stats: fix = f'{stat!r} is not among stats={self.stats}.'
-    elif len(self.history): fix = 'No parameter of that name has rows.'
-    return _empty(figsize, f'Nothing to draw. {fix}')
-
-@patch
-def _scope(self:_AtSteps):
-    "What the rows are of, for a caption."
-    seen, sampled = self.sampler.seen['train'], self.sampler.sampled['train']
-    often = 'every step' if seen == sampled else f'{sampled} of {seen} steps'
-    for stat,n in self.history.thinned().items(): often += f', of which 1 in {n} kept ({stat})'
-    return f'Training, {often}.'
-
-# %% ../nbs/41_gradients.ipynb #db6c3e30
-def _line(ax, x, y, label, i, n):
-    "Line number `i` of `n`."
-    from matplotlib import colormaps
-    from miniai.plots import plot_lines
-    plot_lines(ax, x, {label: y}, legend=False, color=colormaps['viridis'](.95*i/max(n-1, 1)), lw=1)
-
-def _map(fig, ax, x, values, names, label, **kw):
-    "Colours for log10 of the values, the first name at the top."
-    from miniai.plots import heatmap
-    logs = np.log10(np.where(values > 0, values, np.nan))
-    heatmap(ax, logs[::-1], x=x, **kw)
-    step = -(-len(names)//40)
-    ax.set_yticks(np.arange(len(names))[::-1][::step], names[::step], fontsize=7)
-    if ax.get_images() or ax.collections:
-        fig.colorbar((ax.get_images() or ax.collections)[0], ax=ax, label=f'log10 of {label}')
-
-def _legend(fig, ax, n):
-    fig.legend(*ax.get_legend_handles_labels(), loc='outside right upper', fontsize=7, ncols=1+n//20)
-
-# %% ../nbs/41_gradients.ipynb #bbe032f4
-@patch
-def plot_norm(self:GradientStats,
-    figsize=(6, 3) # inches
-): # the figure
-    "The norm of all gradients together, before and after clipping."
-    from miniai.plots import caption, plot_lines, subplots
-    before, after = (self.rows('all', stat) for stat in ('grad_norm', 'grad_norm_clipped'))
-    if not len(before): return self._nothing('grad_norm', figsize)
-    fig, ax = subplots(figsize=figsize)
-    name = 'before clipping' if len(after) else 'all parameters'
-    for label,s in ((name, before), ('after clipping', after)):
-        x, xlabel = _steps(s)
-        if len(s): plot_lines(ax, x, {label: s.values}, xlabel=xlabel, lw=1)
-    ax.set(yscale='log', title='Norm of the gradient', ylabel='norm')
-    caption(fig, f'L2 norm over all parameters the optimizer has. {self._scope()}')
-    return fig
-
-# %% ../nbs/41_gradients.ipynb #442953d0
-@patch
-def plot_flow(self:GradientStats,
-    parameters='weight', # names or globs, or the kinds 'weight' and 'bias'
-    first:int=None,      # step to begin with; default the first of all
-    last:int=None,       # last step; default the last of all
-    figsize=(7, 3)       # inches
-): # the figure
-    "A bar for each parameter: the mean of its gradient's norms over the steps, and the largest."
-    from miniai.plots import caption, subplots
-    names = self._named('grad_norm', parameters)
-    if not names: return self._nothing('grad_norm', figsize)
-    found = [_between(self.rows(nm, 'grad_norm'), first, last) for nm in names]
-    fig, ax = subplots(figsize=figsize)
-    at = np.arange(len(names))
-    for how,color in (('max', '0.8'), ('mean', 'C0')):
-        ax.bar(at, [getattr(o, how)() if len(o) else np.nan for o in found], color=color, label=how)
-    ax.set_xticks(at, names, rotation=90 if len(names) > 6 else 0, fontsize=7)
-    ax.set(yscale='log', title='Gradient flow', ylabel='norm of the gradient')
-    ax.legend(fontsize='small')
-    caption(fig, f'From the first layer (left) to the last. Before clipping. {self._scope()}')
-    return fig
-
-def _between(s, first, last):
-    "Finite values of a series from step `first` to step `last`."
-    there = np.isfinite(s.values)
-    if first is not None: there &= s.steps >= first
-    if last is not None: there &= s.steps <= last
-    return s.values[there]
-
-# %% ../nbs/41_gradients.ipynb #38c4fafb
-@patch
-def plot_heat(self:GradientStats,
-    parameters='weight', # names or globs, or the kinds 'weight' and 'bias'
-    figsize=(7, 3)       # inches; higher for more than twelve parameters
-): # the figure
-    "Norms of gradients as a map: a row for each parameter, the first at the top; a column for each step."
-    from miniai.plots import caption, subplots
-    names = self._named('grad_norm', parameters)
-    if not names: return self._nothing('grad_norm', figsize)
-    fig, ax = subplots(figsize=_fit_size(figsize, min(len(names), 40)))
-    x, xlabel, values = self._matrix('grad_norm', names)
-    _map(fig, ax, x, values, names, 'norm', xlabel=xlabel, title='Norm of the gradient')
-    caption(fig, f'Grey: no gradient, zero, or not finite. Before clipping. {self._scope()}')
-    return fig
-
-# %% ../nbs/41_gradients.ipynb #f89294d2
-@patch
-def color_dim(self:GradientStats,
-    parameters='weight', # names or globs, or the kinds 'weight' and 'bias'
-    figsize=(11, 5)      # inches; higher for more than twelve parameters
-): # the figure
-    "Histograms of |gradient| over time, one picture per parameter: a column is a step, a row a bin."
-    from miniai.plots import caption, get_grid
-    names = self._named('grad_hist', parameters)
-    if not names: return self._nothing('grad_hist', figsize)
-    fig, axs = get_grid(len(names), figsize=_fit_size(figsize, len(names)))
-    for ax,nm in zip(axs.flat, names): self._draw_hist(ax, nm)
-    lo, hi = self.hist_range
-    caption(fig, f'|gradient| at each step, {self.bins} logarithmic bins from {lo:g} to {hi:g}; the axis is '
-                 'log10. Colour: log(1 + count), each picture with its own scale. Zeros count as below. '
-                 f'{self._scope()}')
-    return fig
-
-@patch
-def _draw_hist(self:GradientStats, ax, name):
-    from miniai.plots import heatmap
-    s = self.rows(name, 'grad_hist')
-    x, xlabel = _steps(s)
-    logs, ends = np.log1p(s.values[:, :self.bins].T), tuple(np.log10(self.hist_range))
-    heatmap(ax, logs, x=x, xlabel=xlabel, yrange=ends)
-    ax.set_title(name + _outside_text(s, self.bins), fontsize=9)
-
-# %% ../nbs/41_gradients.ipynb #f4bb1d50
-@patch
-def plot_ratio(self:UpdateStats,
-    parameters='weight', # names or globs, or the kinds 'weight' and 'bias'
-    figsize=(7, 3)       # inches; higher for a map
-): # the figure
-    "Update:weight ratio over the steps: lines for up to twelve parameters, else a map."
-    from miniai.plots import caption, subplots
-    names = self._named('update_ratio', parameters)
-    if not names: return self._nothing('update_ratio', figsize)
-    many = len(names) > 12
-    fig, ax = subplots(figsize=_fit_size(figsize, min(len(names), 40) if many else 1))
-    x, xlabel, values = self._matrix('update_ratio', names)
-    if many: _map(fig, ax, x, values, names, 'ratio', xlabel=xlabel, cmap='RdBu_r', vmin=-6, vmax=0)
-    else: _ratio_lines(fig, ax, x, values, names, xlabel)
-    ax.set_title('Update:weight ratio')
-    band = ('Colour: white at 1e-3, red where the steps are larger' if many else
-            'Band: 1e-4 to 1e-2, guide at 1e-3')
-    caption(fig, f'{band} (rule of thumb for weights, CS231n). {self._scope()}')
-    return fig
-
-def _ratio_lines(fig, ax, x, values, names, xlabel):
-    ax.axhspan(1e-4, 1e-2, color='0.93', zorder=0)
-    ax.axhline(1e-3, color='0.5', lw=1, ls='--')
-    for i,(nm,y) in enumerate(zip(names, values)): _line(ax, x, y, nm, i, len(names))
-    ax.set(yscale='log', xlabel=xlabel, ylabel='ratio')
-    _legend(fig, ax, len(names))
-
-# %% ../nbs/41_gradients.ipynb #e41d93b0
-@patch
-def plot_ranks(self:RankStats,
-    phase:str='train', # 'train' or 'valid'
-    figsize=(7, 3)     # inches
-): # the figure
-    "Effective rank over the steps as a fraction of the largest it can be, a line for each layer."
-    from miniai.plots import caption, subplots
-    names = [nm for nm in self.limits if len(self.rows(nm, phase=phase))]
-    if not names:
-        return _empty(figsize, 'Nothing to draw. Put this RankStats into the cbs of a Learner and fit.')
-    fig, ax = subplots(figsize=figsize)
-    for i,nm in enumerate(names):
-        s = self.rows(nm, phase=phase)
-        x, xlabel = _steps(s)
-        _line(ax, x, s.values/self.limits[nm], f'{nm} (of {self.limits[nm]})', i, len(names))
-    ax.set(title='Effective rank', xlabel=xlabel, ylabel='fraction of the largest possible', ylim=(0, 1.05))
-    _legend(fig, ax, len(names))
-    means = '' if self.center else 'not '
-    caption(fig, f'Of up to {self.samples} rows, one entry per unit; means are {means}subtracted. The '
-                 'largest possible is the number of units, or of rows if there are fewer.')
-    return fig
+    def plot_ranks(self,
+        phase:str='train', # 'train' or 'valid'
+        figsize=(7, 3)     # inches
+    ): # the figure
+        "Draw effective rank over the steps as a fraction of the largest it can be, a line for each layer."
+        found = [(f'{nm} (of {n})', self.rows(nm, phase=phase), n) for nm,n in self.limits.items()]
+        found = [(nm, replace(s, values=s.values/n)) for nm,s,n in found if len(s)]
+        about = dict(title='Effective rank', ylabel='fraction of the largest possible', ylim=(0, 1.05))
+        text = (f'Of up to {self.samples} rows, one entry per unit; means are {"" if self.center else "not "}'
+                'subtracted. The largest possible is the number of units, or of rows if there are fewer.')
+        return self.draw_one(found, text, figsize, phase, **about)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .parameters import parameter_axis, parameter_matches
+from .hooks import parameter_axis, parameter_matches
 from .stats import Bins, Sums, base_name, statistics, widen
 
 # %% ../nbs/43_lens.ipynb #147fb4cd

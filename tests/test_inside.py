@@ -292,10 +292,8 @@ class Skips(nn.Module):
         self.n += 1
         return x.repeat(1, 3)[:, :10]
 
-@pytest.mark.parametrize('small', [0, 2**14])
-def test_units_are_followed_when_layers_rest(small):
+def test_units_are_followed_when_layers_rest():
     learn, astats = watched_learner(Skips(), DataLoaders(batches(20), batches(1)), mod_filter=nn.ReLU)
-    astats.small = small                                  # looked at one by one, or together
     learn.fit(1, valid=False)
     table = astats.dead_units().set_index('layer')
     steps = {f'acts.{i}': [n for n in range(20) if i != 1 or n%2 == 0] for i in range(3)}
@@ -306,25 +304,6 @@ def test_units_are_followed_when_layers_rest(small):
         assert row.returned == sum(a and not b for a,b in zip(dead, dead[1:]))
         assert len(astats.rows(layer, 'mean')) == len(called) and astats.rows(layer, 'hist').steps.tolist() == called
         if dead[-1]: assert row.since == next(called[k] for k in range(len(dead)) if all(dead[k:]))
-
-def test_together_or_one_by_one_gives_the_same_numbers():
-    found = []
-    for small in (0, 2**14):
-        torch.manual_seed(0)
-        learn, astats = watched_learner(nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(),
-                                                      nn.Linear(8, 10)), DataLoaders(batches(5), batches(1)))
-        astats.small = small
-        learn.fit(1)
-        found.append(astats)
-    one, together = found
-    assert one.panels() == together.panels()
-    for source in one.panels():
-        for stat in ('mean', 'std', 'hist', 'death_rate', 'dead_epoch'):
-            a, b = one.rows(source, stat), together.rows(source, stat)
-            assert (a.steps == b.steps).all() and (a.samples == b.samples).all()
-            np.testing.assert_allclose(a.values, b.values, rtol=1e-6)
-    assert one.dead_units().equals(together.dead_units())
-
 
 # --- compiled models ---
 
@@ -371,20 +350,20 @@ def test_memory_of_the_history_does_not_hold_activations():
     learn, astats = watched_learner(five_convs(), DataLoaders(batches(50, bs=64), batches(1)))
     learn.fit(1, valid=False)
     rows = len(astats.panels())*50
-    assert astats.history._kept() < rows*(44*4 + 16*8 + 8 + 5*8)      # counts, sums, units, and what is known of a row
-    pending = astats.history.nbytes - astats.history._kept()
+    assert astats.history.kept_bytes() < rows*(44*4 + 16*8 + 8 + 5*8)      # counts, sums, units, and what is known of a row
+    pending = astats.history.nbytes - astats.history.kept_bytes()
     assert pending <= len(astats.panels())*2**18
 
 def test_a_full_table_thins_itself_and_stays_true():
     learn, astats = watched_learner(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), DataLoaders(batches(10)*200, batches(1)),
                                     max_bytes=200_000)
     with pytest.warns(UserWarning, match='MB are full'): learn.fit(1, valid=False)
-    assert astats.history._kept() <= 200_000
+    assert astats.history.kept_bytes() <= 200_000
     hists, means = astats.rows('1', 'hist'), astats.rows('1', 'mean')
     assert 10 < len(hists) == len(means) < 2000
     assert len(set(np.diff(hists.steps))) == 1          # equally far apart, over the whole run
     assert hists.steps[0] == 0 and hists.steps[-1] > 1900
-    assert 'kept (hist)' in astats._scope('train')      # and the pictures say so
+    assert 'kept (hist)' in astats.scope('train')      # and the pictures say so
     for view in (astats.color_dim, astats.dead_chart, astats.plot_stats): view()
 
 def test_a_thinned_row_is_the_one_of_its_step():
@@ -423,7 +402,7 @@ def test_a_budget_is_kept_and_rows_say_their_step():
     assert cost.steps_seen == 200 and len(means) == cost.steps_sampled < 200
     assert cost.steps_sampled >= Sampler.always and (means.steps[:Sampler.always] == range(Sampler.always)).all()
     assert means.steps[0] == 0 and (np.diff(means.steps) > 0).all()
-    assert f'{cost.steps_sampled} of 200 batches' in astats._scope('train')
+    assert f'{cost.steps_sampled} of 200 steps' in astats.scope('train')
 
 def test_lr_find_is_not_on_the_bill():
     learn, astats = watched_learner(five_convs(), DataLoaders(batches(20), batches(1)))
@@ -441,9 +420,9 @@ def test_every_view_draws_what_there_is(stats):
     learn, astats = watched_learner(five_convs(), DataLoaders(batches(3), batches(1)), stats=stats)
     learn.fit(2)
     for view in (astats.color_dim, astats.dead_chart, astats.plot_stats): view()
-    assert '2 fits' not in astats._scope('train')
+    assert '2 fits' not in astats.scope('train')
     learn.fit(1)
-    assert '2 fits' in astats._scope('train')
+    assert '2 fits' in astats.scope('train')
 
 def test_lr_find_before_the_first_fit_of_another_model_with_the_same_callback():
     learn, astats = watched_learner(five_convs(), DataLoaders(batches(4), batches(1)))
