@@ -230,8 +230,7 @@ class Views(Readings):
     "Draws them."
     def why_nothing(self, stats, names) -> str:
         "Say why there is nothing to draw; an empty text if one of `stats` is recorded, of any `names`."
-        if not set(stats) & set(self.stats):
-            return f'{" and ".join(map(repr, stats))} is not among stats={self.stats}.'
+        if not set(stats) & set(self.stats): return f'{stats[0]!r} is not among stats={self.stats}.'
         if names: return ''
         if len(self.history): return 'nothing of that name has rows.'
         return (f'nothing has been watched yet.\nPut this {type(self).__name__} into the cbs of a Learner '
@@ -284,9 +283,7 @@ class Kept(Views):
         return dict(history=self.history.state_dict(), sampler=self.sampler.state_dict(), warned=warned,
                     first_run=self.first_run, **{nm: getattr(self, nm) for nm in self.saved})
 
-    def load_state_dict(self,
-        state:dict # as `state_dict` gave it
-    ):
+    def load_state_dict(self, state): # what `state_dict` gave
         "Go on from there; in a fit, or before one with the same model."
         self.history.load_state_dict(state['history'])
         self.sampler.load_state_dict(state['sampler'])
@@ -337,11 +334,6 @@ class Recorder(Kept, SampledCallback):
 
     def __getstate__(self): return {**super().__getstate__(), '_model': noop}   # no weak reference
 
-# %% ../nbs/40_activations.ipynb #0d282b7b
-_why_silent = ('was never called. It is not part of what forward runs, or is used without calling it '
-               '(`layer.forward(x)`, `F.relu` beside an nn.ReLU), or the model (or another of its class) was '
-               'compiled before the hooks were there')
-
 # %% ../nbs/40_activations.ipynb #6a56b439
 class OutputSteps(Recorder, HooksCallback):
     "Adds the outputs of the chosen layers to rows of sums, in sampled steps."
@@ -385,6 +377,10 @@ class OutputSteps(Recorder, HooksCallback):
         self.tap.detach()
 
 # %% ../nbs/40_activations.ipynb #589bb33d
+_why_silent = ('was never called. It is not part of what forward runs, or is used without calling it '
+               '(`layer.forward(x)`, `F.relu` beside an nn.ReLU), or the model (or another of its class) was '
+               'compiled before the hooks were there')
+
 class OutputFacts(OutputSteps):
     "Knows the layers and their sources, as the tap has met them."
     saved = 'complete', 'layers'
@@ -408,9 +404,7 @@ class OutputFacts(OutputSteps):
         return dict(layers={nm: self.kinds[nm] for nm in self.sources}, sources=sources, silent=self.silent,
                     sampled=sampled, dead_since=self.dead_since())
 
-    def merge_processes(self,
-        gather # function: an object -> the list of those of all processes
-    ):
+    def merge_processes(self, gather): # function: an object -> the list of those of all processes
         "Make what this process has recorded in this fit that of all processes together."
         if self.parted: self.history.merge(gather(self.history.state_dict(unmerged=True)))
 

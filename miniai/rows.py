@@ -147,6 +147,7 @@ class Rows:
         self.cells, self.slots, self.closed, self.i = {}, [], True, -1
         self.chunks, self.units, self.offered, self.strides, self.merged = {}, {}, Counter(), {}, {}
         self.after_flush = None   # called when rows have come to the host by themselves
+        self.room = 2**16         # slots that all cells have room for
 
     def open(self,
         phase:str,      # 'train' or 'valid'
@@ -169,9 +170,6 @@ class Rows:
         self.closed, self.i = False, len(self.slots)-1
         return self.i
 
-    @property
-    def room(self): return min((len(o.rows) for o in self.cells.values()), default=1)
-
     def close(self):
         "The step is complete: nothing will be added to its slot."
         self.closed = True
@@ -189,6 +187,7 @@ class Rows:
             capacity = self.capacity or _capacity(row_width(self.bins, n_units), device)
             while capacity < len(self.slots): capacity *= 2
             found = self.cells[source] = Cell(self.bins, n_units, call, capacity, device)
+            self.room = min(self.room, capacity)
         return found
 
     def row(self,

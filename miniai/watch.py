@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from fastcore.basics import noop, patch
+from fastcore.meta import delegates
 
 from .activations import ActivationStats
 from .callback import Callback
@@ -23,12 +24,9 @@ from .stats import outside
 
 # %% ../nbs/42_watch.ipynb #9954b4f2
 class RangeStats(ActivationStats):
-    "Smallest and largest entry of each chosen layer's output; `history` has the rows, 'range', [2] each."
-    def __init__(self, mod_filter=noop, on_train=True, on_valid=False, mods=None, every=1, budget=None,
-        max_bytes=56_000_000 # memory for the rows; the others as for `ActivationStats`
-    ):
-        super().__init__(mod_filter, on_train, on_valid, mods, every, budget=budget,
-                         stats=('range',), max_bytes=max_bytes)
+    "Records the smallest and largest entry of each chosen layer's output: rows 'range' of [2] each."
+    @delegates(ActivationStats.__init__)
+    def __init__(self, *args, **kwargs): super().__init__(*args, stats=('range',), **kwargs)
 
 # %% ../nbs/42_watch.ipynb #4bf47575
 @dataclass
