@@ -6,11 +6,12 @@
 __all__ = []
 
 # %% ../nbs/54_charts.ipynb #7f42e9d9
+from dataclasses import replace
 from html import escape
 
 import numpy as np
 
-from .case import Evidence, Track
+from .evidence import Evidence, Track
 from .lens import aggregates
 from .stats import base_name, near_zero, outside, statistics, taps
 
@@ -158,7 +159,7 @@ class RunData:
             if not known and (facts.layers or source.startswith('recorder')): self.loop[source] = stats
             else:
                 is_param = is_param or source in facts.params
-                layer = source.rpartition('.')[0] if is_param else facts.layer(source)
+                layer = source.rpartition('.')[0] if is_param else facts.sources.get(source, source)
                 self.layers.setdefault(layer, []).append(source)
         place = {nm: i for i,nm in enumerate(order or facts.layers)}
         self.layers = dict(sorted(self.layers.items(), key=lambda o: place.get(o[0], len(place))))
@@ -167,7 +168,7 @@ class RunData:
         "Find values in training; those in validation where only that was watched."
         if stat == 'near_zero' and 'hist' in self.stats.get(source, ()):
             found = self.track(source, 'hist')
-            return found.changed(values=near_zero(np.asarray(found.values))) if len(found) else found
+            return replace(found, values=near_zero(np.asarray(found.values))) if len(found) else found
         found = self.evidence.track(source, stat)
         return found if len(found) else self.evidence.track(source, stat, 'valid')
 

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from .hooks import Hooks, named_tensors
-from .kernels import (add_to_row, compiled_loops, many_of, memory_view, one_of, plan, readable,
-                            slow_reason)
+from .kernels import add_to_row, compiled_loops, memory_view, plan, readable, slow_reason
 from .rows import Rows
 from .stats import unit_axis, unit_view
 
@@ -182,7 +181,7 @@ def in_backward():
 def _compiled(which, rows):
     "The compiled function for float32 and the address of its plan; None, 0 where there is none."
     if not compiled_loops(): return None, 0
-    return which(torch.float32), plan(rows.bins, torch.float32).address
+    return getattr(compiled_loops(), which)['float32'], plan(rows.bins, torch.float32).address
 
 def _kind(outp): return f'one of {outp.dtype}' if isinstance(outp, torch.Tensor) else type(outp).__name__
 
@@ -211,7 +210,7 @@ class OutputTap:
         "Choose modules; they are hooked while the tap listens."
         self.detach()
         mine = {id(m) for _,m in modules}
-        self.one, self.plan = _compiled(one_of, self.rows)
+        self.one, self.plan = _compiled('one', self.rows)
         self.hooks = Hooks(modules, self._on_output)
         self.others = Hooks([o for o in leaves if id(o[1]) not in mine], self._pass)
         for o in self.hooks:
@@ -379,7 +378,7 @@ class _Jobs:
         self.tap, self.from_start, self.n = tap, from_start, len(tap.params)
         self.shapes, self.lines = [None]*self.n, np.zeros((self.n, 10), np.int64)
         self.base, self.step = np.zeros(self.n, np.int64), np.zeros(self.n, np.int64)
-        self.many, self.plan = _compiled(many_of, tap.rows)
+        self.many, self.plan = _compiled('many', tap.rows)
 
     def run(self, tensors):
         "Measure what is plain; [(parameter, tensor)] that is left."

@@ -78,6 +78,10 @@ def batch_size(
     return _first_len(batch) or 1
 
 # %% ../nbs/00_device.ipynb #42cc3539
+def detached(x):
+    "Free every tensor inside `x` of its graph, which holds the memory of a whole batch; the same nesting."
+    return _walk(x, lambda o: o.detach() if isinstance(o, torch.Tensor) else o)
+
 def cloned(o):
     "A copy of tensor `o` without its graph; None of None."
     return None if o is None else o.detach().clone()

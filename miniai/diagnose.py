@@ -11,51 +11,46 @@ import inspect, operator, re, warnings
 
 import numpy as np
 import torch
-from fastcore.basics import patch
+from fastcore.basics import listify, patch
 
 from .callback import Callback, CancelFitException
-from .case import Chart, Evidence, Facts, Finding, Findings, Param, Track, evidence_of, levels, unknown
-from .checks import Missing, rule, rules
 from .distributed import gather, is_main
+from .evidence import (Chart, Evidence, Facts, Finding, Findings, Param, Track, evidence_of, levels,
+                             unknown)
 from .history import History
 from .inspector import Inspector
 from .learner import Learner
+from .loss_rules import consequences
+from .rules import Missing, rule, rules
 
 # %% ../nbs/53_diagnose.ipynb #f4ccef33
 _all_ = ['Chart', 'Evidence', 'Facts', 'Finding', 'Findings', 'Param', 'Track', 'evidence_of', 'Missing',
          'rule', 'rules']
 
 # %% ../nbs/53_diagnose.ipynb #c9c71d27
-def _thresholds(f, given):
-    "Those of the thresholds `given` that rule `f` has."
-    return {nm: v for nm,v in given.items() if nm in inspect.signature(f).parameters}
+_older_limits = dict(max_twins='max_copies', min_share='min_size')   # as the first version called them
 
-def _chosen(names, given):
-    "The rules to ask, by name; unknown names are refused."
-    names = [names] if isinstance(names, str) else names
-    wrong = [nm for nm in names or () if nm not in rules]
+def limits_of(f): return list(inspect.signature(f).parameters)[1:]
+
+def asked_rules(names, given):
+    "The rules to ask, by name; names and limits that do not exist are refused."
+    names = [names] if isinstance(names, str) else list(names or rules)
+    wrong = [nm for nm in names if nm not in rules]
     if wrong: raise ValueError(unknown('diagnose: no rule is called', wrong[0], rules))
-    known = {nm for f in rules.values() for nm in list(inspect.signature(f).parameters)[1:]}
+    known = {nm for f in rules.values() for nm in limits_of(f)}
     wrong = [nm for nm in given if nm not in known]
     if wrong: raise TypeError(unknown('diagnose: no rule has the limit', wrong[0], sorted(known)))
-    return {nm: rules[nm] for nm in names or rules}
+    return {nm: rules[nm] for nm in names}
 
-def _asked(nm, f, evidence, given):
+def asked(nm, f, evidence, given):
     "What one rule finds; and why it could not be asked, if it could not."
-    try: return list(f(evidence, **_thresholds(f, given))), None
+    try: return list(f(evidence, **{o: v for o,v in given.items() if o in limits_of(f)})), None
     except Missing as e: return [], str(e)
     except Exception as e:   # at the end of a long fit the other rules should still be heard
         warnings.warn(f'diagnose: rule {nm!r} failed ({type(e).__name__}: {e})', stacklevel=3)
         return [], f'it failed ({type(e).__name__}: {e})'
 
-_followers = 'constant_output', 'at_chance'   # what many faults lead to
-
-def _refer_up(found):
-    "A finding that an error above it may explain says so."
-    for i,o in enumerate(found):
-        if o.rule in _followers and any(above.level == 'error' for above in found[:i]):
-            o.causes.insert(0, 'what the findings above this one say')
-
+# %% ../nbs/53_diagnose.ipynb #78768423
 def diagnose(
     x,           # History, Learner, Inspector, Watcher, callback, Recording, path of a file; a list of them
     rules=None,  # name or names of the rules to ask; default all
@@ -63,35 +58,30 @@ def diagnose(
 ) -> Findings: # a list, worst first
     """What is wrong with the last run of `x`, in words.
 
-    `miniai.checks` has the rules, each with its limits and their defaults: max_rise, min_gradient, ratios,
+    `miniai.rules` has the rules, each with its limits and their defaults: max_rise, min_gradient, ratios,
     min_slope, min_gain, min_steps and so on. A limit is given to every rule that has one of that name."""
     evidence, found, unchecked = evidence_of(x), [], {}
-    chosen = _chosen(rules, limits)
+    limits = {_older_limits.get(nm, nm): v for nm,v in limits.items()}
+    chosen = asked_rules(rules, limits)
     for nm,f in chosen.items():
-        new, why = _asked(nm, f, evidence, limits)
+        new, why = asked(nm, f, evidence, limits)
         found += new
         if why: unchecked[nm] = why
     found.sort(key=lambda o: levels.index(o.level))   # stable: of one level, in the order of the rules
-    _refer_up(found)
+    for i,o in enumerate(found):
+        if o.rule in consequences and any(above.level == 'error' for above in found[:i]):
+            o.causes.insert(0, 'what the findings above this one say')
     return Findings(found, [nm for nm in chosen if nm not in unchecked], unchecked, evidence)
 
 # %% ../nbs/53_diagnose.ipynb #9dcc232e
 _diagnose = diagnose
 
 @patch
-def diagnose(self:Learner,
+def diagnose(self:Learner|Inspector,
     rules=None, # name or names of the rules to ask; default all
     **limits    # of the rules, as for the function `diagnose`: max_dead=.9, say
 ) -> Findings: # a list, worst first
-    "What is wrong with the last fit, in words."
-    return _diagnose(self, rules, **limits)
-
-@patch
-def diagnose(self:Inspector,
-    rules=None, # name or names of the rules to ask; default all
-    **limits    # of the rules, as for the function `diagnose`: max_dead=.9, say
-) -> Findings: # a list, worst first
-    "What is wrong with the run that was watched, in words."
+    "What is wrong with the last run, in words."
     return _diagnose(self, rules, **limits)
 
 # %% ../nbs/53_diagnose.ipynb #9804285a
@@ -101,13 +91,12 @@ def assert_healthy(
     allow=(),        # name or names of the rules that may find something
     **limits         # of the rules, by their names
 ) -> Findings: # all of them, if none fails
-    "An AssertionError that says what is wrong, if anything is."
+    "Raise an AssertionError that says what is wrong, if anything is."
     if level not in levels: raise ValueError(unknown('assert_healthy: no level is called', level, levels))
-    allow = [allow] if isinstance(allow, str) else allow
-    wrong = [nm for nm in allow if nm not in rules]
+    wrong = [nm for nm in listify(allow) if nm not in rules]
     if wrong: raise ValueError(unknown('assert_healthy: no rule is called', wrong[0], rules))
     findings = diagnose(x, **limits)
-    failing = [o for o in findings.of(*levels[:levels.index(level)+1]) if o.rule not in allow]
+    failing = [o for o in findings.of(*levels[:levels.index(level)+1]) if o.rule not in listify(allow)]
     if failing: raise AssertionError('The training is not healthy.\n\n' + '\n\n'.join(map(str, failing)))
     return findings
 
@@ -116,30 +105,30 @@ _comparisons = {'>=': operator.ge, '<=': operator.le, '>': operator.gt, '<': ope
 _pattern = re.compile(r'\s*(\w+)\s*(>=|<=|>|<)\s*(\S+?)(?:\s+at\s+(\S+))?\s*')
 _short_names = dict(dead='death_rate')
 
-class _Condition:
+class Condition:
     "One condition of `StopOnCB`, from its text."
     def __init__(self, text):
         self.text, self.stat = text, None
         if text == 'nan' or text in rules: return
-        found = _pattern.fullmatch(text) if isinstance(text, str) else None
-        try: stat, sign, limit, self.layer = found.groups(); self.limit = float(limit)
+        parts = _pattern.fullmatch(text) if isinstance(text, str) else None
+        try: stat, sign, limit, self.layer = parts.groups(); self.limit = float(limit)
         except (AttributeError, ValueError):
             raise ValueError(f"StopOnCB: got the condition {text!r}; give 'nan', a number as in 'dead>0.5' "
                              f"or 'grad_norm>1e3 at all', or a rule ({', '.join(rules)})") from None
         self.stat, self.holds = _short_names.get(stat, stat), _comparisons[sign]
 
     def why(self, learn, bad):
-        "What is the case, in words; None if it is not."
+        "What holds, in words; None if nothing does."
         if self.text == 'nan': return 'the loss was NaN or infinite' if bad else None
-        if self.stat is None: return next((o.text for o in learn.diagnose(self.text).of('error', 'warning')),
-                                          None)
+        if self.stat is None:
+            return next((o.text for o in diagnose(learn, self.text).of('error', 'warning')), None)
         for source,value in _last_values(learn, self.stat, self.layer):
             if self.holds(value, self.limit): return f'{self.stat} of {source} is {value:.3g} ({self.text})'
 
 def _last_values(learn, stat, layer):
-    "(who, last number) of each that has the statistic."
-    for h in [learn.history,
-              *(o.history for o in learn.cbs if isinstance(getattr(o, 'history', None), History))]:
+    "(source, last number) of each that has the statistic."
+    histories = [learn.history, *(getattr(o, 'history', None) for o in learn.cbs)]
+    for h in (o for o in histories if isinstance(o, History)):
         for phase,source,what in h.keys():
             if what != stat or phase != 'train' or layer not in (None, source): continue
             last = h.series(source, stat, phase, h.run).values[-1:]
@@ -147,9 +136,9 @@ def _last_values(learn, stat, layer):
 
 # %% ../nbs/53_diagnose.ipynb #a4b2db6b
 class StopOnCB(Callback):
-    """Ends the fit, and says why, when one of its conditions holds; looks every `every` training steps.
+    """Ends the fit, and says why, when one of its conditions holds; tested every `every` training steps.
 
-    A condition is a text of one of three kinds. 'nan': the loss was NaN or infinite since the last look.
+    A condition is a text of one of three kinds. 'nan': the loss was NaN or infinite since the last test.
     A number that was recorded, a sign (> >= < <=) and a limit: 'loss>20', 'dead>0.5', 'std<1e-4',
     'grad_norm>1e3'; any layer will do, or one named by ' at ': 'dead>0.5 at act2', 'grad_norm>1e3 at all'.
     Names are those of the tables ('dead' is short for 'death_rate'), so a watcher must record them.
@@ -157,35 +146,30 @@ class StopOnCB(Callback):
     order = 1000   # the others have recorded by then
     def __init__(self,
         *conditions, # texts such as 'nan', 'dead>0.5', 'std<1e-4 at act2', 'at_chance'; default 'nan'
-        every:int=50 # training steps between two looks, each of which waits for the device
+        every:int=50 # training steps between two tests, each of which waits for the device
     ):
         if not isinstance(every, int) or every < 1:
             raise ValueError(f'StopOnCB: every is {every!r}; it must be 1 or more, a whole number')
-        self.conditions, self.every, self.reason = [_Condition(o) for o in conditions or ['nan']], every, None
+        self.conditions, self.every, self.reason = [Condition(o) for o in conditions or ['nan']], every, None
 
     def before_fit(self, learn):
-        self._bad, self._n, self.reason = None, 0, None
-        self._on = not getattr(learn, 'trial', False)   # `lr_find` looks for rates at which it goes wrong
+        self._bad, self._n, self.reason = torch.zeros(()).bool(), 0, None
+        self._on = not getattr(learn, 'trial', False)   # `lr_find` tries rates at which it goes wrong
 
     def after_batch(self, learn):
         if not self._on or not learn.training: return
         bad = ~torch.isfinite(learn.loss.detach()).all()
-        self._bad = bad if self._bad is None else self._bad.to(bad.device) | bad
+        self._bad = self._bad.to(bad.device, non_blocking=True) | bad
         self._n += 1
-        if self._n % self.every == 0: self._look(learn)
+        if self._n % self.every == 0: self._test(learn)
 
     def after_epoch(self, learn):
-        if self._on and learn.training and self._n % self.every: self._look(learn)
+        if self._on and learn.training and self._n % self.every: self._test(learn)
 
-    def _look(self, learn):
-        "Waits for the device: one read of the flag, a flush of the tables if a condition asks for them."
-        bad = self._bad is not None and bool(self._bad)
-        reasons = (o.why(learn, bad) for o in self.conditions)
-        self.reason = _of_all(next((o for o in reasons if o), None))
+    def _test(self, learn):   # waits for the device: it reads the flag, and the tables that a condition needs
+        reasons = (o.why(learn, bool(self._bad)) for o in self.conditions)
+        own = next((o for o in reasons if o), None)
+        self.reason = next((o for o in gather(own) if o), None)   # of all processes: they stop together
         if self.reason is None: return
         if is_main(): print(f'StopOnCB: stopped after {self._n} steps, since {self.reason}')
         raise CancelFitException()
-
-def _of_all(reason):
-    "Of several processes the first that has a reason: they stop together."
-    return next((o for o in gather(reason) if o), None)

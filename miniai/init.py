@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Tuned', 'BatchTransformCB', 'GeneralRelu', 'plot_func', 'LayerNorm', 'BatchNorm', 'conv', 'get_model', 'init_weights',
-           'undisturbed', 'kaiming_init', 'lsuv_init', 'lsuv', 'clean_mem']
+           'kaiming_init', 'lsuv_init', 'lsuv', 'clean_mem']
 
 # %% ../nbs/30_init.ipynb #bf2b8162
 import math
@@ -13,15 +13,14 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .callback import Callback
-from .conv import conv as _plain_conv
+from .conv import conv as plain_conv
 from .device import clean_mem, cloned, def_device, refilled, rng_state, set_rng_state, to_device
-from .hooks import Hook, Hooks, select_modules, unwrap
+from .hooks import Hooks, select_modules, unwrap
 from .learner import DeviceCB
 from .stats import mean_std
 
@@ -106,7 +105,7 @@ class BatchNorm(nn.Module):
     "Brings every channel of a batch to mean 0 and deviation 1, then scales and shifts it."
     def __init__(self,
         nf:int,  # channels, the second axis of the input
-        mom=0.1, # share of the newest batch in the running values
+        mom=0.1, # fraction of the newest batch in the running values
         eps=1e-5 # added to the variance
     ):
         super().__init__()
@@ -116,39 +115,32 @@ class BatchNorm(nn.Module):
         self.register_buffer('means', torch.zeros(nf))
 
     def forward(self, x):
-        var,mean = self._update(x) if self.training else (self.vars, self.means)
+        var,mean = self._updated(x) if self.training else (self.vars, self.means)
         shape = 1,-1,*[1]*(x.ndim-2)   # channels are the second axis
         factor = self.mults/(var+self.eps).sqrt()
         return x*factor.view(shape) + (self.adds - mean*factor).view(shape)
 
-# %% ../nbs/30_init.ipynb #2f53e950
-@patch
-def _update(self:BatchNorm, x):
-    "Variance and mean of this batch, which the running values move to."
-    dims = [o for o in range(x.ndim) if o!=1]
-    var,mean = torch.var_mean(x, dim=dims, correction=0)
-    with torch.no_grad():
-        n = x.numel()/x.shape[1]
-        self.vars.lerp_(var*n/max(n-1, 1), self.mom)   # PyTorch keeps the unbiased variance
-        self.means.lerp_(mean, self.mom)
-    return var,mean
+    def _updated(self, x):
+        var,mean = torch.var_mean(x, dim=[o for o in range(x.ndim) if o!=1], correction=0)
+        with torch.no_grad():
+            n = x.numel()/x.shape[1]
+            self.vars.lerp_(var*n/max(n-1, 1), self.mom)   # PyTorch keeps the unbiased variance
+            self.means.lerp_(mean, self.mom)
+        return var,mean
 
 # %% ../nbs/30_init.ipynb #43183a40
-_norms_of_channels = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, BatchNorm)
-
 def _takes_bias_off(norm):
-    "Does this norm remove what a bias adds, the same number at every position of a channel?"
+    "Whether this norm removes what a bias adds, the same number at every position of a channel."
     groups_of_one = isinstance(norm, nn.GroupNorm) and norm.num_groups==norm.num_channels
-    return groups_of_one or isinstance(norm, _norms_of_channels)
+    by_channel = nn.modules.batchnorm._BatchNorm,nn.modules.instancenorm._InstanceNorm,BatchNorm
+    return groups_of_one or isinstance(norm, by_channel)
 
-# %% ../nbs/30_init.ipynb #f1da51ad
 def _made(maker, what, *args):
     "The module that `maker` makes; what is a module already is refused."
     if not isinstance(maker, nn.Module): return maker(*args)
     raise TypeError(f'conv: {what} is the module {maker!r}; give what makes one, `nn.{type(maker).__name__}` '
                     'or a partial, as every layer needs its own')
 
-# %% ../nbs/30_init.ipynb #80defd32
 def conv(
     ni:int,      # channels coming in
     nf:int,      # channels going out
@@ -161,7 +153,7 @@ def conv(
     "A convolution with 'same' padding, and what is wanted behind it."
     norm = _made(norm, 'norm', nf) if norm else None
     if bias is None: bias = not _takes_bias_off(norm)
-    layers = [_plain_conv(ni, nf, ks, stride, act=False, bias=bias)]
+    layers = [plain_conv(ni, nf, ks, stride, act=False, bias=bias)]
     if norm is not None: layers.append(norm)
     if act: layers.append(_made(nn.ReLU if act is True else act, 'act'))
     return nn.Sequential(*layers)
@@ -178,7 +170,7 @@ def get_model(
     return nn.Sequential(*layers, conv(nfs[-1], 10, act=None, bias=True), nn.Flatten()).to(def_device)
 
 # %% ../nbs/30_init.ipynb #97cc7ca8
-_weighted = (nn.modules.conv._ConvNd, nn.Linear)
+_weighted = nn.modules.conv._ConvNd,nn.Linear
 
 def _fan_in(m):
     "How many products are added up for one output of a convolution or linear layer."
@@ -186,14 +178,16 @@ def _fan_in(m):
     return m.in_channels//m.groups*math.prod(m.kernel_size)/math.prod(m.stride)   # a mean over positions
 
 def _has_weights(m):
-    "Is `m` a layer whose weight is a parameter of its own, not computed and not still without a size?"
+    "Whether `m` is a layer whose weight is a parameter of its own, not computed and not still without a size."
     weight = m._parameters.get('weight') if isinstance(m, _weighted) else None
     return weight is not None and not nn.parameter.is_lazy(weight)
 
 @torch.no_grad()
-def _draw_weights(m, gain): m.weight.normal_(0, gain/math.sqrt(max(_fan_in(m), 1)))
+def _draw_weights(m, gain):
+    std = gain/math.sqrt(max(_fan_in(m), 1))
+    m.weight.normal_(0, std)
+    return std
 
-# %% ../nbs/30_init.ipynb #add741f8
 def init_weights(
     m:nn.Module, # any module; only convolutions and linear layers are changed
     leaky=0.     # negative slope of the activations that follow; 0 for ReLU
@@ -203,29 +197,20 @@ def init_weights(
 
 # %% ../nbs/30_init.ipynb #f7c298cf
 @contextmanager
-def undisturbed(
-    model:nn.Module # any module
-):
+def undisturbed(model):
     "No gradients inside; afterwards modes, buffers, attributes and random states are as before."
-    kept = [(m, dict(vars(m)), {k: cloned(o) for k,o in m._buffers.items()}) for m in model.modules()]
-    rng = rng_state()
+    kept,rng = [(m, dict(vars(m)), {k: cloned(o) for k,o in m._buffers.items()}) for m in model.modules()],rng_state()
     try:
         with torch.no_grad(): yield
     finally:
-        with torch.no_grad():
-            for m,attrs,buffers in kept: _put_back(m, attrs, buffers)
+        for m,attrs,buffers in kept:
+            vars(m).clear()
+            vars(m).update(attrs)
+            with torch.no_grad(): m._buffers.update({nm: refilled(o, m._buffers.get(nm)) for nm,o in buffers.items()})
         set_rng_state(rng)
 
-# %% ../nbs/30_init.ipynb #abc562de
-def _put_back(m, attrs, buffers):
-    "The attributes and buffers of one module, as they were."
-    vars(m).clear()
-    vars(m).update(attrs)
-    for nm,old in buffers.items(): m._buffers[nm] = refilled(old, m._buffers.get(nm))
-
-# %% ../nbs/30_init.ipynb #2c942588
-def _run(model, xb):
-    "One forward pass as in training."
+def run_once(model, xb):
+    "One forward pass as in training, of which nothing is left."
     if not any(isinstance(o, torch.Tensor) for o in tree_leaves(xb)):
         raise TypeError(f'xb is a {type(xb).__name__} and has no tensor; give an input of the model, as '
                         '`next(iter(loader))[0]`')
@@ -244,7 +229,6 @@ def _normal_grid(shape, device):
     z = torch.special.ndtri(p).float().to(device)
     return z[:, None].repeat(1, shape[1]) if len(shape) > 1 else z
 
-# %% ../nbs/30_init.ipynb #dd091dca
 def _gain(f, x, args, kwargs):
     "What keeps the mean square of a normal `x` when `f(*args, **kwargs)` follows; x is among the arguments."
     z = _normal_grid(x.shape, x.device)
@@ -253,8 +237,10 @@ def _gain(f, x, args, kwargs):
     return (z.square().mean()/out.float().square().mean()).sqrt().item()
 
 # %% ../nbs/30_init.ipynb #7c440a39
+def _tensors(o): return [t for t in tree_leaves(o) if isinstance(t, torch.Tensor)]
+
 class _Followers(TorchFunctionMode):
-    "Sees what happens to the output of each layer: `found` has name -> (function, gain)."
+    "Sees what happens to the output of each layer: `found` has name -> (function, gain), of the first that follows."
     def __init__(self, layers): # [(name, module)]
         super().__init__()
         self.by_weight = {id(m.weight): nm for nm,m in layers}
@@ -262,42 +248,27 @@ class _Followers(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs,nm = kwargs or {},getattr(func, '__name__', '')
-        ins = [o for o in tree_leaves((args, kwargs)) if isinstance(o, torch.Tensor)]
-        carried = set().union(*(self.owners.get(id(o), ()) for o in ins))
-        layer = {self.by_weight[id(o)] for o in ins if id(o) in self.by_weight} if _is_layer(nm) else set()
+        ins = _tensors((args, kwargs))
+        carriers = [o for o in ins if self.owners.get(id(o))]
+        carried = set().union(*(self.owners[id(o)] for o in carriers))
+        is_layer = nm.startswith('conv') or nm=='linear'
+        layer = {self.by_weight[id(o)] for o in ins if id(o) in self.by_weight} if is_layer else set()
         active = carried and nm in _activations
-        gain = _gain(func, self._carrier(ins), args, kwargs) if active else 1.
-        if active or layer: self._decide(carried, nm if active else 'nothing', gain)
+        if active or layer:
+            follower = (nm, _gain(func, carriers[0], args, kwargs)) if active else ('nothing', 1.)
+            for o in carried: self.found.setdefault(o, follower)
         out = func(*args, **kwargs)
-        self._mark(out, layer if active or layer else carried)
+        for o in _tensors(out):
+            self.kept.append(o)   # so that no other tensor gets its id
+            self.owners[id(o)] = layer if active or layer else carried
         return out
 
-def _is_layer(nm): return nm.startswith('conv') or nm=='linear'
-
 # %% ../nbs/30_init.ipynb #8fbf6b64
-@patch
-def _carrier(self:_Followers, ins): return next(o for o in ins if id(o) in self.owners)
-
-@patch
-def _decide(self:_Followers, layers, nm, gain):
-    "The first that follows a layer counts."
-    for o in layers: self.found.setdefault(o, (nm, gain))
-
-@patch
-def _mark(self:_Followers, out, owners):
-    "From here on the tensors of `out` carry the output of `owners`."
-    for o in tree_leaves(out):
-        if not isinstance(o, torch.Tensor): continue
-        self.kept.append(o)   # so that no other tensor gets its id
-        self.owners[id(o)] = owners
-
-# %% ../nbs/30_init.ipynb #79cb1c34
 def _own_weights(model):
     "Layers with a weight of their own, and the names of those whose weight is computed or not there yet."
     found = [o for o in select_modules(model, lambda m: True) if isinstance(o[1], _weighted)]
     return [o for o in found if _has_weights(o[1])],[nm for nm,m in found if not _has_weights(m)]
 
-# %% ../nbs/30_init.ipynb #0fd1ddaf
 @torch.no_grad()
 def kaiming_init(
     model:nn.Module, # any model; its convolutions and linear layers are changed in place
@@ -305,65 +276,46 @@ def kaiming_init(
 ): # pandas.DataFrame, a row for each layer: follows, gain, fan_in, std of the weights drawn
     "Kaiming initialisation by the nonlinearity that really follows each layer; biases become 0."
     import pandas as pd
-    layers,others = _own_weights(unwrap(model))
+    model = unwrap(model)
+    layers,others = _own_weights(model)
     rows = {nm: ('weight computed or lazy, left as it is', None, None, None) for nm in others}
-    followers = _Followers(layers)
-    with followers: _run(unwrap(model), xb)
+    with _Followers(layers) as followers: run_once(model, xb)
     called = set().union(*followers.owners.values(), followers.found)
-    for nm,m in layers: rows[nm] = _init_layer(m, followers.found.get(nm, ('nothing', 1.)), nm in called)
+    for nm,m in layers:
+        rows[nm] = 'never called, left as it is',None,None,None
+        if nm not in called: continue
+        follows,gain = followers.found.get(nm, ('nothing', 1.))
+        rows[nm] = follows,gain,_fan_in(m),_draw_weights(m, gain)
+        if m.bias is not None: m.bias.zero_()
     table = pd.DataFrame.from_dict(rows, orient='index', columns=['follows', 'gain', 'fan_in', 'std'])
     return table.rename_axis('layer')
 
-# %% ../nbs/30_init.ipynb #116be94e
-def _init_layer(m, follower, called):
-    "Draw the weights of one layer; the row about it."
-    nm,gain = follower
-    if not called: return 'never called, left as it is',None,None,None
-    _draw_weights(m, gain)
-    if m.bias is not None: m.bias.zero_()
-    return nm,gain,_fan_in(m),gain/math.sqrt(max(_fan_in(m), 1))
-
 # %% ../nbs/30_init.ipynb #8b9a4679
-Tuned = namedtuple('Tuned', 'mean std passes note')
-Tuned.__doc__ = "What `lsuv_init` came to: mean and deviation at the end, passes, what is to be said."
+def output_stats(model, modules, xb):
+    "Mean and deviation of what each of `modules` puts out at its first call in one pass."
+    def keep(hook, mod, inp, outp):
+        if hook.stats is None: hook.stats = mean_std(_tensors(outp)[0]).tolist()   # waits for the device: this is no training step
+    with Hooks(modules, keep) as hooks:
+        for hook in hooks: hook.stats = None
+        run_once(model, xb)
+    unused = [type(o.m).__name__ for o in hooks if o.stats is None]
+    if not unused: return [o.stats for o in hooks]
+    raise ValueError(f'lsuv_init: {unused[0]} was not called when the model ran; pass a module that its forward calls')
 
-def _lsuv_stats(hook, mod, inp, outp):
-    "Keep mean and deviation of the first call in a pass."
-    if hook.stats is not None: return
-    out = next(o for o in tree_leaves(outp) if isinstance(o, torch.Tensor))
-    hook.stats = mean_std(out).tolist()   # waits for the device, once a pass; this is no training step
-
-# %% ../nbs/30_init.ipynb #aa083c26
-def _measure(model, xb, hook):
-    "Mean and deviation of what the hook's module puts out."
-    hook.stats = None
-    _run(model, xb)
-    if hook.stats is not None: return hook.stats
-    raise ValueError(f'lsuv_init: {hook.name or type(hook.m).__name__} was not called when the model ran; '
-                     'pass a module that its forward calls')
-
-# %% ../nbs/30_init.ipynb #78d20f05
-def _is_centred(m):
-    "Is the mean of `m` near 0 for normal inputs? True for what can't be asked, as a layer with weights."
+def is_centred(m):
+    "Whether the mean of `m` is near 0 for normal inputs; True for what can't be asked, as a layer with weights."
     if any(True for _ in m.parameters()): return True
     try:
         with undisturbed(m): mean,std = mean_std(m(_normal_grid((1,), def_device))).tolist()
     except Exception: return True   # not a function of single numbers
     return abs(mean) < std/4
 
-# %% ../nbs/30_init.ipynb #5462519d
-def _check_tunable(m_in):
-    weight = getattr(m_in, 'weight', None)
-    if isinstance(weight, nn.Parameter) and weight.is_floating_point(): return
-    raise TypeError(f'lsuv_init: m_in is {type(m_in).__name__}, which has no parameter `weight` to divide; '
-                    'pass the layer with weights, such as a Conv2d or Linear')
+# %% ../nbs/30_init.ipynb #78d20f05
+Tuned = namedtuple('Tuned', 'mean std passes note')
+Tuned.__doc__ = "What `lsuv_init` came to: mean and deviation at the end, passes, what is to be said."
 
-def _state(m): return {nm: p.detach().clone() for nm,p in m.named_parameters(recurse=False)}
+def _own_parameters(m): return {nm: p.detach().clone() for nm,p in m.named_parameters(recurse=False)}
 
-def _set_state(m, state):
-    for nm,o in state.items(): getattr(m, nm).copy_(o)
-
-# %% ../nbs/30_init.ipynb #ffc7a9a2
 @torch.no_grad()
 def lsuv_init(
     model:nn.Module, # any model
@@ -374,114 +326,71 @@ def lsuv_init(
     max_iter=50      # passes at most
 ) -> Tuned: # mean, std, passes, note; the note is empty if all went well
     "Scale and shift one layer until what comes out has mean 0 and deviation 1."
-    _check_tunable(m_in)
-    shift = getattr(m_in, 'bias', None) is not None and _is_centred(m)
-    search = _Search(m_in, shift, tol)
-    with Hook(m, _lsuv_stats) as hook:
-        while search.look(*_measure(model, xb, hook), max_iter): search.change()
-    return search.result()
-
-# %% ../nbs/30_init.ipynb #0f228e18
-class _Search:
-    "The state of one `lsuv_init`: the best weights so far, and when to stop."
-    patience = 4   # passes without an improvement of a tenth
-
-    def __init__(self, m_in, shift, tol):
-        self.m_in,self.shift,self.tol = m_in,shift,tol
-        self.first,self.best,self.best_error = _state(m_in),None,math.inf
-        self.passes = self.stale = 0
-
-    def look(self, mean, std, max_iter):
-        "Take in one pass; whether to change something and run another."
-        self.passes += 1
-        self.mean,self.std = mean,std
+    weight = getattr(m_in, 'weight', None)
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        raise TypeError(f'lsuv_init: m_in is {type(m_in).__name__}, which has no parameter `weight` to divide; '
+                        'pass the layer with weights, such as a Conv2d or Linear')
+    shift = getattr(m_in, 'bias', None) is not None and is_centred(m)
+    best,best_error,stats,stale = _own_parameters(m_in),math.inf,None,0
+    for passes in range(1, max_iter+1):
+        (mean,std), = output_stats(model, [m], xb)
         # below a millionth of the mean, float32 has only noise
-        if not (math.isfinite(mean) and math.isfinite(std)) or std <= 1e-6*abs(mean): return False
-        error = max(abs(std-1), abs(mean) if self.shift else 0)
-        self.stale = 0 if error < 0.9*self.best_error else self.stale+1
-        if error < self.best_error: self.best,self.best_error,self.stats = _state(self.m_in),error,(mean, std)
-        return error > self.tol and self.stale < self.patience and self.passes < max_iter
-
-    def change(self):
-        if self.shift: self.m_in.bias -= self.mean
-        self.m_in.weight /= self.std
-
-    def result(self):
-        "The best weights go in; those from before where nothing could be measured."
-        _set_state(self.m_in, self.first if self.best is None else self.best)
-        if self.best is None: return Tuned(self.mean, self.std, self.passes, self._why_dead())
-        reached = self.best_error <= self.tol
-        return Tuned(*self.stats, self.passes, '' if reached else f'not reached in {self.passes} passes')
-
-    def _why_dead(self):
-        if not math.isfinite(self.std): return 'outputs are not finite; left as it was'
-        return 'dead: all outputs are the same; left as it was'
+        if not math.isfinite(mean+std) or std <= 1e-6*abs(mean): break
+        error = max(abs(std-1), abs(mean) if shift else 0)
+        stale = 0 if error < 0.9*best_error else stale+1
+        if error < best_error: best,best_error,stats = _own_parameters(m_in),error,(mean, std)
+        if error <= tol or stale==4: break
+        if shift: m_in.bias -= mean
+        weight /= std
+    for nm,o in best.items(): getattr(m_in, nm).copy_(o)
+    if stats: return Tuned(*stats, passes, '' if best_error <= tol else f'not reached in {passes} passes')
+    why = 'dead: all outputs are the same' if math.isfinite(std) else 'outputs are not finite'
+    return Tuned(mean, std, passes, f'{why}; left as it was')
 
 # %% ../nbs/30_init.ipynb #ef79fd34
 _norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, LayerNorm, BatchNorm)
 _bounded = nn.Tanh, nn.Sigmoid, nn.Softmax, nn.LogSoftmax, nn.Hardsigmoid, nn.Softsign, nn.LogSigmoid
 _passed = nn.Identity, nn.modules.dropout._DropoutNd
 
-def _calls(model, xb):
-    "What each leaf was called with and returned, in order: [(name, module, input, output)]."
-    res = []
-    def keep(hook, mod, inp, outp): res.append((hook.name, mod, inp[0] if inp else None, outp))
-    with Hooks(select_modules(model), keep): _run(model, xb)
-    return res
-
-# %% ../nbs/30_init.ipynb #c93d98a0
-def _taker(calls, i):
-    "The module that takes the output of call `i`, through dropout; None if no module does."
-    out = calls[i][3]
-    for _,m,inp,o in calls[i+1:]:
-        if inp is not out: continue
-        if not isinstance(m, _passed): return m,o
-        out = o
-    return None,None
-
-def _looked_at(calls, i):
-    "Where to look for layer `i`: the module, and a note if the layer is to be left alone."
+def _measured_at(calls, i):
+    "Where to measure layer `i` of the calls: the module, and a note if the layer is to be left alone."
     _,m,_,out = calls[i]
-    taker,taken = _taker(calls, i)
-    if isinstance(taker, _norms): return taker,f'normalised by {type(taker).__name__}; left alone'
-    weights = taker is None or any(p.ndim > 1 for p in taker.parameters())
-    if weights or isinstance(taker, _bounded) or getattr(taken, 'shape', None)!=out.shape: return m,''
-    return taker,''
+    carried = out
+    for _,taker,inp,taken in calls[i+1:]:
+        if inp is not carried: continue
+        if isinstance(taker, _norms): return taker,f'normalised by {type(taker).__name__}; left alone'
+        if not isinstance(taker, _passed):
+            out_of_reach = isinstance(taker, _bounded) or any(p.ndim > 1 for p in taker.parameters())
+            return m if out_of_reach or getattr(taken, 'shape', None)!=out.shape else taker,''
+        carried = taken
+    return m,''
 
-# %% ../nbs/30_init.ipynb #1632a514
 def _pairs(model, xb):
-    "What `lsuv` goes through: [(name, layer, where to look, note)], each layer once."
-    calls,own = _calls(model, xb),{id(m) for _,m in _own_weights(model)[0]}
-    first = {}
+    "What `lsuv` goes through, in the order of the calls: [(name, layer, where to measure, note)], each layer once."
+    calls,first = [],{}
+    def keep(hook, mod, inp, outp): calls.append((hook.name, mod, inp[0] if inp else None, outp))
+    with Hooks(select_modules(model), keep): run_once(model, xb)
+    own = {id(m) for _,m in _own_weights(model)[0]}
     for i,(nm,m,_,_) in enumerate(calls):
-        if id(m) in own: first.setdefault(id(m), (nm, m, *_looked_at(calls, i)))
+        if id(m) in own: first.setdefault(id(m), (nm, m, *_measured_at(calls, i)))
     return list(first.values())
 
-# %% ../nbs/30_init.ipynb #a5ec0521
-def _look_everywhere(model, pairs, xb):
-    "Mean and deviation at every place that is looked at: [pairs, 2]."
-    with Hooks([m for _,_,m,_ in pairs], _lsuv_stats) as hooks:
-        for hook in hooks: hook.stats = None
-        _run(model, xb)
-        return [hook.stats for hook in hooks]
-
-# %% ../nbs/30_init.ipynb #12b47957
+# %% ../nbs/30_init.ipynb #c93d98a0
 @torch.no_grad()
 def lsuv(
     model:nn.Module, # any model, changed in place
     xb,              # input for the passes, a tensor or a tuple of them; a few hundred samples are enough
     tol=1e-3,        # as for `lsuv_init`
     max_iter=50      # as for `lsuv_init`
-): # pandas.DataFrame, a row for each layer: looked_at, mean and std before and after, passes, note
+): # pandas.DataFrame, a row for each layer: measured_at, mean and std before and after, passes, note
     "`lsuv_init` for all convolutions and linear layers, in the order in which they are called."
     import pandas as pd
     model = unwrap(model)
     pairs = _pairs(model, xb)
-    before = _look_everywhere(model, pairs, xb)
-    tuned = [Tuned(0, 0, 0, note) if note else lsuv_init(model, m, layer, xb, tol, max_iter)
-             for _,layer,m,note in pairs]
-    after = _look_everywhere(model, pairs, xb)
-    rows = [(type(m).__name__, *b, *a, t.passes, t.note)
-            for (_,_,m,_),b,a,t in zip(pairs, before, after, tuned)]
-    columns = 'looked_at mean_before std_before mean std passes note'.split()
+    places = [m for _,_,m,_ in pairs]
+    before = output_stats(model, places, xb)
+    tuned = [Tuned(0, 0, 0, note) if note else lsuv_init(model, m, layer, xb, tol, max_iter) for _,layer,m,note in pairs]
+    after = output_stats(model, places, xb)
+    rows = [(type(m).__name__, *b, *a, t.passes, t.note) for m,b,a,t in zip(places, before, after, tuned)]
+    columns = 'measured_at mean_before std_before mean std passes note'.split()
     return pd.DataFrame(rows, columns=columns, index=pd.Index([o[0] for o in pairs], name='layer'))

@@ -85,7 +85,7 @@ class _LensRows(Rows):
     def _by_step(self, lens, raw, source, phase):
         return not lens.inplace and raw in self.phases(lens, phase) and self.chooses(lens, source)
 
-    def _keep_sum(self, slots, arrays): pass   # no lens asks for the norm of all
+    def whole(self, arrays): return {}   # no lens asks for the norm of all
 
     def has(self, phase, source, stat): return self._lens(phase, source, stat) is not None
 
@@ -95,13 +95,13 @@ class _LensRows(Rows):
 
     def series(self, phase, source, stat):
         lens = self._lens(phase, source, stat)
-        chunks = joined([c for raw in self.phases(lens, phase) for c in self.chunks.get((raw, source), ())])
+        chunks = joined(c for raw in self.phases(lens, phase) for c in self.chunks.get((raw, source), ()))
         facts = np.concatenate([c.facts for c in chunks])
         values = np.concatenate([lens.values(stat, c.sums(self.bins)) for c in chunks])
         order = np.argsort(facts[:, 0]*2**40 + facts[:, 1], kind='stable')
         return facts[order], values[order]
 
-    def facts_of(self, phase, source):
+    def facts_of(self, phase, source, stat):
         found = [c.facts for (_,nm),chunks in self.chunks.items() if nm == source for c in chunks]
         return np.concatenate(found) if found else np.zeros((0, 5), np.int64)
 
@@ -132,7 +132,7 @@ def end_epoch(self:_LensRows, run, before, now):
     "Keep what is read step by step, under the number that the epoch turned out to have; forget the rest."
     for key in list(self.chunks):
         if not any(self._by_step(o, *key, phase) for o in self.lenses for phase in ('train', 'valid')):
-            for o in (self.chunks, self.offered, self.strides, self.merged): o.pop(key, None)
+            del self.chunks[key]
     if before == now: return
     for c in (c for chunks in self.chunks.values() for c in chunks):
         c.facts[(c.facts[:, 0] == run) & (c.facts[:, 2] == before), 2] = now
@@ -258,8 +258,9 @@ class _LayerTap(OutputTap):
         return [(o, nm) for o in hook.grads for nm in o.functions] if hook is not None else []
 
 def _many(bins):
-    from miniai.kernels import compiled_loops, many_of, plan
-    return (many_of(torch.float32), plan(bins, torch.float32).address) if compiled_loops() else (None, 0)
+    from miniai.kernels import compiled_loops, plan
+    loops = compiled_loops()
+    return (loops.many['float32'], plan(bins, torch.float32).address) if loops else (None, 0)
 
 # %% ../nbs/45_inspector.ipynb #ec5d062c
 class _Held:
@@ -870,9 +871,8 @@ def _summarize(self:Inspector, lens, phase, values, done):
         means[stat] = table[0][[nm in chunks for nm in sources]]
         new = [i for i,nm in enumerate(sources) if (phase, nm, stat) not in done]
         done |= {(phase, sources[i], stat) for i in new}
-        names = tuple(sources[i] for i in new), tuple(row_stat(stat, o) for o in aggregates)
-        table = torch.from_numpy(table[:, new]).float()
-        if new: self._history.record_many(*names, table, **self._where(phase))
+        for how,values in zip(aggregates, table):
+            for i in new: self._history.record(sources[i], row_stat(stat, how), float(values[i]), **self._where(phase))
     if chunks and lens.named: self._over_all(lens, phase, means)
 
 @patch
@@ -914,9 +914,8 @@ def _measure_parameters(self:Inspector, lens, params):
             try: value = lens.values(stat, sums)[0] if stat in lens.named else lens.compute(stat, a, axis)
             except Exception as e: value = self._failed(lens, o.name, e)
             found.append(float(value))
-    names = tuple(o.name for o in params)
     for stat,found in values.items():
-        self._history.record_many(names, stat, torch.tensor(found), **self._where('train'))
+        for o,value in zip(params, found): self._history.record(o.name, stat, value, **self._where('train'))
 
 @patch
 def _at_steps(self:Inspector): return any(o.tap in ('grad', 'update') for o in self.lenses)

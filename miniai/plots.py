@@ -94,12 +94,6 @@ def _image_array(im):
     raise ValueError(f'show_image: got shape {im.shape}; it takes [H,W], [C,H,W] or [H,W,C] '
                      'with 1, 3 or 4 channels')
 
-# %% ../nbs/01_plots.ipynb #def56275
-def _default_cmap():
-    "Grey, unless the user has set `image.cmap`."
-    from matplotlib import rcParams, rcParamsDefault
-    return 'gray' if rcParams['image.cmap']==rcParamsDefault['image.cmap'] else rcParams['image.cmap']
-
 # %% ../nbs/01_plots.ipynb #b8297183
 def show_image(
     im, # tensor or array [H,W], [C,H,W] or [H,W,C], or a PIL image
@@ -109,10 +103,11 @@ def show_image(
     noframe:bool=True, # hide axes and ticks?
     **kw, # for `ax.imshow`, as `cmap` or `vmin`
 ): # the Axes
-    "Draw an image, in grey if it has one channel."
+    "Draw an image, in grey if it has one channel and you have set no other colours."
+    from matplotlib import rcParams, rcParamsDefault
     im = _image_array(im)
     if ax is None: ax = subplots(figsize=figsize)[1]
-    if im.ndim==2: kw.setdefault('cmap', _default_cmap())
+    if im.ndim==2 and rcParams['image.cmap']==rcParamsDefault['image.cmap']: kw.setdefault('cmap', 'gray')
     ax.imshow(im, **kw)
     if title is not None: ax.set_title(title)
     if noframe: ax.axis('off')
@@ -142,30 +137,17 @@ def _array(values):
     if hasattr(values, 'detach'): values = values.detach().cpu().double().numpy()
     return np.asarray(values, dtype=float)
 
-# %% ../nbs/01_plots.ipynb #fa275c2e
-def _alone(y):
-    "Where a finite value has no finite neighbour."
-    ok = np.isfinite(y)
-    pad = np.pad(ok, 1)
-    return ok & ~pad[:-2] & ~pad[2:]
-
-# %% ../nbs/01_plots.ipynb #8a9be182
-def _no_data(ax, text='nothing recorded yet'):
-    "Say on an empty plot why it is empty."
-    ax.text(.5, .5, text, ha='center', va='center', transform=ax.transAxes, color='0.4')
-
-# %% ../nbs/01_plots.ipynb #d7bcf58c
 def _named(series):
     "Pairs of a name (or None) and an array [n] from a dict, a list of arrays, or an array [n] or [k,n]."
     if isinstance(series, dict): return [(nm, _array(o)) for nm,o in series.items()]
     if hasattr(series, 'ndim') and series.ndim==1 or len(series) and np.ndim(series[0])==0: series = [series]
     return [(None, _array(o)) for o in series]
 
-# %% ../nbs/01_plots.ipynb #f10ffbd2
-def _labels(ax, title, xlabel, ylabel):
-    if title is not None: ax.set_title(title)
-    if xlabel is not None: ax.set_xlabel(xlabel)
-    if ylabel is not None: ax.set_ylabel(ylabel)
+def no_data(ax, text='nothing recorded yet'):
+    "Say on an empty plot why it is empty."
+    ax.text(.5, .5, text, ha='center', va='center', transform=ax.transAxes, color='0.4')
+
+def _label(ax, **texts): ax.set(**{k: v for k,v in texts.items() if v is not None})
 
 # %% ../nbs/01_plots.ipynb #4a8114c0
 def plot_lines(
@@ -185,50 +167,54 @@ def plot_lines(
         if len(xs)!=len(y):
             raise ValueError(f'plot_lines: {nm or "a line"} has {len(y)} values for {len(xs)} positions')
         line, = ax.plot(xs, y, label=nm, **kw)
-        ax.plot(xs[_alone(y)], y[_alone(y)], '.', color=line.get_color())
-    if not any(np.isfinite(y).any() for _,y in lines): _no_data(ax)
+        near = np.convolve(np.isfinite(y), [1, 1, 1])[1:-1] if len(y) else y   # finite ones among three
+        alone = np.isfinite(y) & (near==1)
+        ax.plot(xs[alone], y[alone], '.', color=line.get_color())
+    if not any(np.isfinite(y).any() for _,y in lines): no_data(ax)
     elif legend and any(nm is not None for nm,_ in lines): ax.legend(fontsize='small')
-    _labels(ax, title, xlabel, ylabel)
+    _label(ax, title=title, xlabel=xlabel, ylabel=ylabel)
     return ax
 
-# %% ../nbs/01_plots.ipynb #ee25957f
+# %% ../nbs/01_plots.ipynb #5e109b5e
+def smoothed(
+    values, # [n]
+    beta:float=0.95 # how much of the mean so far stays at each step
+): # array [n]
+    "The running mean of `values` in which each is forgotten by `beta` a step."
+    res,mean = [],0.
+    for i,v in enumerate(values):
+        mean = beta*mean + (1-beta)*v
+        res.append(mean/(1-beta**(i+1)))
+    return np.array(res)
+
+# %% ../nbs/01_plots.ipynb #2caa1a60
 def _edges(x):
     "The borders [n+1] between cells around `x` [n]; the outermost half the smallest gap away."
     half = np.diff(x).min()/2 if len(x) > 1 else .5
     return np.concatenate([[x[0]-half], (x[1:]+x[:-1])/2, [x[-1]+half]])
 
-# %% ../nbs/01_plots.ipynb #9b4729ac
-def _with_gaps(cmap):
-    "A copy of colour map `cmap` with grey for NaN."
-    from matplotlib import colormaps, rcParams
-    if cmap is None: cmap = rcParams['image.cmap']
-    res = (colormaps[cmap] if isinstance(cmap, str) else cmap)
-    return res.with_extremes(bad='0.8')
-
-# %% ../nbs/01_plots.ipynb #2caa1a60
 def heatmap(
     ax, # Axes to draw on
     values, # [rows, steps]; row 0 at the bottom, NaN for a gap
     x=None, # rising position [steps] of each column; default 0, 1, 2, ...
-    title:str=None, # above the plot
-    xlabel:str=None, # below
-    ylabel:str=None, # at the left
+    title:str=None, xlabel:str=None, ylabel:str=None, # above, below and at the left of the plot
     cmap=None, # name of a colour map, or the map; default: matplotlib's
     yrange:tuple=None, # values at the lower border of row 0 and the upper border of the last row
     colorbar:bool=False, # show the scale?
     **kw, # for `ax.imshow` (for `ax.pcolormesh` when `x` is uneven), as `vmin`
 ): # the Axes
     "Draw a matrix as colours; NaN is grey."
+    from matplotlib import colormaps
     values = _array(values)
     if values.ndim!=2: raise ValueError(f'heatmap: got shape {values.shape}; it takes [rows, steps]')
     nrow,ncol = values.shape
     xs = np.arange(ncol) if x is None else _array(x)
     if len(xs)!=ncol: raise ValueError(f'heatmap: {len(xs)} positions for {ncol} columns; give one for each')
-    _labels(ax, title, xlabel, ylabel)
-    if not values.size or not np.isfinite(values).any(): _no_data(ax)
+    _label(ax, title=title, xlabel=xlabel, ylabel=ylabel)
+    if not np.isfinite(values).any(): no_data(ax)
     if not values.size: return ax
     edges,(low,high) = _edges(xs),yrange or (-.5, nrow-.5)
-    data,kw['cmap'] = np.ma.masked_invalid(values),_with_gaps(cmap)
+    data,kw['cmap'] = np.ma.masked_invalid(values),colormaps.get_cmap(cmap).with_extremes(bad='0.8')
     if np.allclose(np.diff(edges), edges[1]-edges[0]):
         kw.setdefault('interpolation', 'nearest')
         im = ax.imshow(data, origin='lower', aspect='auto', extent=(edges[0], edges[-1], low, high), **kw)

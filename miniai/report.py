@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 import miniai
 from .callback import Callback
-from .case import Findings, evidence_of, levels
+from .evidence import Findings, evidence_of, levels
 from .charts import (RunData, finding_chart, first_line, is_line, layer_charts, loop_charts, overview_charts,
                            spark_path)
 from .collect import Cost
@@ -54,7 +54,7 @@ def run_facts(evidence, learn=None):
              'data': ', '.join(filter(None, (data_size(learn, o) for o in ('train', 'valid')))),
              'classes': f.n_classes,
              'callbacks': ', '.join(type(o).__name__ for o in getattr(learn, 'cbs', ())),
-             'batches sampled': '; '.join(f'{nm} {n:,} of {seen:,}' for nm,(n,seen) in f.looked.items()),
+             'batches sampled': '; '.join(f'{nm} {n:,} of {seen:,}' for nm,(n,seen) in f.sampled.items()),
              'rows kept': ', '.join(f'one row of {stat} in {n}' for stat,n in kept.items()),
              'device': '' if first is None else str(first.device),
              'versions': ', '.join(f'{nm} {o}' for nm,o in versions.items())}

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from shared import HandSGD
 
-from miniai.accel import AccelerateCB, AccumulateCB, CompileCB, DDPCB, GradClipCB, MixedPrecision, Share, half_type
+from miniai import accel
+from miniai.accel import AccelerateCB, AccumulateCB, CompileCB, DDPCB, GradClipCB, MixedPrecision, Shard, half_type
 from miniai.activations import ActivationStats
 from miniai.callback import Callback, CancelBatchException, events
 from miniai.conv import conv
@@ -354,15 +355,19 @@ def test_accelerate_alone_and_what_it_leaves():
 def test_processes_that_accelerate_does_not_see_are_refused(monkeypatch):
     "It would train as many models as there are processes, each on its part of the data."
     cb = AccelerateCB(mixed_precision='no')
-    cb.acc, cb.n = SimpleNamespace(num_processes=1), 2
-    with pytest.raises(RuntimeError, match='there are 2 processes, and accelerate sees 1'): cb._check_processes()
+    cb.acc = SimpleNamespace(num_processes=1)
+    monkeypatch.setattr(accel, 'start_processes', lambda: 2)
+    learn = learner(cb)
+    dls = learn.dls
+    with pytest.raises(RuntimeError, match='there are 2 processes, and accelerate sees 1'): learn.fit(1)
+    assert learn.dls is dls
 
 def test_without_accelerate_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, 'accelerate', None)
     with pytest.raises(ImportError, match=r'pip install accelerate'): learner(AccelerateCB(mixed_precision='no')).fit(1)
 
 def test_a_rest_too_small_for_all_is_said():
-    with pytest.warns(UserWarning, match='1 samples at the end'): sizes = [len(o[0]) for o in Share(MemoryLoader(None, columns(33), 8), 0, 2)]
+    with pytest.warns(UserWarning, match='1 samples at the end'): sizes = [len(o[0]) for o in Shard(MemoryLoader(None, columns(33), 8), 0, 2)]
     assert sizes == [8, 8]
 
 def test_ddp_alone_does_nothing():

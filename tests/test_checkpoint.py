@@ -1,5 +1,5 @@
 "Checkpoints: killed at any moment and resumed to the same bits; files that are damaged; fits that fail."
-import errno, os, random, shutil, signal, subprocess, sys, time, traceback, warnings
+import errno, hashlib, io, os, random, shutil, signal, subprocess, sys, time, traceback, warnings
 from functools import partial
 from pathlib import Path
 
@@ -157,7 +157,7 @@ def test_killed_while_saving(tmp_path, moment, n):
         def now():
             left[0] -= 1
             return left[0] < 0
-        write, replace, unlink = checkpoint._write, os.replace, Path.unlink
+        write, replace, unlink = files._write, os.replace, Path.unlink
         def half(file, data):
             if now():
                 file.write(data[:len(data)//2]); file.flush()
@@ -170,7 +170,7 @@ def test_killed_while_saving(tmp_path, moment, n):
         def deleted(self, **kw):
             unlink(self, **kw)
             if now(): die()
-        if moment == 'half written': checkpoint._write = half
+        if moment == 'half written': files._write = half
         if 'rename' in moment: os.replace = renamed
         if moment == 'while deleting': Path.unlink = deleted
         learner('memory', CheckpointCB(tmp_path/'run', every=2)).fit(3)
@@ -283,8 +283,8 @@ def test_keep_and_monitor(tmp_path):
     learn = learner('momentum', CheckpointCB(tmp_path, keep=2, monitor='loss'), Watch())
     learn.lr = .5
     learn.fit(6)
-    assert len(checkpoints(tmp_path)) == 2 and (tmp_path/'best.safetensors').exists()
-    best = load_weights(tmp_path/'best.safetensors', net())
+    assert len(checkpoints(tmp_path)) == 2 and (tmp_path/'best.pt').exists()
+    best = load_weights(tmp_path/'best.pt', net())
     other = learner('momentum', CheckpointCB(tmp_path/'other', keep=None))
     other.lr = .5
     other.fit(6)
@@ -351,16 +351,28 @@ def test_foreign_files_are_refused(tmp_path):
     short = learner('accumulate')
     short.dls = memory_dls(44)
     state['batches'] = 5
-    save_state(tmp_path/'changed.safetensors', state)
+    save_state(tmp_path/'changed.pt', state)
     with pytest.raises(CheckpointError, match='gives only 1'), warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        short.fit(3, resume=tmp_path/'changed.safetensors')
+        short.fit(3, resume=tmp_path/'changed.pt')
     with pytest.warns(UserWarning, match='callbacks differ'): learner('accumulate').fit(2, resume=path)
 
-def test_reading_runs_no_code():
-    "Neither pickle nor torch.load has a part in it."
-    text = (root/'miniai'/'checkpoint.py').read_text()
-    assert 'pickle' not in text and 'torch.load' not in text and 'eval(' not in text
+def test_reading_runs_no_code(tmp_path):
+    "Not even of a file whose checksum is right."
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path/'evil'),)
+    path, data = tmp_path/'evil.pt', io.BytesIO()
+    torch.save(dict(miniai=2, state=Evil()), data)
+    path.write_bytes(data.getvalue() + hashlib.sha256(data.getvalue()).digest())
+    with pytest.raises(CheckpointError, match='is no checkpoint'): load_state(path)
+    assert not (tmp_path/'evil').exists()
+
+def test_files_of_the_first_version_are_refused(tmp_path):
+    from safetensors.torch import save_file
+    save_file({'model/0.weight': torch.ones(2)}, tmp_path/'step_000000001.safetensors', dict(miniai='{}', sum='0'))
+    with pytest.raises(CheckpointError, match='first version.*load_file'): load_state(tmp_path/'step_000000001.safetensors')
+    with pytest.warns(UserWarning, match='first version'), pytest.raises(CheckpointError, match='none of its 1 checkpoints'):
+        learner('momentum', CheckpointCB(tmp_path)).fit(1, resume=tmp_path)
 
 def test_what_cannot_be_saved_is_named(tmp_path):
     class Odd(Callback):
@@ -450,9 +462,13 @@ def test_tensors_of_one_name_and_of_no_kind(tmp_path):
     save_state(tmp_path/'s', state)
     back = load_state(tmp_path/'s')
     assert flat(back) == flat(state) and isinstance(back['c'], Counter)
-    for odd in (torch.eye(2).to_sparse(), torch.ones(2, dtype=torch.complex128), torch.ones(2, device='meta'), np.zeros(2, [('x', 'f4')])):
+    for odd in (torch.ones(2, device='meta'), np.zeros(2, [('x', 'f4')]), np.array([None])):
         with pytest.raises(TypeError, match='checkpoint: at/odd is .* cannot be saved'): save_state(tmp_path/'s', {'at': {'odd': odd}})
     assert flat(load_state(tmp_path/'s')) == flat(state)
+    for kept in (torch.eye(2).to_sparse(), torch.ones(2, dtype=torch.complex128), torch.zeros(3, 0).half()):
+        save_state(tmp_path/'s', [kept])
+        back, = load_state(tmp_path/'s')
+        assert (back.layout, back.dtype, back.shape) == (kept.layout, kept.dtype, kept.shape) and torch.equal(back.to_dense(), kept.to_dense())
 
 def test_what_a_second_fit_finds(tmp_path):
     "After a fit that was resumed at its end or near it, the next one begins as it would have."
@@ -490,7 +506,7 @@ def test_going_on_from_an_older_one(tmp_path):
     old, newest = checkpoints(tmp_path)[1], checkpoints(tmp_path)[-1]
     learn = learner('momentum', CheckpointCB(tmp_path, every=2, keep=1), RaiseAt('before_batch', ConnectionError(), 4))
     with pytest.warns(UserWarning, match=f'{newest.name} is newer than {old.name}'), pytest.raises(ConnectionError): learn.fit(3, resume=old)
-    assert 'step_000000008.safetensors' in [o.name for o in checkpoints(tmp_path)] and not old.exists()
+    assert 'step_000000008.pt' in [o.name for o in checkpoints(tmp_path)] and not old.exists()
 
 def test_a_folder_that_goes_away_is_made_again(tmp_path):
     class Rm(Callback):
@@ -514,7 +530,7 @@ def test_best_is_of_this_fit_and_complete(tmp_path, monkeypatch):
     whole = learner('momentum', CheckpointCB(tmp_path/'c', monitor='loss', keep=None))
     whole.fit(3)
     assert learn.cbs[-1].best == whole.cbs[-1].best
-    assert (tmp_path/'b'/'best.safetensors').read_bytes() in [o.read_bytes() for o in checkpoints(tmp_path/'b')]
+    assert (tmp_path/'b'/'best.pt').read_bytes() in [o.read_bytes() for o in checkpoints(tmp_path/'b')]
 
 def test_other_fits_are_refused_before_anything_is_changed(tmp_path):
     learner('momentum', CheckpointCB(tmp_path/'run')).fit(1)
@@ -584,7 +600,7 @@ def test_nan_weights_are_not_saved(tmp_path):
     learn = learner('memory', CheckpointCB(tmp_path, every=2), Nan())
     with pytest.raises(FloatingPointError, match='0.weight is not finite') as e: learn.fit(3)
     last = checkpoints(tmp_path)[-1]
-    assert last.name == 'step_000000006.safetensors' and str(last) in str(e.value)
+    assert last.name == 'step_000000006.pt' and str(last) in str(e.value)
     assert 'CheckpointCB at event `after_batch`' in said(e.value) and not count_hooks(learn.model)
     assert all(o.isfinite().all() for o in load_state(last)['model'].values())
 

@@ -45,6 +45,7 @@ recipes = dict(
     HooksCallback=lambda cls, folder: cls(lambda hook, mod, inp, outp: None),
     InspectorCB=lambda cls, folder: cls([LossMetrics(), OutputNorm(), ParameterNorm()]),
     LRFinderCB=lambda cls, folder: cls(plot=False),
+    EarlyStoppingCB=lambda cls, folder: cls(patience=100),
     PatienceCB=lambda cls, folder: cls(patience=100),
     RecorderCB=lambda cls, folder: cls(lr=lambda cb: cb.pg['lr']),
     ReportCB=lambda cls, folder: cls(folder/'report.html'),

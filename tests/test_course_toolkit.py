@@ -163,17 +163,6 @@ def test_optimizers_of_ones_own(dls, opt_func):
     assert F.cross_entropy(preds, targs) < F.cross_entropy(*first)
     assert learn.opt.i == 2*len(dls.train)   # the optimizer is still the one of the fit
 
-def test_ours_are_near_those(dls):
-    from miniai import sgd
-    def weights(opt_func):
-        set_seed(42)
-        learn = TrainLearner(get_model(), dls, F.cross_entropy, lr=0.01, cbs=[DeviceCB()], opt_func=opt_func)
-        learn.fit(1)
-        return learn.model[0][0].weight.detach()
-    for theirs, ours in ((SGD, sgd.SGD), (Momentum, sgd.Momentum), (partial(SGD, wd=.1), partial(sgd.SGD, wd=.1))):
-        torch.testing.assert_close(weights(theirs), weights(ours), atol=1e-6, rtol=1e-5)
-
-
 # ---- schedulers
 
 class BatchSchedOfMine(Callback):

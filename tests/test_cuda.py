@@ -1,18 +1,20 @@
 "All statistics in one kernel: against NumPy in float64, interpreted on the CPU and, where there is one, on a GPU."
 import functools, importlib.util, math, os, subprocess, sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from miniai import cuda
-from miniai.cuda import measure_cuda
+from miniai import kernels
+from miniai.kernels import measure_cuda
+from miniai.stats import Bins, empty_row, unit_view
 
 has_triton = importlib.util.find_spec('triton') is not None
-linear, log = dict(bins=8, lo=0., hi=4., log=False), dict(bins=12, lo=1e-8, hi=1e4, log=True)
+linear, log = Bins(8, 0., 4.), Bins(12, 1e-8, 1e4, log=True)
 
 
-# --- what is measured: name -> (tensor, axis, settings, other) ---
+# --- what is measured: name -> (tensor, axis, bins, other) ---
 
 def spread(*shape):
     "Numbers of many sizes and both signs, a third of them zero, as behind a ReLU."
@@ -58,13 +60,13 @@ def numbers():
         'spoilt': (spoilt(4, 30), 1, linear), 'spoilt log': (spoilt(4, 30), 1, log),
         'complex': (torch.randn(5, 4, dtype=torch.complex64), 1, linear), 'integers': (torch.arange(-6, 6).view(3, 4), 1, linear),
         'tiny': (torch.randn(5, 8)*1e-30, 1, linear), 'huge': (torch.randn(5, 8).sign()*3e38, 1, linear),
-        'subnormal': (torch.tensor([1e-45, -1e-40, 0, 1e-38]), 0, dict(log, lo=1e-44, hi=1)),
+        'subnormal': (torch.tensor([1e-45, -1e-40, 0, 1e-38]), 0, replace(log, lo=1e-37, hi=1.)),
         'huge float64': (torch.randn(4, 5).double()*1e60, 1, linear), 'zeros': (torch.zeros(4, 5), 1, linear),
         'all above': (torch.rand(4, 5) + 5, 1, linear), 'all NaN': (torch.full((4, 5), torch.nan), 1, linear),
-        'ends': (ends, 0, linear), 'ends from .5': (ends, 0, dict(linear, lo=.5)), 'ends float64': (ends.double(), 0, dict(linear, hi=.6)),
+        'ends': (ends, 0, linear), 'ends from .5': (ends, 0, replace(linear, lo=.5)), 'ends float64': (ends.double(), 0, replace(linear, hi=.6)),
         'spread': (spread(10, 30), 1, log), 'edges': (near, 0, log), 'edges float64': (near.double(), 0, log),
-        'one bin': (torch.randn(9), 0, dict(linear, bins=1)), 'many bins': (torch.randn(30, 9), 1, dict(linear, bins=2000)),
-        'many bins log': (spread(30, 9), 1, dict(log, bins=1500)), 'mid bins log': (spread(300, 9), 1, dict(log, bins=700))}
+        'one bin': (torch.randn(9), 0, replace(linear, n=1)), 'many bins': (torch.randn(30, 9), 1, replace(linear, n=2000)),
+        'many bins log': (spread(30, 9), 1, replace(log, n=1500)), 'mid bins log': (spread(300, 9), 1, replace(log, n=700))}
     return {k: (*o, None) for k,o in res.items()}
 
 def pairs():
@@ -93,27 +95,22 @@ def few_inputs():
 # --- measuring ---
 
 def units(a, axis): return a.shape[axis] if a.ndim > 1 else 1
+def new_row(a, axis, bins, device): return empty_row(bins, units(a, axis), device)
 
-def new_row(a, axis, bins, device):
-    row = torch.zeros(16 + bins+4 + units(a, axis), dtype=torch.float64)
-    row[9], row[10] = torch.inf, -torch.inf
-    return row.to(device)
-
-def measured(a, axis, kw, other, device='cpu'):
+def measured(a, axis, bins, other, device='cpu'):
     "The row of `a`, and if `a` is small (the interpreter takes its time) that of `a` measured twice."
-    row = new_row(a, axis, kw['bins'], device)
-    args = a.to(device), axis, row, *kw.values(), other if other is None else other.to(device)
+    args = a.to(device), axis, new_row(a, axis, bins, device), bins, other if other is None else other.to(device)
     once = measure_cuda(*args).clone()
     return once, measure_cuda(*args) if a.numel() <= 200 else None
 
 def measure_all(device='cpu'):
     res = {k: measured(*o, device=device) for k,o in inputs().items()}
-    was = cuda._programs
-    cuda._programs = 3
-    for f in (cuda._plan, cuda._scratch): f.cache_clear()
+    was = kernels._programs
+    kernels._programs = 3
+    for f in (kernels._tiles, kernels._scratch): f.cache_clear()
     res |= {k: measured(*o, device=device) for k,o in few_inputs().items()}
-    cuda._programs = was
-    for f in (cuda._plan, cuda._scratch): f.cache_clear()
+    kernels._programs = was
+    for f in (kernels._tiles, kernels._scratch): f.cache_clear()
     return res
 
 
@@ -124,7 +121,8 @@ def as_numpy(a):
     if a.is_complex(): a = a.abs()
     return a.numpy() if a.dtype == torch.float64 else a.float().numpy()
 
-def histogram(x, bins, lo, hi, log):
+def histogram(x, b):
+    bins, lo, hi, log = b.n, b.lo, b.hi, b.log
     m = np.abs(x).ravel()
     kind = m.dtype.type
     if log: edges = np.geomspace(lo, hi, bins+1).astype(np.float32).astype(kind); lo, hi = edges[0], edges[-1]
@@ -140,7 +138,7 @@ def lengths(x, axis, ndim):
     x = x.reshape(1, -1) if ndim == 0 or (ndim > 1 and axis == 0) else x.reshape(len(x), -1)
     return np.sqrt((x**2).sum(1))
 
-def expected(a, axis, kw, other):
+def expected(a, axis, bins, other):
     "The row, and for each item what it may be off by."
     a32, x = as_numpy(a), as_numpy(a).astype(np.float64)
     fine = x[np.isfinite(x)]
@@ -154,7 +152,7 @@ def expected(a, axis, kw, other):
         both = (x*y)[np.isfinite(x) & np.isfinite(y)]
         row[13:15], sizes[13:15] = [both.sum(), (y[np.isfinite(y)]**2).sum()], [np.abs(both).sum(), (y[np.isfinite(y)]**2).sum()]
     by_unit = (np.moveaxis(x, axis, 0).reshape(units(a, axis), -1) if a.ndim > 1 else x.reshape(1, -1)) != 0
-    rest = np.r_[histogram(a32, **kw), by_unit.sum(1)]
+    rest = np.r_[histogram(a32, bins), by_unit.sum(1)]
     return np.r_[row, rest], np.r_[sizes, np.zeros(len(rest))]*1e-12
 
 def check(name, o, found):
@@ -187,7 +185,7 @@ def test_interpreted(interpreted, name): check(name, (inputs() | few_inputs())[n
 
 def test_some_are_split():
     "So that all paths of the kernel are among the tests."
-    plans = {k: cuda._plan(cuda._shape(a.shape, axis), False) for k,(a, axis, *_) in inputs().items()}
+    plans = {k: kernels._tiles(unit_view(a.shape, axis)) for k,(a, axis, *_) in inputs().items()}
     assert plans['B,T,F split'][3] > 1 and plans['4-d split'][3] > 1 and plans['weight split'][3] > 1
     assert math.prod(plans['136 programs'][2:]) == 136 and plans['40 samples split'][3] > 1
     assert plans['1-d long'][2] > 1 and plans['2-d wide'][0]['BB'] > 1 and plans['2-d wide'][3] > 1
@@ -195,37 +193,36 @@ def test_some_are_split():
 def test_empty():
     for shape in [(0,), (0, 3), (4, 0), (2, 3, 0)]:
         a = torch.zeros(shape)
-        row = new_row(a, 1, 8, 'cpu')
+        row = new_row(a, 1, linear, 'cpu')
         before = row.clone()
-        assert torch.equal(measure_cuda(a, 1, row, **linear), before)
+        assert torch.equal(measure_cuda(a, 1, row, linear), before)
 
 @pytest.mark.parametrize('change, told', [
     (dict(row=torch.zeros(5, dtype=torch.float64)), r'3 units\] = \[31\]'), (dict(row=torch.zeros(31)), 'float32'),
     (dict(row=torch.zeros(62, dtype=torch.float64)[::2]), 'strides'), (dict(other=torch.ones(3, 2)), 'other is')])
 def test_mistakes(change, told):
-    args = dict(a=torch.ones(2, 3), axis=1, row=torch.zeros(31, dtype=torch.float64), **linear) | change
+    args = dict(a=torch.ones(2, 3), axis=1, row=torch.zeros(31, dtype=torch.float64), bins=linear) | change
     with pytest.raises(ValueError, match=told): measure_cuda(**args)
 
 def test_imported_without_triton():
-    code = "import sys; sys.modules['triton'] = None; import miniai.cuda, torch; miniai.cuda.measure_cuda(" \
-           "torch.ones(0, 1), 1, torch.zeros(22, dtype=torch.float64), 1, 0, 1, False)"
+    code = "import sys; sys.modules['triton'] = None; import miniai.kernels, torch; miniai.kernels.measure_cuda(" \
+           "torch.ones(0, 1), 1, torch.zeros(22, dtype=torch.float64), miniai.stats.Bins(1))"
     subprocess.run([sys.executable, '-c', code], check=True)
 
 def test_triton_is_not_imported_early():
-    code = "import miniai.cuda, sys; assert not [o for o in sys.modules if o.split('.')[0] == 'triton']"
+    code = "import miniai.kernels, sys; assert not [o for o in sys.modules if o.split('.')[0] == 'triton']"
     subprocess.run([sys.executable, '-c', code], check=True)
 
 @pytest.mark.parametrize('shape', [(7,), (64, 10), (1, 3000), (8000, 2), (3, 1, 700), (64, 8, 28, 28), (2, 3, 600, 600)])
 def test_plans(shape):
     "All of a tensor is in some tile, and the buffers are large enough."
     for axis in range(len(shape)):
-        four = cuda._shape(shape, axis)
+        four = unit_view(shape, axis)
         assert math.prod(four) == math.prod(shape)
-        for first in (True, False):
-            sides, tiles, groups, parts = cuda._plan(four, first)
-            assert math.prod(sides.values()) == cuda._tile and groups*parts <= cuda._programs
-            assert tiles == math.prod(-(-n//sides[k]) for n,k in zip(four[1:], ('BP', 'BC', 'BS')))
-            assert parts == 1 or (four[0]*parts <= 16*cuda._programs and groups*sides['BB'] >= four[0])
+        sides, tiles, groups, parts = kernels._tiles(four)
+        assert math.prod(sides.values()) == kernels._tile and groups*parts <= kernels._programs
+        assert tiles == math.prod(-(-n//sides[k]) for n,k in zip(four[1:], ('BP', 'BC', 'BS')))
+        assert parts == 1 or (four[0]*parts <= 16*kernels._programs and groups*sides['BB'] >= four[0])
 
 
 # --- on a GPU ---
@@ -248,18 +245,18 @@ def test_gpu_large_and_unread():
     torch.manual_seed(0)
     a = torch.randn(64, 33, 61, 59).relu()
     o, on_gpu = (a, 1, linear, None), a.cuda()
-    rows = [new_row(a, 1, 8, 'cuda') for _ in range(20)]
-    measure_cuda(on_gpu, 1, new_row(a, 1, 8, 'cuda'), **linear)
+    rows = [new_row(a, 1, linear, 'cuda') for _ in range(20)]
+    measure_cuda(on_gpu, 1, new_row(a, 1, linear, 'cuda'), linear)
     streams = [torch.cuda.Stream() for _ in range(2)]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode('error')
     try:
         for i,row in enumerate(rows):
-            with torch.cuda.stream(streams[i%2]): measure_cuda(on_gpu, 1, row, **linear)
+            with torch.cuda.stream(streams[i%2]): measure_cuda(on_gpu, 1, row, linear)
     finally: torch.cuda.set_sync_debug_mode('default')
     torch.cuda.synchronize()
     for row in rows: assert torch.equal(row, rows[0])
-    measure_cuda(on_gpu, 1, twice := rows[0].clone(), **linear)
+    measure_cuda(on_gpu, 1, twice := rows[0].clone(), linear)
     check('large', o, (rows[0], twice))
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from planted import faults, healthy, is_right, mlp, train
 from shared import CountReads, HandSGD, ReadsPerStep
 from torch import nn, optim
 
 from miniai.activations import ActivationStats
-from miniai.archive import plain_frame, read_table, write_table
 from miniai.callback import Callback
 from miniai.compare import compare
 from miniai.datasets import DataLoaders, fashion_mnist
@@ -18,12 +18,11 @@ from miniai.demo import train_run
 from miniai.device import set_seed
 from miniai.diagnose import Finding, Findings, StopOnCB, assert_healthy, diagnose, evidence_of, rule, rules
 from miniai.gradients import GradientStats, UpdateStats
-from miniai.history import History
+from miniai.history import History, plain_frame, read_table, write_table
 from miniai.hooks import count_hooks
 from miniai.inspector import Inspector, InspectorCB
 from miniai.learner import Learner, TrainCB
 from miniai.lens import LossMetrics, OutputActivation, OutputNorm, ParameterGradientGeometry, ParameterUpdateGeometry
-from miniai.planted import faults, healthy, is_right, mlp, train
 from miniai.visualizer import open_recording
 from miniai.watch import Watcher
 

@@ -13,7 +13,7 @@ from torcheval.metrics import MulticlassAccuracy
 
 from shared import CountReads
 
-from miniai import learner as module
+from miniai import callback, learner as module, progress
 from miniai.callback import CancelBatchException, CancelEpochException, CancelFitException, events
 from miniai.hooks import count_hooks
 from miniai.learner import (Callback, DeviceCB, LRFinderCB, Learner, MetricsCB, MomentumLearner, ProgressCB, SingleBatchCB,
@@ -48,7 +48,7 @@ class RecordCB(Callback):
     order = 100
     def __init__(self, at=None, error=None, phase='train'): self.at,self.error,self.phase,self.log = at,error,phase,[]
     def __getattr__(self, event):
-        if event not in events or event in module.work_events: raise AttributeError(event)
+        if event not in events or event in callback.work_events: raise AttributeError(event)
         return partial(self.note, event)
     def note(self, event, learn):
         self.log.append(event)
@@ -59,7 +59,7 @@ class RecordCB(Callback):
 class WorkCB(TrainCB):
     "Does the work and tells it."
     def __init__(self, log): self.n_inp,self.log = 1,log
-for nm in module.work_events:
+for nm in callback.work_events:
     def work(self, learn, nm=nm):
         self.log.append(nm)
         getattr(TrainCB, nm)(self, learn)
@@ -86,7 +86,7 @@ def test_order_of_events_of_one_phase():
 
 def until(batch, event): return batch[:batch.index(event)+1]
 
-LEVEL_EVENTS = [o for o in TRAIN if o not in module.work_events and o != 'cleanup_batch']
+LEVEL_EVENTS = [o for o in TRAIN if o not in callback.work_events and o != 'cleanup_batch']
 
 @pytest.mark.parametrize('at', LEVEL_EVENTS)
 def test_cancelled_batch(at):
@@ -138,8 +138,8 @@ def test_a_level_added_by_a_user():
 
 # ---- all callbacks: fit twice, cancelled anywhere, failing anywhere, nothing left behind
 
-CALLBACKS = {cls.__name__: cls for cls in vars(module).values()
-             if isinstance(cls, type) and issubclass(cls, Callback) and cls is not Callback and cls.__module__ == module.__name__}
+CALLBACKS = {nm: cls for nm, cls in vars(module).items() if nm in module.__all__
+             and isinstance(cls, type) and issubclass(cls, Callback) and cls is not Callback}
 MAKE = dict(MetricsCB=lambda: MetricsCB(MulticlassAccuracy(), acc=accuracy), DeviceCB=lambda: DeviceCB('cpu'),
             ProgressCB=lambda: ProgressCB(plot=True), LRFinderCB=lambda: LRFinderCB(plot=False))
 
@@ -151,12 +151,12 @@ def callbacks_with(name):
 
 def n_hooks(model): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
 
-ENDS = [(at, error) for at in events[:18] if at not in module.work_events for error in
+ENDS = [(at, error) for at in events[:18] if at not in callback.work_events for error in
         (CancelBatchException, CancelEpochException, CancelFitException, ValueError, KeyboardInterrupt)]
 
 @pytest.mark.parametrize('name', CALLBACKS)
 def test_every_callback_survives_every_end(name, monkeypatch):
-    monkeypatch.setattr(module, 'in_terminal', lambda: True)   # bars too
+    monkeypatch.setattr(progress, 'in_terminal', lambda: True)   # bars too
     for at,error in ENDS:
         for order in (-100, 100):
             cbs, raiser = callbacks_with(name), RecordCB(at, error)
@@ -242,8 +242,8 @@ def test_one_list_for_ten_learners(capsys):
 
 def test_lookup_happens_once(monkeypatch):
     calls = []
-    real = module.bind_event
-    monkeypatch.setattr(module, 'bind_event', lambda cbs, event, learn=None: calls.append(event) or real(cbs, event, learn))
+    real = callback.bind_event
+    monkeypatch.setattr(callback, 'bind_event', lambda cbs, event, learn=None: calls.append(event) or real(cbs, event, learn))
     get_learner(dls=get_dls(48, bs=4)).fit(3)
     assert max(map(calls.count, calls)) <= 2   # once to check, once to bind
 
@@ -517,7 +517,7 @@ def test_epoch_without_a_batch_is_a_gap(capsys):
 
 @pytest.mark.parametrize('terminal', [True, False])
 def test_two_hundred_steps_without_a_read(terminal, monkeypatch):
-    monkeypatch.setattr(module, 'in_terminal', lambda: terminal)
+    monkeypatch.setattr(progress, 'in_terminal', lambda: terminal)
     monkeypatch.setattr(ProgressCB, 'every', 0.)   # a look at the loss after every batch
     class CheckCB(Callback):
         order = 50
@@ -587,7 +587,7 @@ def test_notebook_display(monkeypatch):
         def update(self, o): self.all.append(o)
     display = pytest.importorskip('IPython.display')
     monkeypatch.setattr(display, 'display', lambda o, display_id: Handle(o))
-    monkeypatch.setattr(module, 'in_notebook', lambda: True)
+    monkeypatch.setattr(progress, 'in_notebook', lambda: True)
     monkeypatch.setattr(sys, 'stderr', io.StringIO())
     import matplotlib.pyplot as plt
     figures = plt.get_fignums()
@@ -605,7 +605,7 @@ def test_notebook_display(monkeypatch):
 def test_one_bar_for_the_whole_fit(monkeypatch):
     "It begins anew with each pass, whatever the loader knows of its length, and is gone however the fit ends."
     bars, seen = [], []
-    class Bar(module.tqdm):
+    class Bar(progress.tqdm):
         def __init__(self, *args, **kw):
             super().__init__(*args, **kw, file=io.StringIO())
             self.container = SimpleNamespace(close=lambda: seen.append('gone'))   # as tqdm's in a notebook
@@ -613,8 +613,8 @@ def test_one_bar_for_the_whole_fit(monkeypatch):
         def reset(self, total=None):
             super().reset(total)
             seen.append((self.desc, self.total, self.n))
-    monkeypatch.setattr(module, 'tqdm', Bar)
-    monkeypatch.setattr(module, 'in_terminal', lambda: True)
+    monkeypatch.setattr(progress, 'tqdm', Bar)
+    monkeypatch.setattr(progress, 'in_terminal', lambda: True)
     learn = get_learner([ProgressCB()])
     learn.dls.valid = iter_only(learn.dls.valid)
     learn.fit(2)
@@ -818,17 +818,42 @@ def test_wrong_arguments_are_said():
     learner().fit(0)
 
 
-def test_methods_of_other_rooms_name_them():
-    "In a new program, where nobody has imported those."
+def test_methods_of_other_rooms_are_there_from_the_start():
+    "In a new program, where nobody has imported those; and `help` shows them as they are."
     code = '''
+import inspect, sys
 from torch import nn
-from miniai.inspector import Inspector
 from miniai.learner import Learner
-from miniai.lens import OutputNorm
-for o,names in ((Learner(nn.Linear(1, 1)), ('watch', 'diagnose', 'report', 'summary')), (Inspector([OutputNorm()]), ('diagnose', 'report'))):
-    for name in names:
-        try: getattr(o, name)
-        except AttributeError as e: assert '`import miniai.' in str(e), e
-        else: raise AssertionError(name)
+learn = Learner(nn.Linear(1, 1))
+assert 'miniai.watch' not in sys.modules and not hasattr(learn, 'nonsense')
+for name in 'watch unwatch diagnose report summary show_image_batch capture_preds tta lr_find show_loop'.split():
+    assert name in dir(learn), name
+    method = getattr(learn, name)
+    assert method.__self__ is learn and method.__doc__ and 'args' not in inspect.signature(method).parameters, name
 '''
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_inspector_names_the_rooms_of_its_methods():
+    "In a new program, where nobody has imported those."
+    code = '''
+from miniai.inspector import Inspector
+from miniai.lens import OutputNorm
+for name in 'diagnose', 'report':
+    try: getattr(Inspector([OutputNorm()]), name)
+    except AttributeError as e: assert '`import miniai.' in str(e), e
+    else: raise AssertionError(name)
+'''
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_what_records_is_left_out_of_a_trial():
+    class Recorder(Callback):
+        in_trial, n = False, 0
+        def after_batch(self, learn): self.n += 1
+    recorder = Recorder()
+    learn = get_learner([recorder])
+    learn.lr_find(start_lr=1e-3, plot=False)
+    assert recorder.n == 0 and not learn.trial
+    learn.fit(1, valid=False)
+    assert recorder.n == 3

@@ -11,7 +11,7 @@ from torch import nn
 import miniai.report
 from miniai.activations import ActivationStats
 from miniai.callback import Callback
-from miniai.case import Evidence, Facts
+from miniai.evidence import Evidence, Facts
 from miniai.charts import colors as line_colors, kept_rows, numbers, short_name
 from miniai.conv import conv
 from miniai.datasets import DataLoaders
@@ -85,10 +85,11 @@ def test_thirty_layers_and_a_thousand_steps_can_be_mailed(tmp_path):
     for step in range(1000):
         where = dict(step=step, epoch=step//100, samples=64)
         history.record('batch', 'loss', torch.rand(()), **where)
-        history.record_many(layers, ('mean', 'std', 'death_rate'), torch.rand(3, 30), **where)
-        history.record_many(layers, 'hist', torch.randint(0, 5000, (30, 44)).int(), **where)
-        history.record_many(tuple(f'{o}.weight' for o in layers), ('grad_norm', 'update_ratio', 'grad_correlation'),
-                            torch.rand(3, 30), **where)
+        for layer in layers:
+            for stat in ('mean', 'std', 'death_rate'): history.record(layer, stat, torch.rand(()), **where)
+            history.record(layer, 'hist', torch.randint(0, 5000, (44,)).int(), **where)
+            for stat in ('grad_norm', 'update_ratio', 'grad_correlation'):
+                history.record(f'{layer}.weight', stat, torch.rand(()), **where)
     path = write_report(Evidence(history, Facts(layers={o: 'Conv2d' for o in layers})), tmp_path/'big.html')
     assert 3e6 < path.stat().st_size < 5e6
 

@@ -11,7 +11,6 @@ from torch.optim import lr_scheduler as lrs
 
 from shared import CountReads
 
-from miniai import sgd
 from miniai.activations import ActivationStats
 from miniai.augment import CapturePreds, RandCopy, RandErase, rand_copy, rand_erase
 from miniai.callback import Callback, CancelBatchException, CancelEpochException, CancelFitException, events
@@ -436,56 +435,6 @@ def test_recorder_without_param_groups_says_so():
     assert RecorderCB(a=len).recs == {}
 
 
-# ---- optimizers
-
-pairs = {
-    'SGD': (sgd.SGD, optim.SGD, {}), 'SGD with decay': (partial(sgd.SGD, wd=.1), optim.SGD, dict(weight_decay=.1)),
-    'Adam': (sgd.Adam, optim.Adam, dict(betas=(.9, .99), eps=1e-5)),
-    'AdamW': (partial(sgd.Adam, wd=.1), optim.AdamW, dict(betas=(.9, .99), eps=1e-5, weight_decay=.1))}
-
-@pytest.mark.parametrize('nm', pairs)
-def test_optimizers_are_pytorchs(nm):
-    ours, theirs, kw = pairs[nm]
-    def weights(opt_func):
-        learn = line_learner(lr=.05, opt_func=opt_func)
-        learn.fit(5)
-        return learn.model.weight.detach()
-    torch.testing.assert_close(weights(ours), weights(lambda params, lr: theirs(params, lr=lr, **kw)), atol=1e-5, rtol=1e-5)
-
-def test_momentum_and_rmsprop_by_their_formulas():
-    g = np.random.default_rng(0).normal(size=(6, 3))
-    for cls in (sgd.Momentum, sgd.RMSProp):
-        p = nn.Parameter(torch.ones(3, dtype=torch.float64))
-        opt, w, avg = cls([p], .1, wd=.01), np.ones(3), None
-        for grad in g:
-            p.grad = torch.tensor(grad)
-            opt.step()
-            w = w*(1-.1*.01)
-            if cls is sgd.Momentum: avg = (0 if avg is None else avg)*.9 + grad*.1; w = w - .1*avg
-            else: avg = grad**2 if avg is None else avg*.99 + grad**2*.01; w = w - .1*grad/(np.sqrt(avg)+1e-5)
-        assert np.allclose(p.detach().numpy(), w, atol=1e-10)
-
-@pytest.mark.parametrize('cls', [sgd.SGD, sgd.Momentum, sgd.RMSProp, sgd.Adam])
-def test_optimizers_go_on_from_a_saved_state(cls):
-    def steps(model, opt, n):
-        for xb, yb in (batches(n, shape=(5,))): F.cross_entropy(model(xb), yb).backward(); opt.step(); opt.zero_grad()
-    set_seed(1)
-    model = nn.Linear(5, 10)
-    opt = cls(model.parameters(), .05)
-    steps(model, opt, 3)
-    twin = copy.deepcopy(model)
-    twin_opt = cls(twin.parameters(), 9.)
-    twin_opt.load_state_dict(pickle.loads(pickle.dumps(opt.state_dict())))
-    steps(model, opt, 3), steps(twin, twin_opt, 3)
-    same(model.state_dict(), twin.state_dict())
-    groups = cls([dict(params=[model.weight], lr=0.), dict(params=[model.bias])], .1)
-    kept = model.weight.clone()
-    steps(model, groups, 2)
-    same(model.weight.detach(), kept.detach())
-    with CountReads() as counter: steps(model, opt, 2)
-    assert counter.reads == 0
-
-
 # ---- averaged weights
 
 @pytest.mark.parametrize('event', [e for e in events if e not in ('predict', 'get_loss', 'backward', 'step', 'zero_grad')])
@@ -758,6 +707,6 @@ def test_no_sync_on_a_gpu():
         def cleanup_batch(self, learn): torch.cuda.set_sync_debug_mode('default')
     data = [(x, torch.zeros(8, device='cuda', dtype=torch.long))]*20
     cbs = [TrainCB(), ema, rec, OneCycleCB(), BatchTransformCB(lambda b: (rand_copy(rand_erase(b[0])), b[1])), Strict()]
-    learn = Learner(model, DataLoaders(data, data), F.cross_entropy, lr=.01, cbs=cbs, opt_func=sgd.Adam)
+    learn = Learner(model, DataLoaders(data, data), F.cross_entropy, lr=.01, cbs=cbs, opt_func=optim.SGD)
     learn.fit(1, valid=False)
     assert len(rec.recs['loss']) == 20

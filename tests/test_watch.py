@@ -274,7 +274,7 @@ def test_a_nan_in_a_thinned_table_is_seen(tap):
     history.start_run()
     for i in range(100): add(i, 1.)
     assert not history.not_finite(('loss',), seen)
-    for thin in (*([(table.thin, ('train', 'a'))] if tap == 'output' else [(next(iter(history._columns.values())).thin,)]),): thin[0](*thin[1:])
+    next(iter((table if tap == 'output' else history.values).chunks.values())).thin()
     for i in (100, 101, 102, 103): add(i, float('nan') if i == 102 else 1.)
     assert history.not_finite(('loss',), seen) and not history.not_finite(('loss',), seen)
 
@@ -282,8 +282,8 @@ def test_many_short_epochs_keep_few_pieces():
     learn = learner(n=1)
     watcher = learn.watch(every=1)
     learn.fit(130, valid=False)
-    pieces = [c.chunks for c in learn.history._columns.values()] + list(watcher.activations.table.chunks.values())
-    assert max(map(len, pieces)) < 12 and len(learn.history.series('batch', 'loss', 'train')) == 130
+    columns = *learn.history.values.chunks.values(), *watcher.activations.table.chunks.values()
+    assert max(len(o.chunks) for o in columns) < 12 and len(learn.history.series('batch', 'loss', 'train')) == 130
 
 def test_what_is_there_is_used():
     mine = ActivationStats(nn.ReLU, every=3)
@@ -298,8 +298,8 @@ def test_one_budget_for_all():
     watcher = learn.watch()
     learn.fit(5)
     cost = watcher.cost()
-    assert watcher.activations.pace.budget == .05 and 75 <= cost.steps_sampled < cost.steps_seen == 200
-    assert watcher.gradients.pace.sampled['train'] == watcher.updates.pace.sampled['train'] == cost.steps_sampled
+    assert watcher.activations.sampler.budget == .05 and 75 <= cost.steps_sampled < cost.steps_seen == 200
+    assert watcher.gradients.sampler.sampled['train'] == watcher.updates.sampler.sampled['train'] == cost.steps_sampled
     assert watcher.activations.sampler is watcher.gradients.sampler is watcher.updates.sampler   # one bill
     assert cost.seconds == watcher.activations.sampler.seconds and cost.layers == 6
     assert 'gradients: ' in repr(watcher) and 'Watcher: ' in repr(watcher)
