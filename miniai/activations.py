@@ -261,7 +261,7 @@ class Kept(Views):
             raise ValueError(f'{type(self).__name__}: stats is {stats!r}; give a tuple of some of '
                              + ', '.join(known))
         self.stats, self.history = tuple(stats), History(max_bytes=max_bytes)
-        self.first_run, self._model = 0, noop
+        self.first_run, self._model, self.table = 0, noop, None
         if tap: self.table = self.history.add_table(Rows(tap, bins, self.stats, follow))
         self.forget()
 
@@ -313,7 +313,7 @@ class Recorder(Kept, SampledCallback):
             with torch.no_grad(): f(*args)
         except Exception as e: self.told.failed('a step', e)
         finally:
-            for o in self.history.tables: o.close()
+            if self.table is not None: self.table.close()
             self.sampler.end_watch()
 
     def cleanup_epoch(self, learn):
