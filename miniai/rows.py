@@ -109,6 +109,7 @@ class Table:
 
     def follow(self, key, chunk): pass   # what is to be known of all rows, kept or not
     def empty(self): self.flush()        # of what waits
+    def close(self): pass                # a step is complete
 
     def __len__(self): return sum(map(len, self.chunks.values()))
     def kept_bytes(self): return sum(o.nbytes for o in self.chunks.values())
@@ -207,7 +208,7 @@ class Cell:
         self._own(empty_rows(max(slots, min(most, max(8, size//(8*width)))), width, device))
 
     def _own(self, rows):
-        self.rows, self.nbytes = rows, rows[0].nbytes
+        self.rows, self.nbytes, self.room = rows, rows[0].nbytes, len(rows)
         self.address = rows.data_ptr() if rows.device.type == 'cpu' else 0
 
     def __setstate__(self, state):   # of a copy, whose memory is another
@@ -229,7 +230,7 @@ class Slots(Table):
     "Rows of sums that wait."
     def __init__(self, bins):
         super().__init__()
-        self.bins, self.cells, self.slots, self.closed, self.i, self.room = bins, {}, [], True, -1, np.inf
+        self.bins, self.cells, self.slots, self.closed, self.i = bins, {}, [], True, -1
 
     def open(self, phase, run, step, epoch, samples=0, new=False):
         "Begin a step, or go on with it unless `new`, as for batches of validation; the number of the slot."
@@ -238,7 +239,7 @@ class Slots(Table):
             self.slots[-1] = *mine, self.slots[-1][4] + samples
             return self.i
         self.closed = True
-        if len(self.slots) >= self.room: self.on_full()
+        if len(self.slots) >= min((o.room for o in self.cells.values()), default=np.inf): self.on_full()
         self.slots.append((*mine, samples))
         self.closed, self.i = False, len(self.slots)-1
         return self.i
@@ -251,7 +252,6 @@ class Slots(Table):
         if found is None or found.n_units != n_units or found.rows.device != torch.device(device):
             if found is not None: self.empty()
             found = self.cells[source] = Cell(self.bins, n_units, call, len(self.slots), device)
-            self.room = min(len(o.rows) for o in self.cells.values())
         return found
 
     def row(self, source, n_units, device='cpu', call=0):
