@@ -570,6 +570,20 @@ def plain_optimizer(o):
                     'None to watch the steps of every one that holds parameters of the model')
 
 # %% ../nbs/46_inspector.ipynb #1ec72521
+in_hook, left = [], []   # while the hooks of an optimizer are called, none is removed; what is left to remove
+
+def let_go(handles):
+    "Remove hooks of optimizers: now, or when that is next possible."
+    left.extend(handles)
+    while left and not in_hook: left.pop().remove()
+
+def call_weakly(me, name, what, *args):
+    "Call a method of an inspector, if that is still there."
+    in_hook.append(me)   # garbage may be collected meanwhile, other inspectors among it
+    try:
+        if me(): me()._guard(what, getattr(me(), name), *args)
+    finally: in_hook.pop()
+
 class Hooking:
     "Puts hooks on a model, on losses and on the steps of optimizers."
     def _hook_all(self, loss_fn):
@@ -588,21 +602,11 @@ class Hooking:
         me = weakref.ref(self)   # hooks of all optimizers hold the inspector weakly
         def _before(optimizer, args, kwargs):
             closure = any(map(callable, args[1:])) or 'closure' in kwargs
-            if me(): me()._guard('the gradients', me()._before_step, optimizer, closure)
-        def _after(optimizer, args, kwargs):
-            if me(): me()._guard('the updates', me()._after_step, optimizer)
+            call_weakly(me, '_before_step', 'the gradients', optimizer, closure)
+        def _after(optimizer, args, kwargs): call_weakly(me, '_after_step', 'the updates', optimizer)
         self.handles = [torch_optimizer.register_optimizer_step_pre_hook(_before),
                         torch_optimizer.register_optimizer_step_post_hook(_after)]
-        for handle in self.handles: weakref.finalize(self, handle.remove)
-
-    def _hook_loss(self, lens, loss_fn):
-        lens.read, lens.labels = self._last, self.labels
-        if lens.loss_fn is None and loss_fn is not None:
-            lens.loss_fn = loss_fn
-            self.lent.append(lens)
-        if lens.loss_fn is None: return
-        self.hooks.append(Hook(lens.loss_fn, self._on_loss))
-        self.hooks[-1].lens = lens
+        weakref.finalize(self, let_go, self.handles).atexit = False
 
 # %% ../nbs/46_inspector.ipynb #fdfd9cc3
 watched = weakref.WeakKeyDictionary()   # model -> weak reference to the inspector on it
@@ -637,6 +641,15 @@ class Attaching:
 # %% ../nbs/46_inspector.ipynb #2a5de882
 class Starting:
     "Begins anew, and ends."
+    def _hook_loss(self, lens, loss_fn):
+        lens.read, lens.labels = self._last, self.labels
+        if lens.loss_fn is None and loss_fn is not None:
+            lens.loss_fn = loss_fn
+            self.lent.append(lens)
+        if lens.loss_fn is None: return
+        self.hooks.append(Hook(lens.loss_fn, self._on_loss))
+        self.hooks[-1].lens = lens
+
     def _start(self):
         "A model is watched from here on; what is known of an earlier one stays in the table only."
         for o in self.lent: o.loss_fn = None
@@ -649,7 +662,8 @@ class Starting:
     def detach(self): # the inspector
         "Take every hook off. What the epoch had so far becomes its row; table and pictures stay."
         if self.layers: self.layers.each('detach')
-        for o in (*self.hooks, *self.handles): o.remove()
+        for o in self.hooks: o.remove()
+        let_go(self.handles)
         self.hooks, self.handles = [], []
         # other processes may be gone, after an error
         if self.attached and self.seen.fresh: self._tick(everywhere=False)
