@@ -175,6 +175,7 @@ class Numbers:
 
 # %% ../nbs/46_inspector.ipynb #d4925f51
 def one_number(name, value):
+    "The value called `name` as a 0-d tensor."
     try: return torch.as_tensor(value).detach().float().reshape(())
     except (TypeError, ValueError, RuntimeError):
         what = tuple(value.shape) if isinstance(value, torch.Tensor) else repr(value)
@@ -542,6 +543,7 @@ class State:
 
 # %% ../nbs/46_inspector.ipynb #05d39404
 def checked_lenses(lenses):
+    "A list of lenses, each of them one."
     lenses = lenses if isinstance(lenses, list) else list(lenses) if hasattr(lenses, '__iter__') else [lenses]
     for o in lenses:
         if not (hasattr(o, 'stats') and hasattr(o, 'panels')) or isinstance(o, type):
@@ -549,6 +551,7 @@ def checked_lenses(lenses):
     return lenses
 
 def activity(o):
+    "A function of an epoch's number that says whether it is watched."
     if callable(o): return o
     if isinstance(o, int) and o >= 1: return lambda epoch: epoch % o == 0
     raise ValueError(f'Inspector: is_active_fn is {o!r}; give a number from 1, or a function of the epoch')

@@ -194,8 +194,12 @@ _activation_names = '''
 _activations = tuple(getattr(nn, o) for o in _activation_names.split())
 _dropouts = nn.modules.dropout._DropoutNd,
 
-def is_activation(module): return isinstance(module, _activations)
-def is_dropout(module): return isinstance(module, _dropouts)
+def is_activation(module):
+    "Say whether `module` is one of PyTorch's activation functions."
+    return isinstance(module, _activations)
+def is_dropout(module):
+    "Say whether `module` is one of PyTorch's dropout layers."
+    return isinstance(module, _dropouts)
 
 # %% ../nbs/43_lens.ipynb #a8552a57
 def _types(o): return (o,) if isinstance(o, type) else tuple(o)
@@ -275,6 +279,7 @@ class OutputNorm(ByType):
     def panels(self, sources): return norm_panels(self, f'Output {self.stats[0]}', sources)
 
 def norm_panels(lens, title, sources):
+    "A column of norms, and their fractions of the sum."
     res = [lens._panel(title, lens.stats[0], sources)]
     if lens.comparison is None or not sources: return res
     return res + [Panel(f'{title}: shares of the layers', lens.stats, tuple(sources), lens.comparison,

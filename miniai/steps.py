@@ -18,9 +18,14 @@ from .rows import Rows, joined
 from .stats import grad_bins, output_bins, statistics, unit_axis, widen
 
 # %% ../nbs/45_steps.ipynb #818d8c5a
-# before the first step; in forwards and backwards; in an optimizer's step; after it
-Moment = Enum('Moment', 'BEFORE FORWARD STEPPING STEPPED')
+class Moment(Enum):
+    "Where in a training step a loop is."
+    BEFORE = 'no step has begun'
+    FORWARD = 'in the forwards and backwards of a step'
+    STEPPING = 'inside the step of an optimizer'
+    STEPPED = 'an optimizer has stepped: the next forward begins a step'
 
+# %% ../nbs/45_steps.ipynb #5f245717
 class Steps:
     "Finds out which training step a loop is in, if the loop does not say it."
     patience = 64   # forwards without a step of an optimizer, from which on each is a step of its own
@@ -219,8 +224,11 @@ class Layers(LayerTaps):
                                   for source in tap.sources.get(nm, ())))
 
 # %% ../nbs/45_steps.ipynb #48e56e91
-def n_held(optimizer): return sum(len(group['params']) for group in optimizer.param_groups)
+def n_held(optimizer):
+    "How many parameters an optimizer holds."
+    return sum(len(group['params']) for group in optimizer.param_groups)
 
+# %% ../nbs/45_steps.ipynb #3dec08ef
 class OptimizerTaps:
     "What is read around the steps of one optimizer."
     def __init__(self, optimizer, params, tables, warn):
@@ -261,7 +269,9 @@ class OptimizerTaps:
 
 # %% ../nbs/45_steps.ipynb #35cf9489
 @torch.no_grad()
-def norms(grads): return torch.stack(torch._foreach_norm([widen(o) for o in grads])) if grads else None
+def norms(grads):
+    "The L2 norm of each; None for none."
+    return torch.stack(torch._foreach_norm([widen(o) for o in grads])) if grads else None
 
 class ClipNorms:
     "The norm of all gradients before and after clipping."

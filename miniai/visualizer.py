@@ -46,8 +46,8 @@ def titled(panels):
 class Recording:
     """Keeps what one run has recorded, epoch by epoch, and how it wants to be drawn.
 
-    `values` gives one line of a plot, `band` lower and upper ends: of a `source` (a layer, 'loss', ...), a `stat`
-    as recorded, without its aggregate, and a `phase`."""
+    `values` gives one line of a plot, `band` lower and upper ends: of a `source` (a layer, 'loss', ...), a
+    `stat` as recorded, without its aggregate, and a `phase`."""
     def __init__(self,
         rows:dict,  # (phase, source, stat) -> (epochs [n], values [n])
         panels=()   # of `Panel`
