@@ -310,20 +310,12 @@ def _add_by_loops(row, a, axis, bins, what, before, counts, start):
     job, dtype = np.array([*parts, counts, row.data_ptr(), *sizes, what], np.int64), a.dtype
     compiled_loops().many[str(dtype)[6:]](job.ctypes.data, 1, plan(bins, dtype).address)
 
-@lru_cache
-def on_cuda():
-    "Say whether Triton is there to compile the kernel."
-    try: import triton # noqa: F401
-    except ImportError as e: slow_reason['cuda'] = f'triton: {e}'
-    return 'cuda' not in slow_reason
-
 def _add_on_cuda(row, a, axis, bins, what, before, counts, start):
     "In one launch; plainly from then on, if that fails."
-    full = a if start is None else a - start
+    full = a if start is None else widen(a) - widen(start)   # no differences in half precision
     try: measure_cuda(full, axis, row, bins, before if counts else None, what)
     except Exception as e:
         slow_reason['cuda'] = f'triton: {type(e).__name__}: {e}'.splitlines()[0]
-        on_cuda.cache_clear()
         return _add_plainly(row, a, axis, bins, what, before, counts, start)
     if start is not None: row[15] += widen(start).double().square().sum()
     if before is not None: before.copy_(full)
@@ -348,7 +340,7 @@ def add_to_row(row, a, axis=1, bins=output_bins, what=7, before=None, counts=Tru
     narrow = a.device.type == 'cpu' and a.dtype not in (torch.float32, torch.float64)
     if not a.is_complex() and (narrow or a.layout is not torch.strided): a = widen(a)
     if not a.numel(): return
-    if a.device.type == 'cuda' and not a.is_complex() and on_cuda(): add = _add_on_cuda
+    if a.device.type == 'cuda' and not a.is_complex() and 'cuda' not in slow_reason: add = _add_on_cuda
     elif all(map(readable, (a, *others))) and compiled_loops(): add = _add_by_loops
     else: add = _add_plainly
     add(row, a, axis, bins, what, before, counts, start)

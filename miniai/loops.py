@@ -137,13 +137,13 @@ def count(slots, n, hist, w):
         hist[np.uintp(slots[j+3]) + w + w + w] += np.int32(1)
     for j in range(four, np.uintp(n)): hist[np.uintp(slots[j])] += np.int32(1)
 
-# %% ../nbs/11_loops.ipynb #8029e36d
 @njit
 def new_work(like, bins):
     single = np.empty(piece, np.float32)
     return (np.empty(piece, type(like)), np.empty(piece, type(like)), np.empty(piece, np.int32), single,
             single.view(np.uint32), np.zeros(4*(bins + 4), np.int32))
 
+# %% ../nbs/11_loops.ipynb #8029e36d
 @njit(inline='never')
 def add_piece(x, n, row, work, spec, what, table, edges):
     # the sum of its squares is returned

@@ -14,6 +14,7 @@ from itertools import groupby
 
 import numpy as np
 import torch
+from fastcore.basics import noop
 
 from .stats import (Bins, Sums, add_rows, base_name, clear_rows, empty_rows, output_bins, row_width,
                           scalars, stat_name, statistics)
@@ -212,6 +213,7 @@ class Slots(MergedTable):
     def __init__(self, bins):
         super().__init__()
         self.bins, self.cells, self.slots, self.closed, self.i = bins, {}, [], True, -1
+        self.after_flush = noop   # is called when rows have come to the host by themselves
 
     def open(self, phase, run, step, epoch, samples=0, new=False):
         "Begin a step, or go on with it unless `new`, as for batches of validation; give its slot."
@@ -220,7 +222,9 @@ class Slots(MergedTable):
             self.slots[-1] = *mine, self.slots[-1][4] + samples
             return self.i
         self.closed = True
-        if len(self.slots) >= min((len(o.rows) for o in self.cells.values()), default=np.inf): self.on_full()
+        if len(self.slots) >= min((len(o.rows) for o in self.cells.values()), default=np.inf):
+            self.flush()
+            self.after_flush()
         self.slots.append((*mine, samples))
         self.closed, self.i = False, len(self.slots)-1
         return self.i
@@ -235,9 +239,6 @@ class Slots(MergedTable):
         self.cells[source] = Cell(self.bins, n_units, call, len(self.slots), device)
         return self.cells[source]
 
-    def row(self, source, n_units, device='cpu', call=0):   # to add to
-        return self.cell(source, n_units, device, call).rows[self.i]
-
     def take(self, n):
         "Bring the first `n` slots to the host: slots, and an array for each source; the rest stays."
         slots, self.slots = self.slots[:n], self.slots[n:]
@@ -251,9 +252,8 @@ class Slots(MergedTable):
 # %% ../nbs/14_rows.ipynb #cd303c23
 class ArrivingRows(Slots):
     "Rows of sums on their way from slots to series."
-    def on_full(self):
-        self.flush()
-        if self.after_flush is not None: self.after_flush()
+    def row(self, source, n_units, device='cpu', call=0):   # to add to, in the current slot
+        return self.cell(source, n_units, device, call).rows[self.i]
 
     def flush(self): return self._move(len(self.slots) - (not self.closed))   # of complete steps
 
@@ -332,7 +332,6 @@ class Rows(ReadRows):
     ):
         super().__init__(bins)
         self.tap, self.stats, self.follow_units = tap, tuple(stats), follow_units
-        self.after_flush = None   # called when rows have come to the host by themselves
 
     @property
     def merges(self): return self.tap in ('output', 'input', 'output_grad')   # others are the same everywhere
