@@ -160,10 +160,11 @@ class _Bounded(_Recorded):
     def _thin_if_full(self):
         if self.kept_bytes() <= self.max_bytes: return
         while self.kept_bytes() > self.max_bytes*3/4:   # until a quarter of the table is free
-            sizes = {(o, key): size for o in self.tables for key,size in o.sizes().items()}
+            sizes = [(o.nbytes, o) for table in self.tables for o in table.chunks.values() if len(o) > 1]
             if not sizes: return
-            for table,key in [o for o,size in sizes.items() if size > max(sizes.values())/2]:
-                table.chunks[key].thin()
+            largest = max(size for size,_ in sizes)
+            for size,column in sizes:
+                if size > largest/2: column.thin()
         what = ', '.join(f'one row of {stat!r} in {n}' for stat,n in self.thinned().items())
         warnings.warn(f'History: {self.max_bytes/1e6:g} MB are full. It keeps {what}; each row has its step. '
                       'Give it a larger `max_bytes`, or watch fewer steps (`every`) or layers', stacklevel=3)

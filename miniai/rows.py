@@ -110,7 +110,6 @@ class Table:
     def __len__(self): return sum(map(len, self.chunks.values()))
     def kept_bytes(self): return sum(o.nbytes for o in self.chunks.values())
     def facts_of(self, *key): return self.chunks.get(key, Column()).facts   # [n, 5]
-    def sizes(self): return {key: o.nbytes for key,o in self.chunks.items() if len(o) > 1}   # to be thinned
 
     def thinned(self):
         found = sorted(self.chunks.items(), key=lambda o: o[1].stride)
