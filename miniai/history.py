@@ -63,8 +63,10 @@ class WaitingValues(MergedTable):
         arrays = to_host([torch.stack(values) for *_,values in groups])
         for (key,kind,_,_,facts,*_),values in zip(groups, arrays):
             self.add(key, Chunk(np.array(facts, np.int64), (values.astype(kind),)))
-        return bool(groups)
+        return self
 
+    @property
+    def waits(self): return bool(self.waiting)
     @property
     def nbytes(self):
         return self.kept_bytes() + sum(o.nbytes for rows in self.waiting.values() for *_,o in rows)
@@ -145,7 +147,9 @@ class _Bounded(_Recorded):
 
     def flush(self):
         "Move all pending rows to the host: one transfer per table and device; only here it is waited for."
-        if any([o.flush() for o in self.tables]): self._thin_if_full()
+        came = any(o.waits for o in self.tables)
+        for o in self.tables: o.flush()
+        if came: self._thin_if_full()
         return self
 
     @property

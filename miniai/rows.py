@@ -254,7 +254,12 @@ class ArrivingRows(Slots):
     def row(self, source, n_units, device='cpu', call=0):   # to add to, in the current slot
         return self.cell(source, n_units, device, call).rows[self.i]
 
-    def flush(self): return self._move(len(self.slots) - (not self.closed))   # of complete steps
+    @property
+    def waits(self): return bool(self.slots)
+
+    def flush(self):   # of complete steps
+        self._move(len(self.slots) - (not self.closed))
+        return self
 
     def empty(self):   # a step that is open goes on
         last = [] if self.closed else self.slots[-1:]
@@ -262,8 +267,7 @@ class ArrivingRows(Slots):
         self.slots, self.closed, self.i = last, not last, len(last)-1
 
     def _move(self, n):
-        "Move the first `n` slots to the host; whether there were any."
-        if n <= 0: return False
+        if n <= 0: return
         slots, arrays = self.take(n)
         phases, facts = np.array([o[0] for o in slots]), np.array([[*o[1:], 0] for o in slots], np.int64)
         kinds = [(phase, phases == phase) for phase in dict.fromkeys(o[0] for o in slots)]
@@ -271,7 +275,6 @@ class ArrivingRows(Slots):
             for phase,mask in kinds:
                 there = mask & (rows[:, 0] > 0)
                 if there.any(): self.add((phase, source), self._chunk(source, facts[there], rows[there]))
-        return True
 
     def _chunk(self, source, facts, rows):
         k, width = len(scalars), len(scalars) + len(self.bins)
