@@ -173,10 +173,6 @@ class _Bounded(_Recorded):
         warnings.warn(f'History: {self.max_bytes/1e6:g} MB are full. It keeps {what}; each row has its step. '
                       'Give it a larger `max_bytes`, or watch fewer steps (`every`) or layers', stacklevel=3)
 
-    def thinned(self) -> dict: # stat -> n, where one row in n is kept; empty while all rows are
-        "Say what of the table has been thinned."
-        return {nm: n for o in self.tables for nm,n in o.thinned().items() if n > 1}
-
 # %% ../nbs/15_history.ipynb #5a464c1f
 class _Readable(_Bounded):
     "Tables that are read by the names of series."
@@ -203,6 +199,10 @@ class _Readable(_Bounded):
     ) -> bool:
         "Say whether there are rows under these names."
         return any(o.has(phase, source, stat) for o in self.tables)
+
+    def thinned(self) -> dict: # stat -> n, where one row in n is kept; empty while all rows are
+        "Say what of the table has been thinned."
+        return {nm: n for o in self.tables for nm,n in o.thinned().items() if n > 1}
 
     def runs_of(self, phase, source, stat):
         "Give the numbers of the runs of the rows of a series, in order; reads no values."

@@ -254,9 +254,6 @@ class ArrivingRows(Slots):
     def row(self, source, n_units, device='cpu', call=0):   # to add to, in the current slot
         return self.cell(source, n_units, device, call).rows[self.i]
 
-    @property
-    def waits(self): return bool(self.slots)
-
     def flush(self):   # of complete steps
         self._move(len(self.slots) - (not self.closed))
         return self
@@ -311,6 +308,8 @@ class ReadRows(ArrivingRows):
         f, chunks = statistics[base_name(self.tap, stat)], self.chunks[phase, source]
         return chunks.facts, np.concatenate([f(o.sums(self.bins)) for o in joined(chunks)])
 
+    @property
+    def waits(self): return bool(self.slots)
     @property
     def nbytes(self): return self.kept_bytes() + sum(o.rows.nbytes for o in self.cells.values())
 
