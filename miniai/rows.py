@@ -109,6 +109,7 @@ class Table:
 
     def follow(self, key, chunk): pass   # what is to be known of all rows, kept or not
     def empty(self): self.flush()        # of what waits
+    def close(self): pass                # a step is complete
 
     def __len__(self): return sum(map(len, self.chunks.values()))
     def kept_bytes(self): return sum(o.nbytes for o in self.chunks.values())
