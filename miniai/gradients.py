@@ -22,9 +22,8 @@ from .plots import heatmap
 from .stats import Bins, effective_rank, unit_axis, widen
 
 # %% ../nbs/41_gradients.ipynb #88229cd7
-_why = dict(frozen='is frozen (requires_grad is False)',
-            unused='has had no gradient in the sampled steps: the loss was not computed from it',
-            other='is not among the parameters of the optimizer')
+_why = dict(frozen='is frozen (requires_grad is False)', other='is not among the parameters of the optimizer',
+            unused='has had no gradient in the sampled steps: the loss was not computed from it')
 
 class ReachedParameters(Recorder):
     "Chooses parameters, and knows why some of them are not measured."
@@ -373,8 +372,7 @@ class RankSamples(Recorder, HooksCallback):
         for source,a in named_tensors(outp, hook.name):
             try: self._take_tensor(source, mod, a)
             except Exception as e: self.told.failed(source, e)
-        # on a GPU this waits for the device
-        if sum(rows.nbytes for _,rows,_ in self._waiting) > self.max_waiting: self._measure()
+        if sum(rows.nbytes for _,rows,_ in self._waiting) > self.max_waiting: self._measure()   # a GPU waits
 
     def _take_tensor(self, source, mod, a):
         if not a.is_floating_point(): return self.told(source, f'has no rank: {a.dtype}')
