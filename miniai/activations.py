@@ -28,7 +28,9 @@ from .stats import Bins, base_name, near_zero, outside, statistics, unit_axis, u
 _all_ = ['Hook', 'Hooks', 'set_seed']
 
 # %% ../nbs/40_activations.ipynb #a01c2d2d
-def phase_of(learn): return 'train' if learn.training else 'valid'
+def phase_of(learn):
+    "Name what a loop does now."
+    return 'train' if learn.training else 'valid'
 
 def chosen_modules(cb, model):
     "List the modules that a callback's `mods` or `mod_filter` mean, with their names."
