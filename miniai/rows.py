@@ -381,8 +381,9 @@ class Rows(ReadRows):
 
     def state_dict(self, unmerged=False):
         about = [self.tap, vars(self.bins), list(self.stats), self.follow_units]
+        state = super().state_dict(unmerged)   # first, as it moves rows that the units must know
         units, before = ({k: vars(o) for k,o in _copies(d).items()} for d in (self.units, self.before))
-        return super().state_dict(unmerged) | dict(units=units, before=before, about=about)
+        return state | dict(units=units, before=before, about=about)
 
     def load_state_dict(self, state):
         tap, bins, *_ = state['about']
