@@ -18,6 +18,7 @@ from .history import History, plain_frame, read_table, write_table
 from .hooks import select_modules, unwrap
 from .inspector import Inspector
 from .learner import Learner
+from .loss_stats import first_tensor, is_affine, is_clipped
 from .lens import parameter_matches, row_stat
 from .visualizer import Recording
 from .watch import Watcher
@@ -51,6 +52,9 @@ class Facts:
     copies:dict = field(default_factory=dict)     # layer -> fraction of its units with another one's weights
     dead_since:dict = field(default_factory=dict) # source -> step each unit is dead from; -1: alive
     sampled:dict = field(default_factory=dict)    # phase -> (batches measured, batches that went by)
+    shapes:dict = field(default_factory=dict)     # inputs, predictions, targets -> (shape of a batch, type)
+    affine:bool = None                            # whether the model is an affine function
+    clipped:bool = None                           # whether the loss ignores what is outside of 0 to 1
 
     def kind(self, source):
         "The type of the layer that a source belongs to; '' if that is not known."
@@ -72,7 +76,8 @@ def facts_of_dict(o):
     known = {_older.get(nm, nm): tuple(v) if isinstance(v, list) else v for nm,v in o.items()}
     facts = Facts(**{nm: v for nm,v in known.items() if nm in Facts.__dataclass_fields__})
     params = {nm: Param(**p | dict(shape=tuple(p['shape']))) for nm,p in facts.params.items()}
-    return replace(facts, params=params, sampled={nm: tuple(v) for nm,v in facts.sampled.items()})
+    return replace(facts, params=params, sampled={nm: tuple(v) for nm,v in facts.sampled.items()},
+                   shapes={nm: (tuple(v[0]), v[1]) for nm,v in facts.shapes.items()})
 
 # %% ../nbs/50_evidence.ipynb #efaee0b9
 @dataclass
@@ -308,12 +313,22 @@ def with_known(facts, known):
     return replace(facts, **{nm: v for nm,v in known.items() if v or nm == 'unreached' and v is not None})
 
 # %% ../nbs/50_evidence.ipynb #d3b9af07
+def _of_probes(learn, model, preds):
+    "What the last batch shows when it is tried out: `affine`, `clipped`."
+    batch = getattr(learn, 'batch', None)
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2: return {}
+    types = [type(m).__name__ for m in model.modules()]
+    weights = sum(o in ('Linear', 'Conv1d', 'Conv2d') for o in types)
+    maybe = weights > 1 and not {*types} & {*nn.modules.activation.__all__}
+    return dict(affine=is_affine(model, first_tensor(batch)) if maybe else None,
+                clipped=is_clipped(learn.loss_func, preds, batch[-1]))
+
 def _of_learner(learn):
     model, preds = unwrap(learn.model), getattr(learn, 'preds', None)
     facts = Facts(model=type(model).__name__, layers={nm: type(m).__name__ for nm,m in select_modules(model)},
                   loss=function_name(learn.loss_func), n_classes=_n_classes(learn.loss_func, preds),
                   params=_of_parameters(model, learn.opt), copies=copies_of_units(model),
-                  **_of_optimizer(learn.opt), **_of_answers(preds))
+                  **_of_optimizer(learn.opt), **_of_answers(preds), **_of_probes(learn, model, preds))
     for cb in learn.cbs:
         known = watched_facts(cb)
         if hasattr(cb, 'inspector'): known.pop('layers', None)   # the Learner has their full names

@@ -440,6 +440,11 @@ def dead_units(evidence, *, max_dead=.5): # fraction of a layer's units
 # %% ../nbs/51_rules.ipynb #204cca0c
 _slopes = dict(Tanh=lambda mean, square: 1-square, Sigmoid=lambda mean, square: 4*(mean-square))
 
+def is_solved(evidence, left=.1):
+    "Whether little of the first loss is left: sure answers are flat, and their gradients small."
+    loss = evidence.loss()
+    return len(loss) > 1 and 0 <= loss.late < left*loss.first
+
 def mean_slope(evidence, source):
     "Mean slope of the activation at each step, in units of its steepest: a track of 0 to 1."
     mean, std = (evidence.track(source, o) for o in ('mean', 'std'))
@@ -456,7 +461,7 @@ def saturated(evidence, *, min_slope=.1): # mean slope of the activation, in uni
     if not facts.layers: raise Missing('the types of the layers are not known; diagnose the Learner')
     slopes = {o: mean_slope(evidence, o) for o in needed(evidence, 'std')[:-1] if facts.kind(o) in _slopes}
     flat = sorted((o.late, nm) for nm,o in slopes.items() if o.late < min_slope)
-    if not flat: return
+    if not flat or is_solved(evidence): return
     (slope, layer), layers = flat[0], [nm for _,nm in flat]
     cause = 'weights or inputs that are too large at the start'
     if slopes[layer].first >= min_slope: cause = 'too high a learning rate'
@@ -475,7 +480,8 @@ def vanishing_gradients(evidence, *, min_gradient=1e-3): # smallest of a weight,
     gradient problem during learning recurrent neural nets" (1998); Glorot and Bengio (2010)."""
     needed(evidence, 'grad_norm')
     names = weights_with(evidence, 'grad_norm')
-    sizes = {o: rms_by_depth(evidence, names, o) for o in ('first', 'late')}
+    moments = ('first',) if is_solved(evidence) else ('first', 'late')
+    sizes = {o: rms_by_depth(evidence, names, o) for o in moments}
     both = np.min([np.where(v == 0, np.inf, v) for v in sizes.values()], 0)   # NaN if the last layer has none
     layers = [names[i] for i in np.argsort(both) if both[i] < min_gradient]
     if not layers: return
