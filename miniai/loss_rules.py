@@ -138,12 +138,13 @@ def loss_input(evidence):
     relu, zeros = facts.kind(last) == 'ReLU', float(p['zeros'].mean())
     cut = (p['min'] == 0).all() and (relu or (p['zeros'] > .1).all())
     if cut and kind in ('classes', 'binary'): return found(
-        evidence, 'error', f'No prediction is below 0, and {zeros:.0%} are 0: {facts.loss} wants logits of both '
-        'signs.', zeros, 0., layers=[last] if relu else [], kind=('loss_input', 'head_range'),
+        evidence, 'error', f'No prediction is below 0, and {zeros:.0%} are 0: {facts.loss} wants '
+        'logits of both signs.', zeros, 0., layers=[last] if relu else [], kind=('loss_input', 'head_range'),
         causes=['a ReLU at the end of the model'], tries=['a last layer without activation'])
     if facts.clipped: return found(
         evidence, 'error', f'Predictions go from {p["min"].min():.3g} to {p["max"].max():.3g}, and '
-        f'{facts.loss} ignores by how much they are beyond 0 and 1.', causes=['logits for a loss of probabilities'],
+        f'{facts.loss} ignores by how much they are beyond 0 and 1.',
+        causes=['logits for a loss of probabilities'],
         tries=['a Sigmoid or Softmax at the end of the model', 'BCEWithLogitsLoss, or CrossEntropyLoss'])
     if kind in ('classes', 'probabilities', 'binary') and loss.late < 0: return found(
         evidence, 'error', f'{facts.loss} ends at {loss.late:.3g}: below zero.', loss.late, 0.,
