@@ -228,7 +228,7 @@ def unchanged(evidence):
 @rule(kind='too_few_updates', causes=['too few epochs, or too few batches in one'],
       tries=['more epochs', 'smaller batches', 'a higher learning rate'])
 def stopped_early(evidence,
-    *, min_updates=100, # from which on nobody would call them few
+    *, min_updates=50,  # from which on nobody would call them few
     min_fall=.03,       # fraction by which the loss still falls in the last third
     min_left=.5         # fraction of the first loss that is left
 ):
@@ -304,6 +304,7 @@ def metric_stuck(evidence, *, min_epochs=3): # with one and the same value
       tries=['stop after that epoch', 'more data or augmentation', 'weight decay or dropout'])
 def overfitting(evidence,
     *, max_worse=.25, # by which the validation loss may exceed its best (fraction); 2/5 of it: a note
+    min_rise=.1,      # by which it must have risen, in units of its first
     patience=3        # epochs in a row: a single one may be chance, or BatchNorm's running values
 ):
     """A validation loss that rises and stays up while the training loss goes on falling.
@@ -315,7 +316,8 @@ def overfitting(evidence,
     if n <= patience: raise Missing(f'{n} epochs are too few to tell; it takes {patience+1}')
     best = int(np.argmin(np.where(np.isfinite(valid.values[:n]), valid.values[:n], np.inf)))
     worse = float(valid.values[n-patience:n].min()/valid.values[best]) - 1   # in all of the last epochs
-    if not worse > max_worse*.4 or not train.values[n-1] < train.values[best]: return
+    risen = worse*valid.values[best] > min_rise*valid.values[0]
+    if not (risen and worse > max_worse*.4 and train.values[n-1] < train.values[best]): return
     return found(evidence, 'warning' if worse > max_worse else 'note',
         f'The validation loss was lowest, {valid.values[best]:.3g}, in epoch {valid.epochs[best]}; it is '
         f'{worse:.0%} higher or more in the last epochs, while that of training went on falling.',

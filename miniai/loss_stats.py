@@ -42,14 +42,13 @@ def first_tensor(o):
 # %% ../nbs/39_loss_stats.ipynb #18a47504
 class LossStats(Callback):
     "Records numbers of the inputs, the predictions and the targets of a few steps; `history` has them."
+    in_trial = False
     def __init__(self): self.history, self.shapes, self.seen = History(), {}, {}
 
     def before_fit(self, learn):
-        self.on = not getattr(learn, 'trial', False)
-        if self.on: self.seen, self.shapes, _ = {}, {}, self.history.start_run()
+        self.seen, self.shapes, _ = {}, {}, self.history.start_run()
 
     def after_loss(self, learn):
-        if not self.on: return
         n = self.seen[learn.phase] = self.seen.get(learn.phase, -1) + 1
         if not is_due(n): return
         n_inp = next((cb.n_inp for cb in learn.cbs if isinstance(getattr(cb, 'n_inp', None), int)), 1)
@@ -104,5 +103,6 @@ def is_clipped(loss_func, preds, targets):
     if not isinstance(preds, torch.Tensor) or not isinstance(targets, torch.Tensor): return None
     high, low = preds > 1, preds < 0
     if not preds.is_floating_point() or not (high | low).any(): return None
-    try: return bool(loss_func(preds, targets) == loss_func(preds + high.to(preds) - low.to(preds), targets))
+    moved = torch.where(high | low, 2*preds, preds)   # not all by the same amount, which a softmax ignores
+    try: return bool(loss_func(preds, targets) == loss_func(moved, targets))
     except Exception: return None   # a loss that wants more

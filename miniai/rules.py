@@ -69,6 +69,11 @@ def needed_loss(evidence, phase='train'):
     if not len(track): raise Missing('no loss was recorded')
     return track
 
+def is_solved(evidence, left=.1):
+    "Whether little of the first loss is left: what is odd inside does no harm then."
+    loss = evidence.loss()
+    return len(loss) > 1 and 0 <= loss.late < left*loss.first
+
 def tracks_of(evidence, names, stat): return {nm: evidence.track(nm, stat) for nm in names}
 def read(evidence, names, stat, what):
     "One reading of each track: 'first', 'usual' or 'late'."
@@ -238,9 +243,10 @@ def _collapse(evidence, loss, limit):
     if not events: return
     (first, layer, _), last = min(events), max(events)[0]
     before, late = loss.values[loss.steps < first].min(), loss.late
+    level = 'error' if late > before else 'note' if is_solved(evidence, .35) else 'warning'
     own = {nm: o for nm,o in tracks.items() if any(nm == event[1] for event in events)}
     return found(
-        evidence, 'error' if late > before else 'warning', f'At step {first} the output of {layer} collapses '
+        evidence, level, f'At step {first} the output of {layer} collapses '
         f'and the loss jumps from {before:.3g}; it ends at {late:.3g}.',
         max(o[2] for o in events), limit, own, layer=layer, steps=(first, last),
         chart=steps_chart('Deviation of outputs', own),
@@ -267,7 +273,8 @@ def learning_rate_high(evidence,
     deaths = tracks_of(evidence, evidence.sources('death_rate'), 'death_rate')
     died = [nm for nm,o in deaths.items() if o.first < .5 and o.late > .9]
     lost = not np.isfinite(loss.values[-1]) or loss.late > first or bool(died)
-    level = levels[int(not lost) + int(high < np.log(evidence.facts.n_classes or 1))]   # not above chance
+    harmless = high < np.log(evidence.facts.n_classes or 1) or not lost and is_solved(evidence, .35)
+    level = levels[int(not lost) + int(harmless)]   # not above chance, or over
     text = f'The training loss rises from {first:.3g} to {high:.3g}, and '
     text += f'{"ends at" if lost else "comes back to"} {loss.late:.3g}.'
     if died: text += f' By then units have died in {died[0]}'
@@ -372,7 +379,9 @@ def not_trained(evidence):
     if not params: raise Missing('the parameters are not known; diagnose the Learner or the Inspector')
     frozen = layers_of(nm for nm,p in params.items() if not p.trained and len(p.shape) > 1)
     missing = layers_of(nm for nm,p in params.items() if p.trained and p.held is False)
-    most, some = len(frozen) > len(layers_of(params))/2, any(p.trained and p.held for p in params.values())
+    sizes = {nm: np.prod(p.shape) for nm,p in params.items()}
+    most = sum(o for nm,o in sizes.items() if not params[nm].trained) >= sum(sizes.values())/2
+    some = any(p.trained and p.held for p in params.values())
     return at_layers(
         evidence, 'note' if most else 'warning', 'Not trained: {}; frozen (requires_grad is False).', frozen,
         causes=['frozen on purpose', 'left frozen from another training'],
@@ -430,20 +439,15 @@ def dead_units(evidence, *, max_dead=.5): # fraction of a layer's units
     if over.any() and not born: began = f', most since step {track.span(over)[0]}'
     causes = ['a bias far below zero, or weights that are too small' if born else 'too high a learning rate']
     tries = ['Kaiming initialisation, with bias 0' if born else 'a lower learning rate, or a warm-up']
-    return found(evidence, 'error' if value > .9 else 'warning',
-                 f'{value:.0%} of the units of {facts.named(layer)} are zero in {window}{began}.', value,
-                 max_dead, tracks, over if over.any() else slice(None), chart='Fraction of dead units',
+    level = 'error' if value > .9 else 'note' if is_solved(evidence, .5) else 'warning'
+    return found(evidence, level, f'{value:.0%} of the units of {facts.named(layer)} are zero in {window}{began}.',
+                 value, max_dead, tracks, over if over.any() else slice(None), chart='Fraction of dead units',
                  caveats=[not followed and n < 32 and f'counted over {n} samples: in more fewer are zero'],
                  causes=[*causes, 'inputs that are far from mean 0'],
                  tries=[*tries, 'a ReLU that leaks (LeakyReLU, GeneralRelu)', 'BatchNorm before it'])
 
 # %% ../nbs/51_rules.ipynb #204cca0c
 _slopes = dict(Tanh=lambda mean, square: 1-square, Sigmoid=lambda mean, square: 4*(mean-square))
-
-def is_solved(evidence, left=.1):
-    "Whether little of the first loss is left: sure answers are flat, and their gradients small."
-    loss = evidence.loss()
-    return len(loss) > 1 and 0 <= loss.late < left*loss.first
 
 def mean_slope(evidence, source):
     "Mean slope of the activation at each step, in units of its steepest: a track of 0 to 1."
