@@ -304,7 +304,7 @@ def metric_stuck(evidence, *, min_epochs=3): # with one and the same value
       tries=['stop after that epoch', 'more data or augmentation', 'weight decay or dropout'])
 def overfitting(evidence,
     *, max_worse=.25, # by which the validation loss may exceed its best (fraction); 2/5 of it: a note
-    min_rise=.1,      # by which it must have risen, in units of its first
+    min_rise=.1,      # by which it must have risen, in units of the first loss
     patience=3        # epochs in a row: a single one may be chance, or BatchNorm's running values
 ):
     """A validation loss that rises and stays up while the training loss goes on falling.
@@ -316,7 +316,7 @@ def overfitting(evidence,
     if n <= patience: raise Missing(f'{n} epochs are too few to tell; it takes {patience+1}')
     best = int(np.argmin(np.where(np.isfinite(valid.values[:n]), valid.values[:n], np.inf)))
     worse = float(valid.values[n-patience:n].min()/valid.values[best]) - 1   # in all of the last epochs
-    risen = worse*valid.values[best] > min_rise*valid.values[0]
+    risen = worse*valid.values[best] > min_rise*max(valid.values[0], evidence.loss().first)
     if not (risen and worse > max_worse*.4 and train.values[n-1] < train.values[best]): return
     return found(evidence, 'warning' if worse > max_worse else 'note',
         f'The validation loss was lowest, {valid.values[best]:.3g}, in epoch {valid.epochs[best]}; it is '
