@@ -19,7 +19,7 @@ from .hooks import select_modules, unwrap
 from .inspector import Inspector
 from .learner import Learner
 from .loss_stats import first_tensor, is_affine, is_clipped
-from .lens import parameter_matches, row_stat
+from .lens import row_stat
 from .visualizer import Recording
 from .watch import Watcher
 
@@ -289,24 +289,7 @@ def _n_classes(loss_func, preds):
 def watched_facts(o):
     "What a watcher knows besides its rows: some of the fields of `Facts`."
     o = getattr(o, 'inspector', o)
-    if hasattr(o, 'facts'): return o.facts()
-    if isinstance(o, Inspector):
-        return dict(layers=dict(o.kinds), silent=o.silent, unreached=_without_rows(o), sampled=_sampled(o))
-    if hasattr(o, 'dead_since'):
-        sources = {source: nm for nm,own in o.sources.items() for source in own or [nm]}
-        return dict(layers=dict(o.kinds), sources=sources, silent=o.silent, dead_since=o.dead_since(),
-                    sampled=_sampled(o))
-    return dict(unreached=o.unreached) if hasattr(o, 'hist_edges') else {}
-
-def _sampled(o): return {phase: (o.pace.sampled[phase], n) for phase,n in o.pace.seen.items() if n}
-
-def _without_rows(inspector):
-    "Parameters whose gradients an inspector was to measure, and which had none; None if it measures none."
-    wanted = [pattern for lens in inspector.lenses if lens.tap == 'grad' for pattern in lens.parameters]
-    seen = {source for _,source,stat in inspector.history.keys() if stat.startswith('grad_')}
-    names = [o.name for o in inspector.params
-             if o.p.requires_grad and any(parameter_matches(o.name, p) for p in wanted)]
-    return tuple(nm for nm in names if nm not in seen) if wanted and seen else None
+    return dict(o.facts()) if hasattr(o, 'facts') else {}
 
 def with_known(facts, known):
     "`facts` with what `known` has besides."

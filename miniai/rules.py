@@ -381,6 +381,8 @@ def not_trained(evidence):
     missing = layers_of(nm for nm,p in params.items() if p.trained and p.held is False)
     sizes = {nm: np.prod(p.shape) for nm,p in params.items()}
     most = sum(o for nm,o in sizes.items() if not params[nm].trained) >= sum(sizes.values())/2
+    owners = layers_of(nm for nm,p in params.items() if len(p.shape) > 1)
+    most = most or frozen == owners[:len(frozen)]   # fine-tuning: the first layers, or half of the weights
     some = any(p.trained and p.held for p in params.values())
     return at_layers(
         evidence, 'note' if most else 'warning', 'Not trained: {}; frozen (requires_grad is False).', frozen,
