@@ -324,7 +324,6 @@ def _check_fits(splits, names, device, max_bytes):
             raise MemoryError(f'in_memory: {sum(map(len, splits)):,} samples take {need/1e9:.3g} GB decoded, '
                 f'but {limit/1e9:.3g} GB {what}. Use from_dd, a part of the data set, or smaller images')
 
-# %% ../nbs/26_datasets.ipynb #88a32d32
 def _decode(ds, nm):
     "Column `nm` of `ds` as one tensor: uint8 [n, C, H, W] of images, int64 or float64 [n] of numbers."
     if _kind(ds.features[nm])=='number': return _stack(list(ds[nm]), nm)
