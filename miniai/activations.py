@@ -28,7 +28,9 @@ from .stats import Bins, base_name, near_zero, outside, statistics, unit_axis, u
 _all_ = ['Hook', 'Hooks', 'set_seed']
 
 # %% ../nbs/40_activations.ipynb #a01c2d2d
-def phase_of(learn): return 'train' if learn.training else 'valid'
+def phase_of(learn):
+    "Name what a loop does now."
+    return 'train' if learn.training else 'valid'
 
 def chosen_modules(cb, model):
     "List the modules that a callback's `mods` or `mod_filter` mean, with their names."
@@ -228,10 +230,11 @@ class Views(Readings):
         return (f'nothing has been watched yet.\nPut this {type(self).__name__} into the cbs of a Learner '
                 'and fit.')
 
-    def draw(self, draw, cells, stats, names, text, figsize, phase='train'):
+    def draw(self, draw, cells, stats, names, text, figsize, phase='train', rows=0):
         "Call `draw(ax, cell)` for each of `cells` and write `text` under them, or say why there is nothing."
-        why = self.why_nothing(stats, names)
-        fig, axs = get_grid(1 if why else len(cells), figsize=figsize)
+        why, (width, height) = self.why_nothing(stats, names), figsize
+        height *= max(1, max(len(cells), rows)/12)   # higher for more than twelve
+        fig, axs = get_grid(1 if why else len(cells), figsize=(width, height))
         if why:
             axs.flat[0].text(.5, .5, f'Nothing to draw: {why}', ha='center', va='center', wrap=True)
             axs.flat[0].set_axis_off()
@@ -247,8 +250,6 @@ class Views(Readings):
         "Draw a line for each of [(name, series)], in one picture."
         draw = lambda ax, _: draw_series(ax, found, **about)
         return self.draw(draw, [0], self.stats, found, text, figsize, phase)
-
-def higher(figsize, n): return figsize[0], figsize[1]*max(1, n/12)   # for more than twelve things
 
 # %% ../nbs/40_activations.ipynb #470e65f7
 class Kept(Views):
@@ -392,7 +393,8 @@ class OutputFacts(OutputSteps):
     def facts(self) -> dict: # layers, sources, silent, sampled, dead_since (-1 where a unit is alive)
         "Give what is known of the layers beside the rows."
         sources = {source: name for name,own in self.sources.items() for source in own or [name]}
-        since = {nm: o.since.tolist() for (phase,nm),o in self.table.units.items() if phase == 'train'}
+        units = {nm: self.table.units_of('train', nm, self.first_run) for _,nm in self.table.chunks}
+        since = {nm: o.since.tolist() for nm,o in units.items() if o is not None}
         sampled = {phase: (self.sampler.sampled[phase], n) for phase,n in self.sampler.seen.items() if n}
         return dict(layers={nm: self.kinds[nm] for nm in self.sources}, sources=sources, silent=self.silent,
                     sampled=sampled, dead_since=since)
@@ -414,12 +416,11 @@ class OutputFacts(OutputSteps):
 # %% ../nbs/40_activations.ipynb #a3b23e0c
 def _dead_units(units, **about):
     "What became of each unit of one source that was dead at least once."
-    ended = [dead for *_,dead in units.windows() if len(dead) == len(units.since)]
     for i in np.flatnonzero(units.batches_dead):
         since = int(units.since[i])
         yield dict(about, unit=int(i), dead=since >= 0, since=None if since < 0 else since,
                    returned=units.returns[i], batches_dead=units.batches_dead[i], batches=units.batches,
-                   epochs_dead=sum(int(o[i]) for o in ended))
+                   epochs_dead=int(units.epochs[1][:, i].sum()))
 
 # %% ../nbs/40_activations.ipynb #a03318ec
 class OutputTables(Views):
@@ -439,7 +440,7 @@ class OutputTables(Views):
         self.check_phase(phase)
         self.history.flush()
         import pandas as pd
-        found = [(nm, self.table.units.get((phase, nm))) for nm in self.panels()]
+        found = [(nm, self.table.units_of(phase, nm, self.first_run)) for nm in self.panels()]
         units = [o for nm,u in found if u is not None for o in _dead_units(u, layer=nm, axis=self.axes[nm])]
         columns = 'layer unit dead since returned batches_dead batches epochs_dead axis'.split()
         table = pd.DataFrame(units, columns=columns).astype(dict(since='Int64'))
@@ -452,7 +453,6 @@ class OutputCells(OutputTables):
         "Call `draw(ax, cell, phase)` for each cell; default the sources."
         phases, names = {o for o,_,_ in self.history.keys()}, self.panels()
         phase = self.check_phase(phase or ('valid' if phases == {'valid'} else 'train'))
-        figsize = figsize if cells else higher(figsize, len(names))
         return self.draw(lambda ax, o: draw(ax, o, phase), cells or names, stats, names, text, figsize, phase)
 
     def _title(self, source):
@@ -541,4 +541,3 @@ class ActivationStats(OutputPlots, OutputFacts):
         what = sum(2**i for i,o in enumerate(_parts_of_pass) if o & set(self.stats))
         self.tap = OutputTap(self.table, self.sampler, self.told, self.axis, what)
         self.hooks, self.complete, self.parted = self.tap.hooks, False, False
-        self.table.units.clear()
