@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['live_seconds', 'report_html', 'write_report', 'ReportCB']
 
-# %% ../nbs/56_report.ipynb #987cc0d5
+# %% ../nbs/56_report.ipynb #dcd0e1da
 import base64, csv, datetime, gzip, io, itertools, json, platform, re, secrets, time, urllib.parse, warnings
 from functools import lru_cache
 from pathlib import Path
@@ -16,9 +16,10 @@ from fastcore.basics import patch
 
 import miniai
 from .callback import Callback
-from .charts import (RunData, finding_chart, first_line, is_line, layer_charts, loop_charts, overview_charts,
-                           spark_path)
+from .charts import (RunData, finding_chart, first_line, has_gaps, is_line, layer_charts, line_chart,
+                           loop_charts, loss_lines, overview_charts, spark_path, whole)
 from .collect import Cost
+from .compare import compare
 from .diagnose import diagnose
 from .distributed import is_main
 from .evidence import Findings, evidence_of, levels
@@ -27,7 +28,7 @@ from .hooks import unwrap
 from .inspector import Inspector
 from .learner import Learner
 
-# %% ../nbs/56_report.ipynb #b76ffab3
+# %% ../nbs/56_report.ipynb #0e36eacc
 def data_size(learn, phase):
     "Say how many samples a data set has; '' for an iterator nobody knows the length of."
     try: return f'{len(getattr(learn.dls, phase).dataset):,} samples in {phase}'
@@ -43,8 +44,8 @@ def run_facts(evidence, learn=None):
     samples = f.batch_size or (len(loss) and int(np.bincount(loss.samples).argmax()))
     kept = {stat: n for h in evidence.histories for stat,n in h.thinned().items()}
     first = next(iter(getattr(unwrap(learn.model), 'parameters', tuple)()), None) if learn else None
-    versions = {'miniai': miniai.__version__, 'PyTorch': torch.__version__, 'Python': platform.python_version(),
-                platform.system(): platform.machine()}
+    versions = {'miniai': miniai.__version__, 'PyTorch': torch.__version__,
+                'Python': platform.python_version(), platform.system(): platform.machine()}
     found = {'model': f.model, 'parameters': count(f.params.values()),
              'parameters that are trained': count([o for o in f.params.values() if o.trained]),
              'optimizer': f.optimizer, 'learning rate': f.lr,
@@ -60,7 +61,7 @@ def run_facts(evidence, learn=None):
              'versions': ', '.join(f'{nm} {o}' for nm,o in versions.items())}
     return {nm: o for nm,o in found.items() if o not in (None, '', 0, '0')}
 
-# %% ../nbs/56_report.ipynb #e46e14cc
+# %% ../nbs/56_report.ipynb #51d7f816
 def parts_of(x): return [o for part in x for o in parts_of(part)] if isinstance(x, (list, tuple)) else [x]
 
 def costs_of(x): # of (name of the watcher, its `Cost`)
@@ -78,7 +79,7 @@ def module_types(x):
     if not isinstance(model, torch.nn.Module): return {}
     return {nm: type(m).__name__ for nm,m in unwrap(model).named_modules()}
 
-# %% ../nbs/56_report.ipynb #c96ec6a1
+# %% ../nbs/56_report.ipynb #84d26d5d
 def tiles_of(evidence): # of dict(name, courses: of dict(phase, last, best, values))
     "Sum up the loss and each metric."
     tiles = {}
@@ -116,7 +117,7 @@ def csv_link(titles, rows):
     csv.writer(text).writerows([['layer', 'type', 'findings', *titles], *cells])
     return 'data:text/csv;charset=utf-8,' + urllib.parse.quote(text.getvalue(), errors='replace')
 
-# %% ../nbs/56_report.ipynb #f9f2a23e
+# %% ../nbs/56_report.ipynb #31827bf9
 def packed(text): return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 @lru_cache(1)
@@ -128,27 +129,6 @@ def plotly_script():
                           'pip install plotly') from e
     return packed(get_plotlyjs())
 
-def code(text):
-    "Show what stands between backticks as code."
-    from markupsafe import Markup, escape
-    parts = str(text).split('`')
-    if len(parts) % 2 == 0: return text   # one of them has no partner
-    return Markup('').join(Markup('<code>{}</code>').format(o) if i % 2 else escape(o)
-                           for i,o in enumerate(parts))
-
-def dotted(name):
-    "Let a name break after its dots only."
-    from markupsafe import Markup
-    return Markup('.<wbr>').join(name.split('.'))
-
-def headline(o):
-    "Sum up a finding in a line: rule, layer, steps, and the number with its limit."
-    steps = ' to '.join(f'{n:,}' for n in dict.fromkeys(o.steps))
-    limit = '' if o.threshold is None else f' (limit {o.threshold:.3g})'
-    value = '' if o.value is None else f'{o.value:.3g}{limit}'
-    parts = o.rule.replace('_', ' '), o.layer, f'step {steps}' if steps else '', value
-    return ' · '.join(filter(None, parts))
-
 def template(name):
     "Find a template of the page."
     try: import jinja2
@@ -157,20 +137,18 @@ def template(name):
                           'pip install jinja2') from e
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(miniai.__file__).parent/'templates'),
                              autoescape=name.endswith('html'), trim_blocks=True, lstrip_blocks=True)
-    env.filters.update(code=code, dotted=dotted, head=headline, spark=spark_path)
+    env.filters['spark'] = spark_path
     return env.get_template(name)
 
-# %% ../nbs/56_report.ipynb #098d8120
+# %% ../nbs/56_report.ipynb #5863e233
 room = 330_000   # numbers on a page, in lines and in maps each
 
 def room_for(evidence):
     "Say how many rows of a line and columns of a map there is room for."
-    maps = 'hist', 'grad_hist'
-    lines = sum(stat not in (*maps, 'dead_epoch') for _,_,stat in evidence.keys())
-    tracks = [evidence.track(source, stat, phase) for phase,source,stat in evidence.keys() if stat in maps]
-    cells = sum(o.values.shape[1] for o in tracks if len(o) and o.values.ndim == 2)
-    fraction = lambda n, least, most: int(np.clip(room//max(n, 1), least, most))
-    return fraction(2*lines, 50, 1000), fraction(cells, 50, 500)
+    stats = [stat for _,_,stat in evidence.keys()]
+    maps = sum(stat in ('hist', 'grad_hist') for stat in stats)
+    most = int(np.clip(room//(2*len(stats) + 1), 50, 1000))
+    return most, int(np.clip(room//(44*maps + 1), 50, 500))
 
 def content_of(x, title=None, findings=None):
     "Gather what the page of one run says in words and numbers."
@@ -185,9 +163,9 @@ def content_of(x, title=None, findings=None):
     titles, rows = layer_rows(run, findings, kinds)
     where = [next((i for i,(nm,own) in enumerate(run.layers.items()) if o.layer in (nm, *own)), None)
              for o in findings]
-    return dict(title=title or f'Training of {facts.model or "a model"}', run=run,
-                line=' · '.join(filter(None, line)), tiles=tiles_of(evidence), steps=f'{evidence.n_steps():,}', findings=findings,
-                levels=levels, where=where, first=next((i for i in where if i is not None), 0),
+    title = title or f'Training of {facts.model or "a model"}'
+    return dict(title=title, line=' · '.join(filter(None, line)), run=run, tiles=tiles_of(evidence),
+                steps=f'{evidence.n_steps():,}', findings=findings, levels=levels, where=where, first=next((i for i in where if i is not None), 0),
                 time=f'{seconds:.1f} s, of which {watching:.1%} watching' if seconds else 'time not measured',
                 columns=titles, rows=rows, csv=csv_link(titles, rows), facts=run_facts(evidence, learn),
                 costs=costs)
@@ -200,33 +178,73 @@ def charts_of(run, findings):
                 **{f'finding {i}': [o] for i,o in enumerate(drawn) if o},
                 **{f'layer {i}': layer_charts(run, nm, most, width) for i,nm in enumerate(run.layers)})
 
-# %% ../nbs/56_report.ipynb #069e5465
+# %% ../nbs/56_report.ipynb #82f9d173
+def runs_in(x): # name -> run; {} for one run
+    "Find the runs that are to be compared: a dictionary of them, or a list of learners."
+    if isinstance(x, dict): return x
+    several = isinstance(x, (list, tuple)) and len(x) > 1 and all(isinstance(o, Learner) for o in x)
+    return {f'run {i}': o for i,o in enumerate(x, 1)} if several else {}
+
+def compared_charts(each, keys, most): # each: name -> `RunData`
+    "Draw loss, metrics and the quantities `keys` (layer and statistic) of several runs, a line for each run."
+    found = {}
+    for nm,run in each.items():
+        for phase,line in loss_lines(run.evidence)[0].items():
+            found.setdefault(f'Loss, {phase}', {})[nm] = line
+        tracks = {f'{o}, validation': run.evidence.metric(o) for o in run.evidence.metrics()}
+        tracks |= {f'{stat} of {layer}': run.track(layer, stat) for layer,stat in keys}
+        for title,o in tracks.items():
+            if is_line(o): found.setdefault(title, {})[nm] = o.steps, o.values
+    return [line_chart(title, 'step', o, gaps=has_gaps(title), most=most) for title,o in found.items()]
+
+def compared(runs, title):
+    "Gather what the page of several runs says, and its charts."
+    each = {nm: content_of(o) for nm,o in runs.items()}
+    data = {nm: o['run'] for nm,o in each.items()}
+    table = compare({nm: o.evidence for nm,o in data.items()}).table
+    keys = [o for o in zip(table.layer, table.stat) if o[0] not in whole and o[1] in columns][:6]
+    charts = dict(curves=compared_charts(data, keys, 500))
+    for nm,o in each.items():
+        charts |= {f'{nm} {i}': [c] for i,f in enumerate(o['findings']) if (c := finding_chart(f, 300))}
+    return dict(title=title or ' and '.join(runs), line=f'{len(runs)} runs', each=each, levels=levels,
+                table=table.head(40)), charts
+
+# %% ../nbs/56_report.ipynb #547f47fb
+def rendered(name, content, charts, live=None):
+    "Fill a template with words, and with charts by name of their group."
+    script, page = plotly_script(), template(name)
+    from plotly.utils import PlotlyJSONEncoder
+    charts = packed(json.dumps(charts, cls=PlotlyJSONEncoder))
+    return page.render(content, live=live, nonce=secrets.token_hex(12), plotly=script, charts=charts)
+
+# %% ../nbs/56_report.ipynb #62f66700
 def report_html(
-    x,                      # a Learner, Inspector, Watcher, History, file, or a list: as for `diagnose`
+    x,                      # as for `diagnose`; several runs: a dictionary by name, or a list of Learners
     title:str=None,         # above the page; default names the model
     findings:Findings=None, # default: those of `diagnose`
     live:float=None         # seconds after which the page reads itself anew; None: it stands still
 ) -> str:
     "Make the page about the last run of `x`; it waits for the device, for all that is recorded is read."
-    script, page = plotly_script(), template('run.html')
-    from plotly.utils import PlotlyJSONEncoder
+    runs = runs_in(x)
+    if runs: return rendered('runs.html', *compared(runs, title))
     content = content_of(x, title, findings)
-    charts = json.dumps(charts_of(content['run'], content['findings']), cls=PlotlyJSONEncoder)
-    return page.render(content, live=live, nonce=secrets.token_hex(12), plotly=script, charts=packed(charts))
+    return rendered('run.html', content, charts_of(content['run'], content['findings']), live)
 
-# %% ../nbs/56_report.ipynb #9e5f22fa
+# %% ../nbs/56_report.ipynb #b22ae28e
 def write_report(
     x,                 # as for `report_html`
     path='report.html',# where to, folders are made; a path that ends in .md gets a text
     **kw               # `title`, `findings`, `live`: as for `report_html`
 ) -> Path: # where it was written
     "Write the page about the last run of `x`."
-    is_text = Path(path).suffix == '.md'
-    made = template('run.md').render(content_of(x, kw.get('title'), kw.get('findings'))) if is_text else report_html(x, **kw)
-    atomic_write(path, made.encode('utf-8', 'backslashreplace'))   # a reader finds the old one or the new one, whole
+    if Path(path).suffix == '.md':
+        runs = runs_in(x) or {kw.get('title'): x}
+        pages = [template('run.md').render(content_of(o, nm, kw.get('findings'))) for nm,o in runs.items()]
+    else: pages = [report_html(x, **kw)]
+    atomic_write(path, '\n\n'.join(pages).encode('utf-8', 'backslashreplace'))
     return Path(path)
 
-# %% ../nbs/56_report.ipynb #11597c22
+# %% ../nbs/56_report.ipynb #f053c35e
 live_seconds = 5   # between two readings of its file by a live page
 
 class ReportCB(Callback):
@@ -270,7 +288,7 @@ class ReportCB(Callback):
         now = time.monotonic()
         self.due = now + max(self.seconds or 0, (now-began)/self.share)
 
-# %% ../nbs/56_report.ipynb #33eec4d5
+# %% ../nbs/56_report.ipynb #8af12813
 @patch
 def report(self:Learner,
     path='report.html', # where to; folders are made
