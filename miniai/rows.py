@@ -208,7 +208,7 @@ class Cell:
         self._own(empty_rows(max(slots, min(most, max(8, size//(8*width)))), width, device))
 
     def _own(self, rows):
-        self.rows, self.nbytes = rows, rows[0].nbytes
+        self.rows, self.nbytes, self.room = rows, rows[0].nbytes, len(rows)
         self.address = rows.data_ptr() if rows.device.type == 'cpu' else 0
 
     def __setstate__(self, state):   # of a copy, whose memory is another
@@ -239,7 +239,7 @@ class Slots(Table):
             self.slots[-1] = *mine, self.slots[-1][4] + samples
             return self.i
         self.closed = True
-        if len(self.slots) >= min((len(o.rows) for o in self.cells.values()), default=np.inf): self.on_full()
+        if len(self.slots) >= min((o.room for o in self.cells.values()), default=np.inf): self.on_full()
         self.slots.append((*mine, samples))
         self.closed, self.i = False, len(self.slots)-1
         return self.i
