@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/55_charts.ipynb #001f2de1
+# %% ../nbs/55_charts.ipynb #4b869f0a
 from dataclasses import replace
 from html import escape
 from itertools import cycle
@@ -14,9 +14,10 @@ import numpy as np
 
 from .evidence import Evidence, Track
 from .lens import aggregates
+from .rows import Rows
 from .stats import base_name, near_zero, outside, statistics, taps
 
-# %% ../nbs/55_charts.ipynb #94a684c5
+# %% ../nbs/55_charts.ipynb #06b36171
 def numbers(values): # array of any shape; gives an array of objects, None where not finite
     "Turn an array into values for JSON: equal in single precision, else to nine digits."
     values = np.asarray(values)
@@ -24,7 +25,7 @@ def numbers(values): # array of any shape; gives an array of objects, None where
     digits = values.astype(str) if values.dtype == np.float32 else np.char.mod('%.9g', values)
     return np.where(np.isfinite(values), digits.astype(float).astype(object), None)
 
-# %% ../nbs/55_charts.ipynb #da605e2b
+# %% ../nbs/55_charts.ipynb #b8258775
 def kept_rows(values, most): # values [k, n]: k lines of n rows; gives rising numbers of rows
     "Choose about `most` rows: first, last, and of each stretch where a line is lowest and highest."
     (k, n), values = values.shape, np.where(np.isnan(values), np.inf, values)   # a NaN is a highest value
@@ -43,7 +44,7 @@ def thinned(lines, most): # lines: label -> (positions, values)
             for names in groups.values() for nm in names}
     return {nm: (np.asarray(x)[rows[nm]], np.asarray(y)[rows[nm]]) for nm,(x,y) in lines.items()}
 
-# %% ../nbs/55_charts.ipynb #cda2deda
+# %% ../nbs/55_charts.ipynb #131ebe27
 colors = '#2a7ab8', '#c8571b', '#1f8f63', '#a8509f', '#8f7a1a', '#5a7d92'
 
 def short_name(name, most=26):
@@ -72,7 +73,7 @@ def figure(traces, xlabel, ylabel='', height=260, xaxis=(), yaxis=(), hovermode=
                'spikethickness': 1, **dict(xaxis)},
         yaxis={**axis, 'title': text(ylabel), **dict(yaxis)}))
 
-# %% ../nbs/55_charts.ipynb #7378df77
+# %% ../nbs/55_charts.ipynb #6493c54c
 def line_traces(label, x, y, color, gaps, focus):
     "Make the line of one label, and the crosses where its values are not finite."
     ok, around = np.isfinite(y), np.pad(np.isfinite(y), 1)
@@ -113,7 +114,7 @@ def shown_ticks(places, names, most=25):
     every = -(-len(names)//most) or 1
     return list(places)[::every], [text(o, 26) for o in names][::every]
 
-# %% ../nbs/55_charts.ipynb #7299d8f3
+# %% ../nbs/55_charts.ipynb #34cc6b5f
 def count_colors(high):
     "Give the colours of counts, which follow log(1 + count), up to the highest count."
     from plotly.colors import sample_colorscale
@@ -147,7 +148,7 @@ def map_chart(title, xlabel, x, rows, values, caption='', ylabel='', value='valu
     fig = figure([trace], xlabel, ylabel, height, yaxis=axis, hovermode='closest')
     return dict(title=title, caption=caption.strip(), xlabel=xlabel, figure=fig)
 
-# %% ../nbs/55_charts.ipynb #e3413ffc
+# %% ../nbs/55_charts.ipynb #f0e90a53
 whole = 'batch', 'batches', 'epoch', 'loss', 'all'   # sources that are no layers
 
 def plain_stat(stat):
@@ -182,7 +183,7 @@ class RunData:
         found = self.evidence.track(source, stat)
         return found if len(found) else self.evidence.track(source, stat, 'valid')
 
-# %% ../nbs/55_charts.ipynb #9e191ddc
+# %% ../nbs/55_charts.ipynb #6108efbe
 def is_line(track): return len(track) > 0 and track.values.dtype != object and track.values.ndim == 1
 
 def by_step(track):
@@ -208,7 +209,7 @@ def lines_of(run, sources, stats, prefix=''):
         if what == xlabel: lines[label] = x, track.values
     return lines, xlabel or 'step'
 
-# %% ../nbs/55_charts.ipynb #b9a2b17a
+# %% ../nbs/55_charts.ipynb #681b1c76
 together = {'Mean and standard deviation': ('mean', 'std'), 'Dead units': ('death_rate',),
             'Near zero': ('near_zero',), 'Active outputs': ('activation_rate',),
             'Norm of the gradients': ('grad_norm',), 'Update to weight': ('update_ratio',),
@@ -246,12 +247,12 @@ def dead_units(run, source):
     return (f' Dead in every batch of epoch {track.epochs[-1]} (epoch window): {len(dead)} of '
             f'{len(track.values[-1])} units{f" ({which})" if len(dead) else ""}.')
 
-# %% ../nbs/55_charts.ipynb #8efe2ac7
+# %% ../nbs/55_charts.ipynb #e2f42e61
 hist_titles = dict(hist=('Histogram', '|output|'), grad_hist=('Histogram of the gradient', '|gradient|'))
 
 def bin_names(run, source, stat, n):
     "Name the bins of a histogram by their borders, where the table knows them."
-    found = [t.bins.edges for h in run.evidence.histories for t in h.tables
+    found = [t.bins.edges for h in run.evidence.histories for t in h.tables if isinstance(t, Rows)
              for phase in ('train', 'valid') if t.has(phase, source, stat)]
     if not found: return [f'bin {i}' for i in range(n)]
     return [f'{a:.3g} to {b:.3g}' for a,b in zip(found[0], found[0][1:])]
@@ -285,7 +286,7 @@ def layer_charts(run, layer, most, columns):
             *(o for title,names in {**together, **own}.items() if set(names) & set(stats)
               for o in stat_chart(run, layer, title, names, most))]
 
-# %% ../nbs/55_charts.ipynb #390df3aa
+# %% ../nbs/55_charts.ipynb #03132cd3
 maps = dict(std='Standard deviation of the outputs', death_rate='Dead units (batch window)',
             grad_norm='Norm of the gradients', update_ratio='Update to weight')
 
@@ -297,7 +298,8 @@ def overview_charts(run, columns):
         tracks = {o: run.track(o, stat) for own in run.layers.values() for o in own}
         tracks = {o: track for o,track in reversed(tracks.items()) if is_line(track)}
         if len(tracks) < 2: continue
-        found = pd.DataFrame({o: pd.Series(t.values, by_step(t)[0]) for o,t in tracks.items()}).sort_index()
+        found = {i: pd.Series(o.values, by_step(o)[0]) for i,o in enumerate(tracks.values())}
+        found = pd.DataFrame(found).sort_index()
         log = stat != 'death_rate'
         blank, limits = ('zero, or not measured', (None, None)) if log else ('not measured', (0, 1))
         caption = f'From the first on top to the last. Blank: {blank}.'
@@ -306,7 +308,7 @@ def overview_charts(run, columns):
                                 stat.replace('_', ' '), log, limits, min(600, 120 + 22*len(tracks)), columns))
     return charts
 
-# %% ../nbs/55_charts.ipynb #593798fb
+# %% ../nbs/55_charts.ipynb #5118c4d4
 def loss_lines(evidence):
     "Give the lines of the loss, and what their positions are."
     found = {'training': evidence.loss(), 'validation': evidence.epoch_loss('valid')}
@@ -343,7 +345,7 @@ def finding_chart(finding, most):
     return line_chart(c.title or 'Evidence', c.xlabel, lines, caption, c.ylabel, c.log, guides=c.guides,
                       ticks=tuple(c.ticks), steps=steps, focus=focus, most=most)
 
-# %% ../nbs/55_charts.ipynb #6d34216d
+# %% ../nbs/55_charts.ipynb #ea5bb8db
 def spark_path(values, width=80, height=24):
     "Give the path of a small line for SVG, with gaps for what is not finite; '' for nothing."
     values = np.asarray(values, dtype=float)
