@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['live_seconds', 'report_html', 'write_report', 'ReportCB']
 
-# %% ../nbs/56_report.ipynb #dcd0e1da
+# %% ../nbs/56_report.ipynb #01ed94ce
 import base64, csv, datetime, gzip, io, itertools, json, platform, re, secrets, time, urllib.parse, warnings
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +28,7 @@ from .hooks import unwrap
 from .inspector import Inspector
 from .learner import Learner
 
-# %% ../nbs/56_report.ipynb #0e36eacc
+# %% ../nbs/56_report.ipynb #ddc48e31
 def data_size(learn, phase):
     "Say how many samples a data set has; '' for an iterator nobody knows the length of."
     try: return f'{len(getattr(learn.dls, phase).dataset):,} samples in {phase}'
@@ -61,7 +61,7 @@ def run_facts(evidence, learn=None):
              'versions': ', '.join(f'{nm} {o}' for nm,o in versions.items())}
     return {nm: o for nm,o in found.items() if o not in (None, '', 0, '0')}
 
-# %% ../nbs/56_report.ipynb #51d7f816
+# %% ../nbs/56_report.ipynb #b6499cf7
 def parts_of(x): return [o for part in x for o in parts_of(part)] if isinstance(x, (list, tuple)) else [x]
 
 def costs_of(x): # of (name of the watcher, its `Cost`)
@@ -79,7 +79,7 @@ def module_types(x):
     if not isinstance(model, torch.nn.Module): return {}
     return {nm: type(m).__name__ for nm,m in unwrap(model).named_modules()}
 
-# %% ../nbs/56_report.ipynb #84d26d5d
+# %% ../nbs/56_report.ipynb #dcf9bcc3
 def tiles_of(evidence): # of dict(name, courses: of dict(phase, last, best, values))
     "Sum up the loss and each metric."
     tiles = {}
@@ -117,7 +117,7 @@ def csv_link(titles, rows):
     csv.writer(text).writerows([['layer', 'type', 'findings', *titles], *cells])
     return 'data:text/csv;charset=utf-8,' + urllib.parse.quote(text.getvalue(), errors='replace')
 
-# %% ../nbs/56_report.ipynb #31827bf9
+# %% ../nbs/56_report.ipynb #9ae7fc28
 def packed(text): return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 @lru_cache(1)
@@ -140,7 +140,7 @@ def template(name):
     env.filters['spark'] = spark_path
     return env.get_template(name)
 
-# %% ../nbs/56_report.ipynb #5863e233
+# %% ../nbs/56_report.ipynb #03000862
 room = 330_000   # numbers on a page, in lines and in maps each
 
 def room_for(evidence):
@@ -165,7 +165,8 @@ def content_of(x, title=None, findings=None):
              for o in findings]
     title = title or f'Training of {facts.model or "a model"}'
     return dict(title=title, line=' · '.join(filter(None, line)), run=run, tiles=tiles_of(evidence),
-                steps=f'{evidence.n_steps():,}', findings=findings, levels=levels, where=where, first=next((i for i in where if i is not None), 0),
+                steps=f'{evidence.n_steps():,}', findings=findings, levels=levels,
+                where=where, first=next((i for i in where if i is not None), 0),
                 time=f'{seconds:.1f} s, of which {watching:.1%} watching' if seconds else 'time not measured',
                 columns=titles, rows=rows, csv=csv_link(titles, rows), facts=run_facts(evidence, learn),
                 costs=costs)
@@ -178,7 +179,7 @@ def charts_of(run, findings):
                 **{f'finding {i}': [o] for i,o in enumerate(drawn) if o},
                 **{f'layer {i}': layer_charts(run, nm, most, width) for i,nm in enumerate(run.layers)})
 
-# %% ../nbs/56_report.ipynb #82f9d173
+# %% ../nbs/56_report.ipynb #c078b24e
 def runs_in(x): # name -> run; {} for one run
     "Find the runs that are to be compared: a dictionary of them, or a list of learners."
     if isinstance(x, dict): return x
@@ -209,7 +210,7 @@ def compared(runs, title):
     return dict(title=title or ' and '.join(runs), line=f'{len(runs)} runs', each=each, levels=levels,
                 table=table.head(40)), charts
 
-# %% ../nbs/56_report.ipynb #547f47fb
+# %% ../nbs/56_report.ipynb #5233845d
 def rendered(name, content, charts, live=None):
     "Fill a template with words, and with charts by name of their group."
     script, page = plotly_script(), template(name)
@@ -217,7 +218,7 @@ def rendered(name, content, charts, live=None):
     charts = packed(json.dumps(charts, cls=PlotlyJSONEncoder))
     return page.render(content, live=live, nonce=secrets.token_hex(12), plotly=script, charts=charts)
 
-# %% ../nbs/56_report.ipynb #62f66700
+# %% ../nbs/56_report.ipynb #5b421c54
 def report_html(
     x,                      # as for `diagnose`; several runs: a dictionary by name, or a list of Learners
     title:str=None,         # above the page; default names the model
@@ -230,7 +231,7 @@ def report_html(
     content = content_of(x, title, findings)
     return rendered('run.html', content, charts_of(content['run'], content['findings']), live)
 
-# %% ../nbs/56_report.ipynb #b22ae28e
+# %% ../nbs/56_report.ipynb #0729766b
 def write_report(
     x,                 # as for `report_html`
     path='report.html',# where to, folders are made; a path that ends in .md gets a text
@@ -244,7 +245,7 @@ def write_report(
     atomic_write(path, '\n\n'.join(pages).encode('utf-8', 'backslashreplace'))
     return Path(path)
 
-# %% ../nbs/56_report.ipynb #f053c35e
+# %% ../nbs/56_report.ipynb #8049d026
 live_seconds = 5   # between two readings of its file by a live page
 
 class ReportCB(Callback):
@@ -288,7 +289,7 @@ class ReportCB(Callback):
         now = time.monotonic()
         self.due = now + max(self.seconds or 0, (now-began)/self.share)
 
-# %% ../nbs/56_report.ipynb #8af12813
+# %% ../nbs/56_report.ipynb #1e809aae
 @patch
 def report(self:Learner,
     path='report.html', # where to; folders are made
