@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/55_charts.ipynb #4b869f0a
+# %% ../nbs/55_charts.ipynb #fc6e6900
 from dataclasses import replace
 from html import escape
 from itertools import cycle
@@ -17,7 +17,7 @@ from .lens import aggregates
 from .rows import Rows
 from .stats import base_name, near_zero, outside, statistics, taps
 
-# %% ../nbs/55_charts.ipynb #06b36171
+# %% ../nbs/55_charts.ipynb #82a43561
 def numbers(values): # array of any shape; gives an array of objects, None where not finite
     "Turn an array into values for JSON: equal in single precision, else to nine digits."
     values = np.asarray(values)
@@ -25,7 +25,7 @@ def numbers(values): # array of any shape; gives an array of objects, None where
     digits = values.astype(str) if values.dtype == np.float32 else np.char.mod('%.9g', values)
     return np.where(np.isfinite(values), digits.astype(float).astype(object), None)
 
-# %% ../nbs/55_charts.ipynb #b8258775
+# %% ../nbs/55_charts.ipynb #97279d03
 def kept_rows(values, most): # values [k, n]: k lines of n rows; gives rising numbers of rows
     "Choose about `most` rows: first, last, and of each stretch where a line is lowest and highest."
     (k, n), values = values.shape, np.where(np.isnan(values), np.inf, values)   # a NaN is a highest value
@@ -44,7 +44,7 @@ def thinned(lines, most): # lines: label -> (positions, values)
             for names in groups.values() for nm in names}
     return {nm: (np.asarray(x)[rows[nm]], np.asarray(y)[rows[nm]]) for nm,(x,y) in lines.items()}
 
-# %% ../nbs/55_charts.ipynb #131ebe27
+# %% ../nbs/55_charts.ipynb #bcc6084c
 colors = '#2a7ab8', '#c8571b', '#1f8f63', '#a8509f', '#8f7a1a', '#5a7d92'
 
 def short_name(name, most=26):
@@ -73,7 +73,7 @@ def figure(traces, xlabel, ylabel='', height=260, xaxis=(), yaxis=(), hovermode=
                'spikethickness': 1, **dict(xaxis)},
         yaxis={**axis, 'title': text(ylabel), **dict(yaxis)}))
 
-# %% ../nbs/55_charts.ipynb #6493c54c
+# %% ../nbs/55_charts.ipynb #e3929775
 def line_traces(label, x, y, color, gaps, focus):
     "Make the line of one label, and the crosses where its values are not finite."
     ok, around = np.isfinite(y), np.pad(np.isfinite(y), 1)
@@ -114,7 +114,7 @@ def shown_ticks(places, names, most=25):
     every = -(-len(names)//most) or 1
     return list(places)[::every], [text(o, 26) for o in names][::every]
 
-# %% ../nbs/55_charts.ipynb #34cc6b5f
+# %% ../nbs/55_charts.ipynb #e82b0338
 def count_colors(high):
     "Give the colours of counts, which follow log(1 + count), up to the highest count."
     from plotly.colors import sample_colorscale
@@ -148,7 +148,7 @@ def map_chart(title, xlabel, x, rows, values, caption='', ylabel='', value='valu
     fig = figure([trace], xlabel, ylabel, height, yaxis=axis, hovermode='closest')
     return dict(title=title, caption=caption.strip(), xlabel=xlabel, figure=fig)
 
-# %% ../nbs/55_charts.ipynb #f0e90a53
+# %% ../nbs/55_charts.ipynb #8905fe0d
 whole = 'batch', 'batches', 'epoch', 'loss', 'all'   # sources that are no layers
 
 def plain_stat(stat):
@@ -183,8 +183,10 @@ class RunData:
         found = self.evidence.track(source, stat)
         return found if len(found) else self.evidence.track(source, stat, 'valid')
 
-# %% ../nbs/55_charts.ipynb #6108efbe
-def is_line(track): return len(track) > 0 and track.values.dtype != object and track.values.ndim == 1
+# %% ../nbs/55_charts.ipynb #f1ed0b7a
+def is_line(track):
+    "Whether a track has one number a row."
+    return len(track) > 0 and track.values.dtype != object and track.values.ndim == 1
 
 def by_step(track):
     "Give the positions of a track's rows, and what they are."
@@ -209,7 +211,7 @@ def lines_of(run, sources, stats, prefix=''):
         if what == xlabel: lines[label] = x, track.values
     return lines, xlabel or 'step'
 
-# %% ../nbs/55_charts.ipynb #681b1c76
+# %% ../nbs/55_charts.ipynb #ed1e9a20
 together = {'Mean and standard deviation': ('mean', 'std'), 'Dead units': ('death_rate',),
             'Near zero': ('near_zero',), 'Active outputs': ('activation_rate',),
             'Norm of the gradients': ('grad_norm',), 'Update to weight': ('update_ratio',),
@@ -223,7 +225,9 @@ def meaning(stat):
     "Find the definition of a recorded statistic; None if it has none."
     return next((statistics[o] for o in (base_name(tap, stat) for tap in taps) if o), None)
 
-def has_gaps(stat): return stat.startswith(('grad_', 'update_', 'param_', 'effective'))   # NaN: not measured
+def has_gaps(stat):
+    "Whether a NaN of this statistic means that it was not measured."
+    return stat.startswith(('grad_', 'update_', 'param_', 'effective'))
 
 def stat_chart(run, layer, title, stats, most):
     "Chart statistics of one layer, as a list; empty if nothing was recorded of them."
@@ -247,7 +251,7 @@ def dead_units(run, source):
     return (f' Dead in every batch of epoch {track.epochs[-1]} (epoch window): {len(dead)} of '
             f'{len(track.values[-1])} units{f" ({which})" if len(dead) else ""}.')
 
-# %% ../nbs/55_charts.ipynb #e2f42e61
+# %% ../nbs/55_charts.ipynb #1b990e66
 hist_titles = dict(hist=('Histogram', '|output|'), grad_hist=('Histogram of the gradient', '|gradient|'))
 
 def bin_names(run, source, stat, n):
@@ -286,7 +290,7 @@ def layer_charts(run, layer, most, columns):
             *(o for title,names in {**together, **own}.items() if set(names) & set(stats)
               for o in stat_chart(run, layer, title, names, most))]
 
-# %% ../nbs/55_charts.ipynb #03132cd3
+# %% ../nbs/55_charts.ipynb #1f10bfd8
 maps = dict(std='Standard deviation of the outputs', death_rate='Dead units (batch window)',
             grad_norm='Norm of the gradients', update_ratio='Update to weight')
 
@@ -308,7 +312,7 @@ def overview_charts(run, columns):
                                 stat.replace('_', ' '), log, limits, min(600, 120 + 22*len(tracks)), columns))
     return charts
 
-# %% ../nbs/55_charts.ipynb #5118c4d4
+# %% ../nbs/55_charts.ipynb #0d7cfc08
 def loss_lines(evidence):
     "Give the lines of the loss, and what their positions are."
     found = {'training': evidence.loss(), 'validation': evidence.epoch_loss('valid')}
@@ -345,7 +349,7 @@ def finding_chart(finding, most):
     return line_chart(c.title or 'Evidence', c.xlabel, lines, caption, c.ylabel, c.log, guides=c.guides,
                       ticks=tuple(c.ticks), steps=steps, focus=focus, most=most)
 
-# %% ../nbs/55_charts.ipynb #ea5bb8db
+# %% ../nbs/55_charts.ipynb #d0eba377
 def spark_path(values, width=80, height=24):
     "Give the path of a small line for SVG, with gaps for what is not finite; '' for nothing."
     values = np.asarray(values, dtype=float)
