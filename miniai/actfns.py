@@ -234,8 +234,9 @@ def _write_all(folder, files):
         try:
             for nm in files: os.replace(Path(temp)/nm, folder/nm)
         except BaseException:
-            for nm in files: (folder/nm).unlink(missing_ok=True)
-            for nm,data in before.items(): atomic_write(folder/nm, data)
+            for nm in files:
+                if nm in before: atomic_write(folder/nm, before[nm])
+                elif (folder/nm).is_file(): (folder/nm).unlink()
             raise
 
 def save_model(
