@@ -32,7 +32,8 @@ def public_names(tree):
     "The names in `__all__` that the module defines itself."
     listed, imported = [], set()
     for o in tree.body:
-        if isinstance(o, ast.Assign) and getattr(o.targets[0], 'id', '') == '__all__': listed = ast.literal_eval(o.value)
+        is_list = isinstance(o, ast.Assign) and isinstance(o.value, ast.List)   # that of `all` is computed
+        if is_list and getattr(o.targets[0], 'id', '') == '__all__': listed = ast.literal_eval(o.value)
         if isinstance(o, (ast.Import, ast.ImportFrom)): imported |= {a.asname or a.name for a in o.names}
     return [o for o in listed if o not in imported]
 

@@ -8,7 +8,7 @@ __all__ = ['MixedPrecision', 'AccumulateCB', 'GradClipCB', 'CompileCB', 'DDPCB',
 # %% ../nbs/35_accel.ipynb #307a6af8
 import copy, os, warnings
 from collections import deque
-from contextlib import nullcontext
+from contextlib import ExitStack
 from itertools import islice
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ from .learner import DeviceCB, MetricsCB, ProgressCB, TrainCB
 half_types = dict(bf16=torch.bfloat16, fp16=torch.float16)
 
 def half_type(device_type, name=None):
-    "The 16-bit type to compute in, by default bf16 unless it is a GPU that has none; what the device cannot do is refused."
+    "The 16-bit type to compute in, bf16 unless it is a GPU that has none; a wrong one is refused."
     if name is None: name = 'fp16' if device_type == 'cuda' and not torch.cuda.is_bf16_supported() else 'bf16'
     if name not in half_types: raise ValueError(f"MixedPrecision: dtype is {name!r}; it is 'bf16' or 'fp16'")
     if name == 'fp16' and device_type != 'cuda':
@@ -77,15 +77,6 @@ class MixedPrecision(TrainCB):
         if state and self.scaler is not None: self.scaler.load_state_dict(state)
 
 # %% ../nbs/35_accel.ipynb #4b168d4e
-def is_last(learn):
-    "Whether this is the last batch of the pass; False if the loader does not know its length."
-    try: return learn.iter + 1 == len(learn.dl)
-    except TypeError: return False
-
-def n_samples(learn):
-    "Samples of the current batch, in all processes together."
-    return getattr(learn.dl, 'n_now', 0) or batch_size(learn.batch)
-
 def weight_gradients(learn, weight):
     "The gradients of this batch times `weight`; the loss keeps its value."
     if weight != 1: learn.loss.register_hook(lambda grad: grad*weight)
@@ -95,6 +86,11 @@ def with_grad(learn):
     groups = getattr(learn.opt, 'param_groups', None) or [dict(params=learn.model.parameters())]
     return [p for g in groups for p in g['params'] if p.grad is not None]
 
+def is_last(learn):
+    "Whether this is the last batch of the pass; False if the loader does not know its length."
+    try: return learn.iter + 1 == len(learn.dl)
+    except TypeError: return False
+
 # %% ../nbs/35_accel.ipynb #1f8e4e78
 class AccumulateCB(Callback):
     "One step for every `n` training batches, with the mean gradient of all their samples."
@@ -103,41 +99,38 @@ class AccumulateCB(Callback):
         if not isinstance(n, int) or n < 1:
             raise ValueError(f'AccumulateCB: n is {n!r}; it must be a whole number, 1 or more')
         self.n = self.batches_per_step = n
-
-    def before_fit(self, learn): self._begin()
-    def _begin(self): self.batches,self.samples,self.first,self._open = 0,0,0,False
-
+    def before_fit(self, learn): self.batches,self.samples,self.first,self._open = 0,0,0,False
     def before_batch(self, learn):
         learn.hold = learn.training and self.batches+1 < self.n and not is_last(learn)
 
     def after_loss(self, learn):
         if not learn.training: return
-        size = n_samples(learn)
-        self.batches,self.samples,self.first,self._open = self.batches+1,self.samples+size,self.first or size,True
+        size = getattr(learn.dl, 'n_now', 0) or batch_size(learn.batch)   # in all processes together
+        self.batches,self.samples,self.first = self.batches+1,self.samples+size,self.first or size
+        self._open = True
         weight_gradients(learn, size/(self.n*self.first))   # as if all `n` were as large as the first
 
     def after_backward(self, learn):
-        planned = self.n*self.first
-        if self.samples == planned: return
-        for p in with_grad(learn): p.grad.mul_(planned/self.samples)
+        factor = self.n*self.first/self.samples
+        for p in with_grad(learn) if factor != 1 else (): p.grad.mul_(factor)
 
     def after_batch(self, learn):
+        if learn.training and not learn.hold: self.before_fit(learn)
         self._open = False
-        if learn.training and not learn.hold: self._begin()
 
     def cleanup_batch(self, learn):
         if self._open: self.cleanup_fit(learn)   # cut short: nobody knows what is in the gradients
         learn.hold = False
 
     def after_epoch(self, learn):
-        if learn.training and self.batches:
-            warnings.warn(f'AccumulateCB: the epoch ended after {self.batches} of {self.n} batches, and the '
-                          'loader had not said how many there are; their gradients are dropped', stacklevel=2)
-            self.cleanup_fit(learn)
+        if learn.training and self.batches: warnings.warn(
+            f'AccumulateCB: the epoch ended after {self.batches} of {self.n} batches, and the loader had not '
+            'said how many there are; their gradients are dropped', stacklevel=2)
+        self.cleanup_fit(learn)
 
     def cleanup_fit(self, learn):
         if self.batches: learn._drop_grads()
-        self._begin()
+        self.before_fit(learn)
 
 # %% ../nbs/35_accel.ipynb #3f8986df
 class GradClipCB(Callback):
@@ -177,6 +170,42 @@ class CompileCB(Callback):
         self._model = None
 
 # %% ../nbs/35_accel.ipynb #c0033191
+def parts_of(batches, shard, size, join, cut):
+    "Of every `world` batches the part of one process, and how many samples all have: (samples, part)."
+    batches,world,drop_last = iter(batches),shard.world,getattr(shard.dl, 'drop_last', False)
+    while group := list(islice(batches, world)):
+        sizes,full = [size(o) for o in group],len(group) == world
+        n = sum(sizes)
+        if drop_last and not full: return
+        if n < world: return shard.rank or warnings.warn(
+            f'Shard: {n} samples at the end of the data are too few for {world} processes and are left '
+            'out', stacklevel=3)
+        # parts differ by one at most
+        start,stop = (n//world*o + min(o, n%world) for o in (shard.rank, shard.rank+1))
+        yield n,group[shard.rank] if full and len(set(sizes)) == 1 else cut(join(group), slice(start, stop))
+
+class Numbers:
+    "The numbers of the samples of a shard, batch by batch, for a `DataLoader`."
+    def __init__(self, shard): self.shard,self.sizes = shard,deque()
+    def __len__(self): return len(self.shard)
+    def __iter__(self):
+        self.sizes.clear()
+        batches,join = self.shard.dl.batch_sampler,lambda group: sum(group, [])
+        for n,numbers in parts_of(batches, self.shard, len, join, list.__getitem__):
+            self.sizes.append(n)   # a loader with workers is ahead
+            yield numbers
+
+def by_number(shard):
+    "The parts of a `DataLoader`, which loads no more than them; None for other loaders."
+    dl,numbers = shard.dl,Numbers(shard)
+    if not isinstance(dl, DataLoader) or isinstance(dl.dataset, IterableDataset): return
+    if dl.batch_sampler is None: return
+    same = ('dataset', 'num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn',
+            'prefetch_factor', 'multiprocessing_context', 'generator', 'persistent_workers')
+    loader = DataLoader(batch_sampler=numbers, **{nm: getattr(dl, nm) for nm in same})
+    return lambda: ((numbers.sizes.popleft(), batch) for batch in loader)
+
+# %% ../nbs/35_accel.ipynb #3927a59d
 def same_random_state(dl):
     "The random state of process 0 in all of them."
     states = [torch.get_rng_state(), *(g.get_state() for g in generators(dl))]
@@ -184,16 +213,16 @@ def same_random_state(dl):
     torch.set_rng_state(states[0])
     for g,state in zip(generators(dl), states[1:]): g.set_state(state)
 
+def cut(batch, rows): return tree_map(lambda o: o[rows], batch)
+
 class Shard:
     "The part of every batch of loader `dl` that process `rank` of `world` computes."
-    # samples of the batch in all processes; how much its loss counts, so that their mean is that of all samples
-    n_now,weight,_warned = 0,1.,False
+    # samples of the batch in all processes; how much its loss counts, so that their mean is that of all
+    n_now,weight = 0,1.
 
     def __init__(self, dl, rank, world):
-        self.dl,self.rank,self.world,self._sizes,self._loader = dl,rank,world,deque(),None
-        if isinstance(dl, DataLoader) and dl.batch_sampler is not None and not isinstance(dl.dataset, IterableDataset):
-            same = {nm: getattr(dl, nm) for nm in loader_settings}
-            self._loader = DataLoader(batch_sampler=Numbers(self), **same)
+        self.dl,self.rank,self.world = dl,rank,world
+        self._parts = by_number(self) or (lambda: parts_of(self.dl, self, batch_size, joined, cut))
 
     def __getattr__(self, nm):
         if nm.startswith('__') or nm == 'dl': raise AttributeError(nm)
@@ -202,76 +231,39 @@ class Shard:
     def __len__(self):
         full,rest = divmod(len(self.dl), self.world)
         if not rest or getattr(self.dl, 'drop_last', False): return full
-        n,size = getattr(self.dl, 'n', 0) or len(getattr(self.dl, 'sampler', ())),getattr(self.dl, 'batch_size', 0)
+        n = getattr(self.dl, 'n', 0) or len(getattr(self.dl, 'sampler', ()))
+        size = getattr(self.dl, 'batch_size', 0)   # where one is not known, the rest is large enough
         return full + (not n or not size or n % (size*self.world) >= self.world)
 
     def __iter__(self):
         if world_size() > 1: same_random_state(self.dl)
-        self._sizes.clear()
-        join,cut = joined,lambda batch, rows: tree_map(lambda o: o[rows], batch)
-        for batch in self._loader or self.parts(self.dl, batch_size, join, cut):
-            self.n_now = self._sizes.popleft()   # a loader with workers is ahead
+        for self.n_now,batch in self._parts():
             self.weight = batch_size(batch)*self.world/self.n_now
             yield batch
-
-    def parts(self, batches, size, join, cut):
-        "This process's parts of `batches`; how many samples all processes have goes into a queue."
-        batches = iter(batches)
-        while group := list(islice(batches, self.world)):
-            sizes = [size(o) for o in group]
-            n,full = sum(sizes),len(group) == self.world
-            if n < self.world or not full and getattr(self.dl, 'drop_last', False): return self._warn(n)
-            self._sizes.append(n)
-            yield group[self.rank] if full and len(set(sizes)) == 1 else cut(join(group), self._rows(n))
-
-    def _rows(self, n):   # parts differ by one at most
-        start,stop = (n//self.world*o + min(o, n%self.world) for o in (self.rank, self.rank+1))
-        return slice(start, stop)
-
-    def _warn(self, n):
-        if not self.rank and not self._warned and not getattr(self.dl, 'drop_last', False):
-            warnings.warn(f'Shard: {n} samples at the end of the data are too few for {self.world} processes and are '
-                          'left out', stacklevel=4)
-        self._warned = True
-
-# %% ../nbs/35_accel.ipynb #3927a59d
-loader_settings = ('dataset', 'num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn',
-                   'prefetch_factor', 'multiprocessing_context', 'generator', 'persistent_workers')
-
-class Numbers:
-    "The numbers of the samples of a shard, batch by batch, for a `DataLoader`."
-    def __init__(self, shard): self.shard = shard
-    def __len__(self): return len(self.shard)
-    def __iter__(self):
-        return self.shard.parts(self.shard.dl.batch_sampler, len, lambda group: sum(group, []), list.__getitem__)
 
 # %% ../nbs/35_accel.ipynb #dc94bbcb
 class ProcessesCB(Callback):
     "Divides batches among processes and merges what they measure; a subclass wraps model and optimizer."
     order = DeviceCB.order-10   # before those who measure or print
     _before = _models = None
-    _waiting = nullcontext()
 
     def before_fit(self, learn):
-        self.n = start_processes()
+        self.n,self._waiting = start_processes(),ExitStack()
         if self.n == 1: return
         self._before,learn.n_processes = learn.dls,self.n
-        learn.dls = SimpleNamespace(**{nm: Shard(getattr(learn.dls, nm), rank(), self.n)
-                                       for nm in ('train', 'valid') if hasattr(learn.dls, nm)})
+        loaders = {nm: getattr(learn.dls, nm) for nm in ('train', 'valid') if hasattr(learn.dls, nm)}
+        learn.dls = SimpleNamespace(**{nm: Shard(o, rank(), self.n) for nm,o in loaders.items()})
 
     def before_epoch(self, learn):
         if not self._before: return
         learn.model = self._models[learn.training]   # in validation the model itself, which waits for nobody
         if not learn.training: same_buffers(learn.model)
 
-    def before_batch(self, learn):
-        wait = self._before and learn.hold and hasattr(learn.model, 'no_sync')   # averaged with the last batch
-        self._waiting = learn.model.no_sync() if wait else nullcontext()
-        self._waiting.__enter__()
+    def before_batch(self, learn):   # a held batch is averaged with the last one
+        wait = self._before and learn.hold and hasattr(learn.model, 'no_sync')
+        if wait: self._waiting.enter_context(learn.model.no_sync())
 
-    def cleanup_batch(self, learn):
-        self._waiting.__exit__(None, None, None)
-        self._waiting = nullcontext()
+    def cleanup_batch(self, learn): self._waiting.close()
 
     def after_loss(self, learn):
         if self._before and learn.training: weight_gradients(learn, learn.dl.weight)
@@ -298,32 +290,29 @@ def average_loss(learn):
     learn.loss = learn.loss.detach()*learn.dl.weight/learn.n_processes
     torch.distributed.all_reduce(learn.loss)
 
-def merge_history(learn):
-    "Rows of the loop since the last time become those of all processes; the metrics' are already."
+def merge_epoch(learn):
+    "What each process has counted and recorded in this epoch becomes what all have."
+    for cb in learn.cbs:
+        if isinstance(cb, ProgressCB): merge_metric('loss', cb._mean)
+        if not isinstance(cb, MetricsCB): continue
+        for nm,o in cb.all_metrics.items(): merge_metric(nm, o)
+        cb.n = sum(gather(cb.n))
+    # rows since the last time; the metrics' are of all already
     learn.history.merge(gather(learn.history.state_dict(unmerged=True)), whole=('epoch',))
 
-def merge_epoch(learn):
-    "What each process has counted in this epoch becomes what all have counted."
-    for cb in learn.cbs:
-        if isinstance(cb, MetricsCB):
-            for nm,o in cb.all_metrics.items(): merge_metric(nm, o)
-            cb.n = sum(gather(cb.n))
-        if isinstance(cb, ProgressCB): merge_metric('loss', cb._mean)
-    merge_history(learn)
-
 def merge_fit(learn):
-    merge_history(learn)
+    learn.history.merge(gather(learn.history.state_dict(unmerged=True)), whole=('epoch',))
     same_buffers(learn.model)
     for cb in learn.cbs:
         if hasattr(cb, 'merge_processes') and not learn.trial: cb.merge_processes(gather)
 
 def merge_metric(nm, o):
     if hasattr(o, 'metric_state'): return   # of torchmetrics, which does this itself
-    mean = isinstance(o, RunningMean)
-    if not mean and not hasattr(o, 'merge_state'):
-        return warnings.warn(f'{nm} ({type(o).__name__}) has no merge_state; what is shown is of one process only', stacklevel=3)
-    mine = copy.deepcopy(o)
+    mine,mean = copy.deepcopy(o),isinstance(o, RunningMean)
     if mean: mine.load_state_dict(to_device(o.state_dict(), 'cpu'))
+    elif not hasattr(o, 'merge_state'):
+        return warnings.warn(f'{nm} ({type(o).__name__}) has no merge_state; what is shown is of one process '
+                             'only', stacklevel=3)
     elif hasattr(mine, 'to'): mine = mine.to('cpu')
     first,*others = gather(mine)
     if not mean: first.merge_state(others)
@@ -373,7 +362,7 @@ class AccelerateCB(ProcessesCB, TrainCB):
     acc = _was = None
     def __init__(self,
         n_inp=1,                # how many parts of a batch are inputs of the model
-        mixed_precision='fp16', # 'no', 'fp16' or 'bf16'; without CUDA, fp16 is 'no', and said
+        mixed_precision='fp16', # 'no', 'fp16' or 'bf16'; without CUDA, fp16 is 'no', with a warning
         **kw                    # for `accelerate.Accelerator`
     ):
         TrainCB.__init__(self, n_inp)
@@ -383,8 +372,8 @@ class AccelerateCB(ProcessesCB, TrainCB):
         if self.acc is None: self.acc = make_accelerator(self.mixed_precision, **self.kw)
         super().before_fit(learn)
         if self.acc.num_processes != self.n: raise RuntimeError(
-            f'AccelerateCB: there are {self.n} processes, and accelerate sees {self.acc.num_processes}; start them by '
-            '`accelerate launch` or `torchrun`, and make no Accelerator with other settings before')
+            f'AccelerateCB: there are {self.n} processes, and accelerate sees {self.acc.num_processes}; '
+            'start them by `accelerate launch` or `torchrun`, and make no other Accelerator before')
         self._was = learn.model,learn.opt,set(vars(learn.model))
         learn.model = self.acc.prepare(learn.model)
         self._models = self._was[0],learn.model
@@ -401,7 +390,8 @@ class AccelerateCB(ProcessesCB, TrainCB):
     def cleanup_fit(self, learn):
         if self._was is not None:
             learn.model,learn.opt,names = self._was
-            for nm in set(vars(learn.model)) - names: delattr(learn.model, nm)   # accelerate puts a `forward` there
+            # accelerate puts a `forward` there
+            for nm in set(vars(learn.model)) - names: delattr(learn.model, nm)
             self._was = None
             self.acc.free_memory()
         super().cleanup_fit(learn)

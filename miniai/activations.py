@@ -38,24 +38,21 @@ def chosen_modules(cb, model):
 # %% ../nbs/40_activations.ipynb #1604de57
 class SampledCallback(Callback):
     "Does something in sampled steps of a fit, and in none of a trial; knows what it costs."
+    in_trial = False
+
     def __init__(self, every=1, budget=None):
-        self.sampler, self.active, self.trial = Sampler(every, budget, type(self).__name__), False, False
+        self.sampler, self.active = Sampler(every, budget, type(self).__name__), False
 
     def meet(self, learn): "Take note of the model, as a fit begins."
     def begin(self, learn): "Reach the model."
     def end(self): "Let go of the model."
 
     def before_fit(self, learn):
-        self.trial = getattr(learn, 'trial', False)
-        if self.trial: return
         self.begin(learn)
         self.sampler.start()   # a loop of your own may know no epochs
 
-    def before_epoch(self, learn):
-        if not self.trial: self.sampler.start()
-
+    def before_epoch(self, learn): self.sampler.start()
     def cleanup_epoch(self, learn): self.sampler.stop()
-
     def cleanup_fit(self, learn):
         self.active = False
         self.end()
@@ -64,11 +61,6 @@ class SampledCallback(Callback):
     def cost(self) -> Cost: # seconds, bytes, layers, steps seen and sampled; `fraction` of the fit's time
         "Say what watching has cost so far, over all fits."
         return self.sampler.cost(layers=len(self))
-
-    @property
-    def pace(self):
-        "The sampler, by its name in the first version."
-        return self.sampler
 
     def __getstate__(self): return {**vars(self), 'learn': None}   # nothing of the learner, nor its data
 
@@ -99,7 +91,7 @@ class HooksCallback(SampledCallback):
     def before_batch(self, learn):
         wanted = self.on_train if learn.training else self.on_valid
         step = getattr(learn, 'n_steps', None)   # a loop of your own may not count its steps
-        self.active = wanted and not self.trial and self.sampler.wants(phase_of(learn), step)
+        self.active = wanted and self.sampler.wants(phase_of(learn), step)
 
     def cleanup_batch(self, learn): self.active = False
 
@@ -230,8 +222,7 @@ class Views(Readings):
     "Draws them."
     def why_nothing(self, stats, names) -> str:
         "Say why there is nothing to draw; an empty text if one of `stats` is recorded, of any `names`."
-        if not set(stats) & set(self.stats):
-            return f'{" and ".join(map(repr, stats))} is not among stats={self.stats}.'
+        if not set(stats) & set(self.stats): return f'{stats[0]!r} is not among stats={self.stats}.'
         if names: return ''
         if len(self.history): return 'nothing of that name has rows.'
         return (f'nothing has been watched yet.\nPut this {type(self).__name__} into the cbs of a Learner '
@@ -270,7 +261,7 @@ class Kept(Views):
             raise ValueError(f'{type(self).__name__}: stats is {stats!r}; give a tuple of some of '
                              + ', '.join(known))
         self.stats, self.history = tuple(stats), History(max_bytes=max_bytes)
-        self.first_run, self._model = 0, noop
+        self.first_run, self._model, self.table = 0, noop, None
         if tap: self.table = self.history.add_table(Rows(tap, bins, self.stats, follow))
         self.forget()
 
@@ -284,9 +275,7 @@ class Kept(Views):
         return dict(history=self.history.state_dict(), sampler=self.sampler.state_dict(), warned=warned,
                     first_run=self.first_run, **{nm: getattr(self, nm) for nm in self.saved})
 
-    def load_state_dict(self,
-        state:dict # as `state_dict` gave it
-    ):
+    def load_state_dict(self, state): # what `state_dict` gave
         "Go on from there; in a fit, or before one with the same model."
         self.history.load_state_dict(state['history'])
         self.sampler.load_state_dict(state['sampler'])
@@ -324,11 +313,11 @@ class Recorder(Kept, SampledCallback):
             with torch.no_grad(): f(*args)
         except Exception as e: self.told.failed('a step', e)
         finally:
-            for o in self.history.tables: o.close()
+            if self.table is not None: self.table.close()
             self.sampler.end_watch()
 
     def cleanup_epoch(self, learn):
-        if not self.trial: self.guarded(self.history.flush)   # the device is waited for here, once per epoch
+        self.guarded(self.history.flush)   # the device is waited for here, once per epoch
         super().cleanup_epoch(learn)
 
     def facts(self) -> dict:
@@ -337,7 +326,7 @@ class Recorder(Kept, SampledCallback):
 
     def __getstate__(self): return {**super().__getstate__(), '_model': noop}   # no weak reference
 
-# %% ../nbs/40_activations.ipynb #0d282b7b
+# %% ../nbs/40_activations.ipynb #4d731e06
 _why_silent = ('was never called. It is not part of what forward runs, or is used without calling it '
                '(`layer.forward(x)`, `F.relu` beside an nn.ReLU), or the model (or another of its class) was '
                'compiled before the hooks were there')
@@ -375,9 +364,8 @@ class OutputSteps(Recorder, HooksCallback):
         if not learn.training: self.table.close()
 
     def cleanup_epoch(self, learn):
-        if not self.trial:
-            for name in self.silent: self.told(name, _why_silent)
-            give_stats(self)
+        for name in self.silent: self.told(name, _why_silent)
+        give_stats(self)
         super().cleanup_epoch(learn)
 
     def end(self):
@@ -387,7 +375,7 @@ class OutputSteps(Recorder, HooksCallback):
 # %% ../nbs/40_activations.ipynb #589bb33d
 class OutputFacts(OutputSteps):
     "Knows the layers and their sources, as the tap has met them."
-    saved = 'complete', 'layers'
+    saved = 'complete', 'known'
     kinds, axes = (property(lambda self, nm=nm: getattr(self.tap, nm)) for nm in ('kinds', 'axes'))
 
     @property
@@ -401,25 +389,24 @@ class OutputFacts(OutputSteps):
         "Names of layers that were watched, and never called."
         return tuple(nm for nm in self.sources if nm not in self.tap.fired) if self.complete else ()
 
-    def facts(self) -> dict: # layers, sources, silent, sampled, dead_since
+    def facts(self) -> dict: # layers, sources, silent, sampled, dead_since (-1 where a unit is alive)
         "Give what is known of the layers beside the rows."
         sources = {source: name for name,own in self.sources.items() for source in own or [name]}
+        since = {nm: o.since.tolist() for (phase,nm),o in self.table.units.items() if phase == 'train'}
         sampled = {phase: (self.sampler.sampled[phase], n) for phase,n in self.sampler.seen.items() if n}
         return dict(layers={nm: self.kinds[nm] for nm in self.sources}, sources=sources, silent=self.silent,
-                    sampled=sampled, dead_since=self.dead_since())
+                    sampled=sampled, dead_since=since)
 
-    def merge_processes(self,
-        gather # function: an object -> the list of those of all processes
-    ):
+    def merge_processes(self, gather): # function: an object -> the list of those of all processes
         "Make what this process has recorded in this fit that of all processes together."
         if self.parted: self.history.merge(gather(self.history.state_dict(unmerged=True)))
 
     @property
-    def layers(self):
+    def known(self):
         "What the tap knows, as it is saved."
         return {nm: getattr(self.tap, nm) for nm in ('sources', 'kinds', 'axes', 'fired')}
-    @layers.setter
-    def layers(self, state):
+    @known.setter
+    def known(self, state):
         vars(self.tap).update({nm: dict(o) for nm,o in state.items()})
         self.tap.reset()
         give_stats(self)
@@ -437,10 +424,6 @@ def _dead_units(units, **about):
 # %% ../nbs/40_activations.ipynb #a03318ec
 class OutputTables(Views):
     "Lists what was recorded of outputs; needs `table`, `sources`, `kinds` and `axes` besides."
-    def dead_since(self) -> dict: # source -> for each of its units the step, -1 if it is alive
-        "Say since when units have been dead in training."
-        return {nm: o.since.tolist() for (phase,nm),o in self.table.units.items() if phase == 'train'}
-
     def panels(self) -> list: # of sources; a layer that was never called is among them
         "List the sources: every watched layer, each tensor of a nested output, each call in one step."
         return [source for name,own in self.sources.items() for source in own or [name]]

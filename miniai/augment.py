@@ -85,8 +85,6 @@ def shapes(o):
     return ', '.join(found[:3]) + (', ...' if len(found) > 3 else '')
 
 # %% ../nbs/33_augment.ipynb #d5cae866
-_head = ['layer', 'in', 'out', 'parameters', '%', 'multiply-adds', '%']
-
 def _percent(part, whole): return f'{part/whole:.1%}' if whole else '–'
 
 @dataclass(repr=False)
@@ -103,25 +101,23 @@ class Summary:
         import pandas as pd
         return pd.DataFrame(self.rows, columns=Layer._fields).set_index('name')
 
-    def _cells(self, row):
-        name = (f'{row.name} ({row.type})' if row.type else row.name) + (f' ×{row.calls}' if row.calls > 1 else '')
-        return [name, row.inp, row.out, f'{row.params:,}', _percent(row.params, self.params),
-                f'{row.macs:,.0f}', _percent(row.macs, self.macs)]
-
     def __repr__(self):
-        table = [_head, *map(self._cells, self.rows)]
+        head = ['layer', 'in', 'out', 'parameters', '%', 'multiply-adds', '%']
+        table = [head, *map(self._cells, self.rows)]
         widths = [max(map(len, column)) for column in zip(*table)]
-        # texts to the left, numbers to the right
-        lines = ['  '.join(f'{o:{"<" if i < 3 else ">"}{w}}' for i,(o,w) in enumerate(zip(cells, widths))) for cells in table]
-        return '\n'.join([*(o.rstrip() for o in lines), '', self._total()])
-
-    def _repr_markdown_(self):
-        table = [_head, ['--']*3 + ['--:']*4, *map(self._cells, self.rows)]
-        return '\n'.join('| ' + ' | '.join(o) + ' |' for o in table) + f'\n\n{self._total()}'
-
-    def _total(self):
+        table.insert(1, ['-'*w + (':' if i > 2 else '') for i,w in enumerate(widths)])
+        rows = [' | '.join(o.rjust(w) if i > 2 else o.ljust(w) for i,(o,w) in enumerate(zip(cells, widths)))
+                for cells in table]
         frozen = '' if self.trained==self.params else f' ({self.trained:,} trained)'
-        return f'{self.params:,} parameters{frozen}, {self.macs:,.0f} multiply-adds per sample; batch of {self.bs}'
+        total = f'{self.params:,} parameters{frozen}, {self.macs:,.0f} multiply-adds per sample'
+        return '\n'.join(f'| {o} |' for o in rows) + f'\n\n{total}; batch of {self.bs}'
+
+    _repr_markdown_ = __repr__
+
+    def _cells(self, row):
+        name = f'{row.name} ({row.type})' if row.type else row.name
+        return [f'{name} ×{row.calls}' if row.calls > 1 else name, row.inp, row.out, f'{row.params:,}',
+                _percent(row.params, self.params), f'{row.macs:,.0f}', _percent(row.macs, self.macs)]
 
 # %% ../nbs/33_augment.ipynb #7f84fb01
 def _rnn_flops(inp, *weights):
@@ -145,17 +141,18 @@ def plain_attention():
     finally: torch.backends.mha.set_fastpath_enabled(before)
 
 # %% ../nbs/33_augment.ipynb #803bdce2
-def _numel(p): return 0 if nn.parameter.is_lazy(p) else p.numel()
+def _numel(params): return sum(0 if nn.parameter.is_lazy(p) else p.numel() for p in params)
 
 def measured_calls(learn, chosen):
-    "Run the model on the current batch: multiply-adds by name, and shapes of the calls of the chosen modules by name."
+    "Run the model on the current batch: multiply-adds by name, and of all; shapes of calls by name."
     calls = {nm: [] for nm,_ in chosen}
     def note(hook, mod, inp, outp): calls[hook.name].append((shapes(inp), shapes(outp)))
     learn.model = unwrap(learn.model)
     learn.model.eval()
     counter = FlopCounterMode(display=False, custom_mapping=rnn_kernels)
     with plain_attention(), counter, Hooks(chosen, note): learn.predict()
-    root,flops = type(learn.model).__name__,{nm: sum(o.values()) for nm,o in counter.get_flop_counts().items()}
+    flops = {nm: sum(o.values()) for nm,o in counter.get_flop_counts().items()}
+    root = type(learn.model).__name__
     macs = {nm: flops.get(root if m is learn.model else f'{root}.{nm}', 0)/2 for nm,m in chosen}
     return macs,flops.get('Global', 0)/2,calls
 
@@ -164,17 +161,15 @@ def summarized(learn, what):
     model,bs = unwrap(learn.model),batch_size(learn.batch)
     chosen = select_modules(model, what)
     macs,total,calls = measured_calls(learn, chosen)
-    rows = [Layer(nm, type(m).__name__, *(calls[nm] or [('never called', '')])[0], sum(map(_numel, m.parameters())),
+    rows = [Layer(nm, type(m).__name__, *(calls[nm] or [('never called', '')])[0], _numel(m.parameters()),
                   macs[nm]/bs, len(calls[nm])) for nm,m in chosen]
-    params = {id(p): p for p in model.parameters()}
-    # what belongs to no chosen module
-    outside = params.keys() - {id(p) for _,m in chosen for p in m.parameters()}
-    inner = [nm for nm in macs if any(nm.startswith(f'{o}.') for o in macs)]
-    others = total/bs - sum(o.macs for o in rows if o.name not in inner)
+    params,inside = list(model.parameters()),{id(p) for _,m in chosen for p in m.parameters()}
+    outside = [p for p in params if id(p) not in inside]   # and what belongs to no chosen module
+    outer = [o for o in rows if not any(o.name.startswith(f'{nm}.') for nm in macs)]
+    others = total/bs - sum(o.macs for o in outer)
     if model is not chosen[0][1] and (outside or abs(others) >= 0.5):
-        rows.append(Layer('outside of these', '', '', '', sum(_numel(params[o]) for o in outside), others, 0))
-    trained = sum(p.numel() for p in params.values() if p.requires_grad)
-    return Summary(rows, sum(p.numel() for p in params.values()), trained, total/bs, bs)
+        rows.append(Layer('outside of these', '', '', '', _numel(outside), others, 0))
+    return Summary(rows, _numel(params), _numel(p for p in params if p.requires_grad), total/bs, bs)
 
 # %% ../nbs/33_augment.ipynb #cef5a5f5
 @patch
@@ -218,9 +213,10 @@ def inputs_and_targets(learn):
 
 def joined(batches):
     "Batches of any nesting put one behind the other."
-    def one(*parts):
-        return torch.cat([o if o.ndim else o[None] for o in parts]) if isinstance(parts[0], torch.Tensor) else list(parts)
-    return tree_map(one, *batches) if batches else []
+    def join(*parts):
+        if not isinstance(parts[0], torch.Tensor): return list(parts)
+        return torch.cat([o if o.ndim else o[None] for o in parts])
+    return tree_map(join, *batches) if batches else []
 
 # %% ../nbs/33_augment.ipynb #22f60679
 @patch
@@ -256,7 +252,8 @@ def tta(self:Learner,
 # %% ../nbs/33_augment.ipynb #10d9c247
 def check_pictures(x, pct, caller):
     if not 0 < pct <= 1: raise ValueError(f'{caller}: pct is {pct!r}; it must be above 0 and at most 1')
-    if x.ndim!=4: raise ValueError(f'{caller}: got shape {tuple(x.shape)}; it takes a batch of pictures [B, C, H, W]')
+    if x.ndim==4: return
+    raise ValueError(f'{caller}: got shape {tuple(x.shape)}; it takes a batch of pictures [B, C, H, W]')
 
 def random_place(x, pct):
     "A random rectangle of `pct` of height and width, as slices."

@@ -24,14 +24,12 @@ from .learner import Learner
 from .stopping import MonitorCB
 
 # %% ../nbs/36_checkpoint.ipynb #4f4a5245
-def packed(
-    o,        # what is to be saved
-    at:str='' # its place, for the error
-): # what `torch.load(weights_only=True)` can read
-    "A copy of `o` on the CPU, its arrays as bytes."
+def packed(o, at=''):
+    "A copy of `o` on the CPU that `torch.load(weights_only=True)` can read; `at` is its place."
     if isinstance(o, torch.Tensor) and not o.is_meta: return o.detach().to('cpu', copy=True)
     if isinstance(o, (np.ndarray, np.generic)) and not (o.dtype.hasobject or o.dtype.names):
-        return {'$array': (torch.frombuffer(bytearray(o.tobytes()) or bytearray(1), dtype=torch.uint8), o.dtype.str, o.shape)}
+        data = torch.frombuffer(bytearray(o.tobytes()) or bytearray(1), dtype=torch.uint8)
+        return {'$array': (data, o.dtype.str, o.shape)}
     if o is None: return o
     for kind in (bool, int, float, str):
         if isinstance(o, kind): return kind(o)
@@ -76,15 +74,14 @@ def load_state(
     if not path.is_file(): raise FileNotFoundError(f'checkpoint: there is no file {path}')
     raw = memoryview(path.read_bytes())
     if raw[8:24] == b'{"__metadata__":':
-        raise CheckpointError(f'{path} was written by the first version of miniai, in the safetensors format; go on with '
-                              'that version, or take the weights alone with `safetensors.torch.load_file`')
+        raise CheckpointError(f'{path} was written by the first version of miniai, in the safetensors '
+                              'format; go on with that, or take its weights by `safetensors.torch.load_file`')
     if hashlib.sha256(raw[:-32]).digest() != raw[-32:]:
         raise CheckpointError(f'{path} is damaged, or no checkpoint: its content is not that of its checksum')
     try: found = torch.load(io.BytesIO(raw[:-32]), map_location='cpu', weights_only=True)
     except Exception as e: raise CheckpointError(f'{path} is no checkpoint ({e})') from e
-    if not isinstance(found, dict) or found.get('miniai') != 2:
-        raise CheckpointError(f'{path} is no checkpoint that this version of miniai can read')
-    return unpacked(found['state'])
+    if isinstance(found, dict) and found.get('miniai') == 2: return unpacked(found['state'])
+    raise CheckpointError(f'{path} is no checkpoint that this version of miniai can read')
 
 # %% ../nbs/36_checkpoint.ipynb #5c20caf0
 def with_state(learn):
@@ -98,47 +95,47 @@ def with_state(learn):
     return res
 
 def own_state(learn, batches):
-    "What each process has of its own."
-    rngs = [rng_state(learn.dls)]
-    rngs.append(learn._rng if batches else rngs[0])
-    rng,epoch_rng = [[*o[:-1], [state for _,state in o[-1]]] for o in rngs]   # a generator is known by its place
+    "What each process has of its own; a generator of a loader is known by its place."
+    now = rng_state(learn.dls)
+    rng,epoch_rng = [[*o[:-1], [state for _,state in o[-1]]] for o in (now, learn._rng if batches else now)]
     return dict(history=learn.history.state_dict(), rng=rng, epoch_rng=epoch_rng,
                 callbacks={nm: to_device(cb.state_dict(), 'cpu') for nm,cb in with_state(learn).items()})
 
 def opt_of(learn): return getattr(learn.opt, 'optimizer', learn.opt)   # inside the one of accelerate
 
 def opt_state(opt):
-    "The state of an optimizer and the name of its class; a warning if it has none."
     if not hasattr(opt, 'state_dict'):
-        warnings.warn(f'checkpoint: the optimizer {type(opt).__name__} has no state_dict; what it keeps, such as '
-                      'momentum, is not saved', stacklevel=2)
+        warnings.warn(f'checkpoint: the optimizer {type(opt).__name__} has no state_dict; what it keeps, '
+                      'such as momentum, is not saved', stacklevel=2)
     return dict(kind=type(opt).__name__, state=opt.state_dict() if hasattr(opt, 'state_dict') else None)
-
-def learner_state(learn, epoch, batches=0, n_steps=0):
-    "Everything `learn` needs to go on with `epoch`, of which `batches` are done; all processes must call this."
-    grads = {nm: p.grad for nm,p in unwrap(learn.model).named_parameters() if p.grad is not None}   # they wait for a step
-    return dict(epoch=epoch, first=learn.epochs.stop-learn.n_epochs, batches=batches, n_steps=n_steps,
-                model=unwrap(learn.model).state_dict(), opt=opt_state(opt_of(learn)), grads=grads,
-                processes=gather(own_state(learn, batches)), loss_func=as_module(learn.loss_func).state_dict())
 
 def as_module(o): return o if isinstance(o, nn.Module) else nn.Module()
 
+def learner_state(learn, epoch, batches=0, n_steps=0):
+    "What is needed to go on with `epoch`, of which `batches` are done; all processes must call this."
+    model,loss_func = unwrap(learn.model),as_module(learn.loss_func)
+    grads = {nm: p.grad for nm,p in model.named_parameters() if p.grad is not None}   # they wait for a step
+    return dict(epoch=epoch, first=learn.epochs.stop-learn.n_epochs, batches=batches, n_steps=n_steps,
+                model=model.state_dict(), opt=opt_state(opt_of(learn)), grads=grads,
+                loss_func=loss_func.state_dict(), processes=gather(own_state(learn, batches)))
+
 # %% ../nbs/36_checkpoint.ipynb #92327bc1
-def same_tensors(state, module, path, what, forms):
+def same_form(state, module, path, what):
     "Refuse the tensors of another module: one of them is not as it is here."
-    for form in forms:
-        here,saved = [{k: form(v) for k,v in o.items() if isinstance(v, torch.Tensor)} for o in (module.state_dict(), state)]
-        odd = sorted(k for k in here.keys() | saved.keys() if here.get(k) != saved.get(k))
-        if odd: raise CheckpointError(f'{path} is of another {what}: {odd[0]} is {saved.get(odd[0], "missing")} '
-                                      f'in the file and {here.get(odd[0], "missing")} in the {what}')
+    here,saved = [{k: f'{tuple(v.shape)} of {v.dtype}' for k,v in o.items() if isinstance(v, torch.Tensor)}
+                  for o in (module.state_dict(), state)]
+    odd = sorted(k for k in here.keys() | saved.keys() if here.get(k) != saved.get(k))
+    if odd: raise CheckpointError(
+        f'{path} is of another {what}: {odd[0]} is {saved.get(odd[0], "missing")} in the file and '
+        f'{here.get(odd[0], "missing")} in the {what}')
 
-forms = (lambda o: tuple(o.shape)), (lambda o: str(o.dtype))
-
+# %% ../nbs/36_checkpoint.ipynb #1f42287c
 class SavedFit:
     "What a fit has saved; a file of something else is refused."
     def __init__(self, path):
         self.path,self.state = path,load_state(path)
-        missing = [o for o in ('epoch', 'first', 'batches', 'model', 'opt', 'processes') if o not in self.state]
+        needed = 'epoch', 'first', 'batches', 'model', 'opt', 'processes'
+        missing = [o for o in needed if o not in self.state]
         if missing: raise CheckpointError(f'{path} is no checkpoint of a fit: it has no {", ".join(missing)}')
 
     def own(self):
@@ -149,18 +146,19 @@ class SavedFit:
 
     def check(self, learn):
         "Refuse what is not of this fit."
-        same_tensors(self.state['model'], unwrap(learn.model), self.path, 'model', forms)
-        same_tensors(self.state['loss_func'], as_module(learn.loss_func), self.path, 'loss function', forms)
-        opt = opt_of(learn)
-        here,saved = type(opt).__name__,self.state['opt']['kind']
-        if here != saved: raise CheckpointError(f'{self.path} is of a fit with the optimizer {saved}; this is {here}')
-        here,saved = [[len(g['params']) for g in o] for o in (getattr(opt, 'param_groups', ()), self.groups())]
-        if here != saved: raise CheckpointError(f'{self.path} is of a fit whose optimizer has groups of {saved} '
-                                                f'parameters; this one has {here}')
-        here,saved = set(with_state(learn)),set(self.own()['callbacks'])
-        if here != saved: warnings.warn(f'{self.path}: the callbacks differ; without a saved state: '
-                                        f'{sorted(here-saved) or "none"}, with a state that is not used: '
-                                        f'{sorted(saved-here) or "none"}', stacklevel=3)
+        same_form(self.state['model'], unwrap(learn.model), self.path, 'model')
+        same_form(self.state['loss_func'], as_module(learn.loss_func), self.path, 'loss function')
+        opt,sizes = opt_of(learn),lambda groups: [len(g['params']) for g in groups]
+        now,saved = type(opt).__name__,self.state['opt']['kind']
+        if now != saved:
+            raise CheckpointError(f'{self.path} is of a fit with the optimizer {saved}; this is {now}')
+        now,saved = sizes(getattr(opt, 'param_groups', ())),sizes(self.groups())
+        if now != saved: raise CheckpointError(
+            f'{self.path} is of a fit whose optimizer has groups of {saved} parameters; this one has {now}')
+        now,saved = set(with_state(learn)),set(self.own()['callbacks'])
+        if now != saved: warnings.warn(
+            f'{self.path}: the callbacks differ; without a saved state: {sorted(now-saved) or "none"}, '
+            f'with a state that is not used: {sorted(saved-now) or "none"}', stacklevel=3)
 
     def groups(self): return (self.state['opt']['state'] or {}).get('param_groups', ())
 
@@ -170,9 +168,8 @@ def load_weights(
     model # the model that was trained, or one like it
 ): # `model`
     "The weights and buffers of a checkpoint into a model, to use it."
-    state = SavedFit(path).state['model']
-    same_tensors(state, unwrap(model), path, 'model', forms[:1])
-    unwrap(model).load_state_dict(state)
+    try: unwrap(model).load_state_dict(SavedFit(path).state['model'])
+    except RuntimeError as e: raise CheckpointError(f'{path} is of another model: {e}') from e
     return model
 
 # %% ../nbs/36_checkpoint.ipynb #2888d1fe
@@ -189,6 +186,13 @@ def load_opt(opt, state, groups):
         for nm,o in state['state'][i].items():
             if isinstance(o, torch.Tensor) and o.dtype != now[nm].dtype: now[nm] = o.to(now[nm].device)
 
+def warn_of_workers(dl):
+    if getattr(dl, 'persistent_workers', False): warnings.warn(
+        'fit: the loader keeps its workers from epoch to epoch (persistent_workers), and those begin anew '
+        'now. The order of the data is as it was; what the data set draws at random in a worker is not',
+        stacklevel=3)
+
+# %% ../nbs/36_checkpoint.ipynb #35fa2fdb
 class Resume(SavedFit):
     "How a fit goes on from a checkpoint."
     def epochs(self, n_epochs): return range(self.state['epoch'], self.state['first']+n_epochs)
@@ -199,22 +203,15 @@ class Resume(SavedFit):
         if not done: self.load(learn)
         learn._rng = self._rng(learn, 'epoch_rng')
         set_rng_state(learn._rng)
-        if getattr(learn.dl, 'persistent_workers', False) and self.state['epoch']:
-            warnings.warn('fit: the loader keeps its workers from epoch to epoch (persistent_workers), and those '
-                          'begin anew now. The order of the data is as it was; numbers that the data set draws '
-                          'at random in a worker are not', stacklevel=2)
+        if self.state['epoch']: warn_of_workers(learn.dl)
         numbered = enumerate(learn.dl)
-        for learn.iter in range(done):
-            if next(numbered, None) is None:
-                raise CheckpointError(f'{self.path} was saved after {done} batches, and the loader gives only '
-                                      f'{learn.iter}; the data or the batch size has changed')
+        for i in range(done):
+            if next(numbered, None) is None: raise CheckpointError(
+                f'{self.path} was saved after {done} batches, and the loader gives only {i}; the data or the '
+                'batch size has changed')
+            learn.iter = i
         if done: self.load(learn)
         return numbered
-
-    def _rng(self, learn, nm):
-        *states,gens = self.own()[nm]
-        if states[-1] is not None: states[-1] = states[-1][:torch.cuda.device_count()] or None
-        return *states,list(zip([g for g,_ in rng_state(learn.dls)[-1]], gens))
 
     def load(self, learn):
         "Be as the learner was that has saved this."
@@ -231,6 +228,11 @@ class Resume(SavedFit):
         learn.n_steps,learn.epochs_done = state['n_steps'],state['epoch']
         set_rng_state(self._rng(learn, 'rng'))
 
+    def _rng(self, learn, nm):
+        *states,gens = self.own()[nm]
+        if states[-1] is not None: states[-1] = states[-1][:torch.cuda.device_count()] or None
+        return *states,[(g, o) for (g,_),o in zip(rng_state(learn.dls)[-1], gens)]
+
 # %% ../nbs/36_checkpoint.ipynb #26792455
 def checkpoints(
     folder # of a `CheckpointCB`
@@ -238,10 +240,10 @@ def checkpoints(
     "The checkpoints of a folder, without the best one."
     return sorted(Path(folder).glob('step_*'))
 
-def _newest_whole(paths, use, damaged):
-    "What `use` makes of the newest of some checkpoints that is whole; `damaged` gets the errors of those that are not."
+def _newest(paths, damaged):
+    "The newest of some checkpoints that is whole; `damaged` gets the errors of those that are not."
     for path in reversed(paths):
-        try: return use(path)
+        try: return Resume(path)
         except CheckpointError as e: damaged(e)
 
 @patch
@@ -253,28 +255,28 @@ def open_checkpoint(self:Learner,
     if path.is_file():
         try: return Resume(path)
         except CheckpointError as e:
-            before = [o for o in checkpoints(path.parent) if o < path]
-            whole = _newest_whole(before, lambda o: load_state(o) and o, lambda e: None)
-            raise CheckpointError(f'{e}' + (f'. The one before it is whole: {whole}' if whole else '')) from e
+            whole = _newest([o for o in checkpoints(path.parent) if o < path], lambda e: None)
+            offer = f'. The one before it is whole: {whole.path}' if whole else ''
+            raise CheckpointError(f'{e}{offer}') from e
     files = checkpoints(path)
-    found = _newest_whole(files, Resume, lambda e: warnings.warn(f'{e}. Going on from the one before it', stacklevel=6))
+    found = _newest(files, lambda e: warnings.warn(f'{e}. Going on from the one before it', stacklevel=6))
     if files and not found: raise CheckpointError(f'{path}: none of its {len(files)} checkpoints is whole')
     ours = [cb for cb in self.cbs if isinstance(cb, CheckpointCB) and cb.path.resolve() == path.resolve()]
-    if not found and not ours:
-        raise FileNotFoundError(f'fit: there is no checkpoint at {path}; give a file or a folder that has '
-                                'one, or the folder of a CheckpointCB in cbs to begin there')
-    return found
+    if found or ours: return found
+    raise FileNotFoundError(f'fit: there is no checkpoint at {path}; give a file or a folder that has one, '
+                            'or the folder of a CheckpointCB in cbs to begin there')
 
 # %% ../nbs/36_checkpoint.ipynb #97d866b9
 def open_folder(path, resume, fresh):
-    "Make a folder for checkpoints, take away what a killed process has left half written, refuse those of another fit."
+    "Make a folder for checkpoints, take away what a killed process has left, refuse those of another fit."
     path.mkdir(parents=True, exist_ok=True)
     for o in path.glob('.*.tmp'): o.unlink()
     found = checkpoints(path)
     if resume:
-        newer = [o for o in found if o.name > resume.path.name and resume.path.parent.resolve() == path.resolve()]
-        if newer: warnings.warn(f'CheckpointCB: {newer[-1]} is newer than {resume.path.name}, which this fit goes on '
-                                'from. It stays until it is written again, and resume=folder would take it', stacklevel=3)
+        here = resume.path.parent.resolve() == path.resolve()
+        if here and found[-1].name > resume.path.name: warnings.warn(
+            f'CheckpointCB: {found[-1]} is newer than {resume.path.name}, which this fit goes on from. '
+            'It stays until it is written again, and resume=folder would take it', stacklevel=3)
     elif found and not fresh:
         raise FileExistsError(f'CheckpointCB: {path} has {len(found)} checkpoints of another fit; go on '
                               'with fit(..., resume=...), use another folder, or delete them with fresh=True')
@@ -289,17 +291,30 @@ def _link(path, other):
     except OSError: shutil.copy(path, temp)   # a file system without links
     os.replace(temp, other)
 
-def write_checkpoint(path, state, best, keep):
-    "Into the folder; the best one first, as the other one says that this is done. Then all but the newest `keep` go."
+def check_finite(model, folder):
+    odd = [nm for nm,p in unwrap(model).named_parameters() if not p.isfinite().all()]
+    if not odd: return
+    last = next((f'; the last good one is {o}' for o in reversed(checkpoints(folder))), '')
+    raise FloatingPointError(f'CheckpointCB: {odd[0]} is not finite any more, so this is not saved{last}')
+
+def write_checkpoint(path, model, state, best, keep):
+    "Save a state, the best one first, as the other one says that this is done; all but the newest `keep` go."
+    check_finite(model, path.parent)
     if not path.parent.is_dir():
         warnings.warn(f'CheckpointCB: {path.parent} is not there any more; it is made again', stacklevel=3)
-        path.parent.mkdir(parents=True)
     save_state(path.with_name('best.pt') if best else path, state)
     if best: _link(path.with_name('best.pt'), path)
     until_now = [o for o in checkpoints(path.parent) if o.name <= path.name]
     for old in until_now[:-keep] if keep else (): old.unlink()
 
 # %% ../nbs/36_checkpoint.ipynb #e9a2e859
+def check_numbers(every, keep):
+    if every != 'epoch' and not (isinstance(every, int) and every > 0):
+        raise ValueError(f"CheckpointCB: every is {every!r}; it is 'epoch' or a number of steps from 1")
+    if keep is not None and keep < 1:
+        raise ValueError(f'CheckpointCB: keep is {keep!r}; it must be 1 or more')
+
+# %% ../nbs/36_checkpoint.ipynb #9b2c2770
 class CheckpointCB(MonitorCB):
     "Saves everything that is needed to go on; `learn.fit(..., resume=path)` does."
     order = 100_000   # everybody else is done
@@ -311,39 +326,31 @@ class CheckpointCB(MonitorCB):
         mode=None,     # 'min' or 'max'; default 'min' if `monitor` has loss or error in its name
         fresh=False    # delete what another fit has left in the folder; otherwise that is refused
     ):
-        if every != 'epoch' and not (isinstance(every, int) and every > 0):
-            raise ValueError(f"CheckpointCB: every is {every!r}; it is 'epoch' or a number of steps from 1")
-        if keep is not None and keep < 1: raise ValueError(f'CheckpointCB: keep is {keep!r}; it must be 1 or more')
+        check_numbers(every, keep)
         super().__init__(monitor, mode)
         self.path,self.every,self.keep,self.fresh,self._opened = Path(path),every,keep,fresh,None
 
     def before_fit(self, learn):
-        if learn.trial: return
         super().before_fit(learn)
-        if self._opened is not learn and is_main(): open_folder(self.path, learn._resume, self.fresh)
-        self._opened = learn   # the next one would begin again at step 0
+        if learn.trial or self._opened is learn: return   # another one would begin again at step 0
+        if is_main(): open_folder(self.path, learn._resume, self.fresh)
+        self._opened = learn
 
     def before_epoch(self, learn):
-        if learn.trial or not learn.training or learn.epoch == learn.epochs.start: return
-        if self.every == 'epoch' or self.monitor: self._save(learn, learn.epoch, learn.n_steps)
+        begun = learn.training and learn.epoch != learn.epochs.start
+        if begun and (self.every == 'epoch' or self.monitor): self._save(learn, learn.epoch, learn.n_steps)
 
     def after_batch(self, learn):
-        if learn.trial or not learn.training or self.every == 'epoch' or not learn._stepped: return
-        n_steps = learn.n_steps+1   # with this one
-        if n_steps % self.every == 0: self._save(learn, learn.epoch, n_steps, learn.iter+1)
+        n_steps,due = learn.n_steps+1,self.every != 'epoch' and learn.training and learn._stepped
+        if due and n_steps % self.every == 0: self._save(learn, learn.epoch, n_steps, learn.iter+1)
 
     def after_fit(self, learn):
-        if not learn.trial and learn.opt is not None and learn.epochs: self._save(learn, learn.epochs.stop, learn.n_steps)
+        if learn.opt is not None and learn.epochs: self._save(learn, learn.epochs.stop, learn.n_steps)
 
     def _save(self, learn, epoch, n_steps, batches=0):
-        best = False if batches or self.monitor is None else self.improves(learn, ('valid', 'train'), epoch-1)
+        if learn.trial: return
+        ended = self.monitor is not None and not batches
+        best = self.improves(learn, ('valid', 'train'), epoch-1) if ended else False
         state = learner_state(learn, epoch, batches, n_steps)   # waits for the device
-        if not is_main(): return
-        _check_finite(learn.model, self.path)
-        write_checkpoint(self.path/f'step_{n_steps:09d}.pt', state, best, self.keep)
-
-def _check_finite(model, folder):
-    odd = [nm for nm,p in unwrap(model).named_parameters() if not p.isfinite().all()]
-    if not odd: return
-    last = next((f'; the last good one is {o}' for o in reversed(checkpoints(folder))), '')
-    raise FloatingPointError(f'CheckpointCB: {odd[0]} is not finite any more, so this is not saved{last}')
+        path = self.path/f'step_{n_steps:09d}.pt'
+        if is_main(): write_checkpoint(path, learn.model, state, best, self.keep)

@@ -311,7 +311,7 @@ class ParameterTap:
         what:int=3      # see `miniai.kernels.add_to_row`
     ):
         self.rows, self.told, self.pairs, self.what = rows, told, pairs, what
-        self.params, self.before, self.starts, self.jobs = (), {}, {}, None
+        self.params, self.before, self.starts, self.jobs, self.like = (), {}, {}, None, None
 
     def choose(self,
         params # of `NamedParameter`: those that have, or ever had, a gradient
@@ -323,18 +323,21 @@ class ParameterTap:
 
     def forget(self):
         "Let go of all buffers."
-        self.before, self.starts, self.jobs, self.params = {}, {}, None, ()
+        self.before, self.starts, self.jobs, self.params, self.like = {}, {}, None, (), None
 
     def start(self,
         tensors # one for each parameter, or None
     ):
         "Copy what updates are measured from; None for a parameter that will not move."
-        there = [(o, t.detach()) for o,t in zip(self.params, tensors) if t is not None]
-        for o,t in there:
-            if _is_like(self.starts.get(o.name), t): continue
-            # lines have the address of the one before
-            self.starts[o.name], self.jobs = torch.empty_like(t), None
-        if there: torch._foreach_copy_([self.starts[o.name] for o,_ in there], [t for _,t in there])
+        found = [(o, t) for o,t in zip(self.params, tensors) if t is not None]
+        like = [(o.name, t.shape, t.dtype, t.device, t.is_contiguous()) for o,t in found]
+        if like != self.like:
+            for o,t in found:
+                if _is_like(self.starts.get(o.name), t): continue
+                # lines have the address of the one before
+                self.starts[o.name], self.jobs = torch.empty_like(t), None
+            self.like, self.copies = like, [self.starts[o.name] for o,_ in found]
+        if found: torch._foreach_copy_(self.copies, [t for _,t in found])
 
     def read(self,
         tensors,       # one for each parameter, or None

@@ -96,11 +96,11 @@ class AtSteps(ReachedParameters):
     def before_epoch(self, learn):
         super().before_epoch(learn)
         self.going = False
-        if learn.training and not self.trial: self._find(learn)
+        if learn.training: self._find(learn)
 
     def before_batch(self, learn):
         going, self.going = self.going and learn.training, False
-        if going or self.trial: return
+        if going: return
         self._samples = 0
         self.active = learn.training and self.sampler.wants('train', getattr(learn, 'n_steps', None))
 
@@ -120,7 +120,7 @@ class StepRows(AtSteps):
         self.tap.read(tensors, from_start)
 
     def cleanup_epoch(self, learn):
-        if learn.training and not self.trial and self._there is not None: self._note_gaps()
+        if learn.training and self._there is not None: self._note_gaps()
         super().cleanup_epoch(learn)
 
     def cost(self): # buffers are memory, too
@@ -392,7 +392,7 @@ class RankSamples(Recorder, HooksCallback):
                 self.history.record(source, 'effective_rank', rank, samples=len(rows[0]), **wheres[0])
 
     def cleanup_epoch(self, learn):
-        if not self.trial: self.guarded(self._measure)
+        self.guarded(self._measure)
         super().cleanup_epoch(learn)
 
     def state_dict(self):

@@ -6,7 +6,7 @@
 __all__ = ['Series', 'History', 'plain_frame', 'write_table', 'read_table']
 
 # %% ../nbs/15_history.ipynb #6f442832
-import csv, json
+import json
 import warnings
 from dataclasses import dataclass
 from itertools import groupby
@@ -46,7 +46,7 @@ class Values(Table):
         self.waiting = {}   # key -> [(facts, type, value)]
 
     def record(self, key, value, facts):
-        "Copy a small tensor, without its graph; how many of its series wait."
+        "Copy a small tensor; how many of its series wait."
         value = torch.as_tensor(value).detach()
         if value.is_complex():
             raise TypeError(f'History.record: {key[2]} of {key[1]} is complex; record its modulus or parts')
@@ -58,14 +58,13 @@ class Values(Table):
         return len(waiting)
 
     def flush(self):
-        "Move what waits to the host: one transfer for each device."
         groups = [(key, *like, *zip(*rows)) for key,waiting in self.waiting.items()
                   for like,rows in groupby(waiting, lambda o: (o[1], o[2].shape, o[2].device))]
         self.waiting = {}
         arrays = to_host([torch.stack(values) for *_,values in groups])
         for (key,kind,_,_,facts,*_),values in zip(groups, arrays):
             self.add(key, Chunk(np.array(facts, np.int64), (values.astype(kind),)))
-        return self
+        return bool(groups)
 
     @property
     def nbytes(self):
@@ -78,7 +77,7 @@ class Values(Table):
         return {key[2]: o.stride for key,o in sorted(self.chunks.items(), key=lambda o: o[1].stride)}
 
     def series(self, *key):
-        chunks = joined(self.chunks[key])
+        chunks = joined(self.chunks.get(key, ()))
         if len(chunks) == 1: return chunks[0].facts, chunks[0].arrays[0]
         return self.facts_of(*key), stacked([row for o in chunks for row in o.arrays[0]])
 
@@ -104,15 +103,13 @@ class _Recorded:
         if max_bytes < 100_000:
             raise ValueError(f'History: max_bytes is {max_bytes!r}; it must be 100,000 or more')
         self.max_pending, self.max_bytes, self.run = max_pending, max_bytes, -1
-        self.values, self.tables = Values(), []
-
-    @property
-    def _all(self): return [*self.tables, self.values]
+        self.values = Values()
+        self.tables = [self.values]
 
     def start_run(self) -> int: # number of the run that starts now
         "Rows recorded from here on belong to the next run; earlier rows stay."
         self.run += 1
-        for o in self._all: o.start_run()
+        for o in self.tables: o.start_run()
         return self.run
 
     def add_table(self,
@@ -144,41 +141,39 @@ class _Bounded(_Recorded):
     "Tables whose largest series are thinned when they are full."
     def flush(self):
         "Move all pending rows to the host: one transfer per table and device; only here it is waited for."
-        came = self.values.waiting or any(o.slots for o in self.tables)
-        for o in self._all: o.flush()
-        if came: self._thin_if_full()
+        if any([o.flush() for o in self.tables]): self._thin_if_full()
         return self
 
     @property
     def nbytes(self):
         "Memory held, in bytes, on the host and on the device."
-        return sum(o.nbytes for o in self._all)
+        return sum(o.nbytes for o in self.tables)
 
-    def __len__(self): return sum(len(o) for o in self.flush()._all)
+    def __len__(self): return sum(len(o) for o in self.flush().tables)
 
     def kept_bytes(self):
         "Add up the memory of the rows that have come to the host."
-        return sum(o.kept_bytes() for o in self._all)
+        return sum(o.kept_bytes() for o in self.tables)
 
     def _thin_if_full(self):
         if self.kept_bytes() <= self.max_bytes: return
         while self.kept_bytes() > self.max_bytes*3/4:   # until a quarter of the table is free
-            sizes = {(o, key): size for o in self._all for key,size in o.sizes().items()}
+            sizes = {(o, key): size for o in self.tables for key,size in o.sizes().items()}
             if not sizes: return
             for table,key in [o for o,size in sizes.items() if size > max(sizes.values())/2]:
                 table.chunks[key].thin()
         what = ', '.join(f'one row of {stat!r} in {n}' for stat,n in self.thinned().items())
-        warnings.warn(f'History: {self.max_bytes/1e6:g} MB are full. It keeps {what}; each row has its step. Give '
-                      'History a larger `max_bytes`, or watch fewer steps (`every`) or layers', stacklevel=3)
+        warnings.warn(f'History: {self.max_bytes/1e6:g} MB are full. It keeps {what}; each row has its step. '
+                      'Give it a larger `max_bytes`, or watch fewer steps (`every`) or layers', stacklevel=3)
 
     def thinned(self) -> dict: # stat -> n, where one row in n is kept; empty while all rows are
         "Say what of the table has been thinned."
-        return {nm: n for o in (self.values, *self.tables) for nm,n in o.thinned().items() if n > 1}
+        return {nm: n for o in self.tables for nm,n in o.thinned().items() if n > 1}
 
 # %% ../nbs/15_history.ipynb #5a464c1f
 class _Readable(_Bounded):
     "Tables that are read by the names of series."
-    def _table(self, *key): return next((o for o in self._all if o.has(*key)), None)
+    def _table(self, *key): return next((o for o in self.tables if o.has(*key)), Values())
 
     def series(self,
         source:str,        # as recorded
@@ -187,14 +182,12 @@ class _Readable(_Bounded):
         first_run:int=0    # leave out what earlier runs recorded
     ) -> Series: # numpy arrays, one entry a row; empty if nothing was recorded under these names
         "Read all rows of one statistic of one source; flushes first."
-        found = self.flush()._table(phase, source, stat)
-        rows, values = (Column().facts, np.zeros(0)) if found is None else found.series(phase, source, stat)
+        rows, values = self.flush()._table(phase, source, stat).series(phase, source, stat)
         return Series(*rows.T, values=values).since(first_run)
 
     def keys(self) -> list: # (phase, source, stat) of every series, in order of first appearance
         "Name what there is in the table."
-        self.flush()
-        return list(dict.fromkeys(key for o in (self.values, *self.tables) for key in o.keys()))
+        return list(dict.fromkeys(key for o in self.flush().tables for key in o.keys()))
 
     def has(self,
         phase:str,  # as in `keys`, as are the others
@@ -202,21 +195,18 @@ class _Readable(_Bounded):
         stat:str
     ) -> bool:
         "Say whether there are rows under these names."
-        return self._table(phase, source, stat) is not None
+        return any(o.has(phase, source, stat) for o in self.tables)
 
     def runs_of(self, phase, source, stat):
         "Give the numbers of the runs of the rows of a series, in order; reads no values."
-        found = self.flush()._table(phase, source, stat)
-        return np.zeros(0, np.int64) if found is None else found.facts_of(phase, source, stat)[:, 0]
+        return self.flush()._table(phase, source, stat).facts_of(phase, source, stat)[:, 0]
 
     def not_finite(self, stats, seen=None):
-        """Find the (phase, source) with something not finite in this run: in values of these names, or in sums.
+        """Find the (phase, source) with something not finite in this run, in values of these names or in sums.
 
         `seen` is where an earlier call ended: only newer rows are read."""
-        self.flush()
-        seen = {} if seen is None else seen
-        return set().union(*(o.not_finite(self.run, seen.setdefault(i, {}), stats)
-                             for i,o in enumerate((self.values, *self.tables))))
+        seen, tables = {} if seen is None else seen, enumerate(self.flush().tables)
+        return set().union(*(o.not_finite(self.run, seen.setdefault(i, {}), stats) for i,o in tables))
 
 # %% ../nbs/15_history.ipynb #4745d197
 class History(_Readable):
@@ -240,24 +230,17 @@ class History(_Readable):
         chunks = [Chunk(np.asarray(o, np.int64)[None], (np.asarray(v)[None],)) for o,v in zip(rows, values)]
         self.values.chunks[key] = Column(joined(chunks), len(chunks))
 
-    def drop(self, *stats):
-        "Forget the values of these names, of all sources."
-        self.flush()
-        for key in [o for o in self.values.chunks if o[2] in stats]: del self.values.chunks[key]
-
     def state_dict(self,
         unmerged:bool=False # only the rows that `merge` has not seen
     ) -> dict: # run, values and tables
         "Give the table, flushed, in a form that can be saved."
-        values, *tables = (o.state_dict(unmerged) for o in (self.values, *self.tables))
-        return dict(run=self.run, values=values, tables=tables)
+        return dict(run=self.run, tables=[o.state_dict(unmerged) for o in self.tables])
 
     def load_state_dict(self,
         state:dict # as `state_dict` gave it
     ):
         "Be that table; what was recorded here is forgotten."
         self.run = state['run']
-        self.values.load_state_dict(state['values'])
         for tap,bins,*more in (o['about'] for o in state['tables'][len(self.tables):]):
             self.add_table(Rows(tap, Bins(**bins), *more))
         for o,saved in zip(self.tables, state['tables']): o.load_state_dict(saved)
@@ -267,9 +250,8 @@ class History(_Readable):
         whole=()     # sources whose rows are of all processes already
     ):
         "Rows since the last merge become those of all processes together; in training, steps that all have."
-        for i,o in enumerate(self.tables):   # gradients and updates are the same in all processes
-            if o.tap in ('output', 'input', 'output_grad'): o.merge([s['tables'][i] for s in states])
-        self.values.merge([s['values'] for s in states], whole)
+        for i,o in enumerate(self.tables):
+            if o.merges: o.merge([s['tables'][i] for s in states], whole)
 
 # %% ../nbs/15_history.ipynb #ffbf213e
 def plain_frame(
@@ -314,8 +296,8 @@ def _read_parquet(path):
     return frame.to_dict('records'), frame.attrs.get('miniai_facts', {})
 
 def _read_csv(path):
-    csv.field_size_limit(2**31-1)   # a layer of many units has long rows
-    with open(path, newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
+    import pandas as pd
+    rows = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict('records')
     return [row | dict(values=json.loads(row.get('values') or 'null')) for row in rows], {}
 
 def _read_lines(path):
@@ -390,8 +372,3 @@ class RunningMean:
 
     def state_dict(self): return dict(total=self.total, weight=self.weight)
     def load_state_dict(self, state): self.total, self.weight = state['total'], state['weight']
-
-def is_main():
-    "Say whether this is the process that prints and writes; True, too, where it is the only one."
-    dist = torch.distributed
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0

@@ -106,7 +106,6 @@ def count_hooks(
     kinds = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
     return sum(len(getattr(m, k, None) or ()) for m in model.modules() for k in kinds)
 
-# %% ../nbs/02_hooks.ipynb #066c19d0
 def unwrap(
     model:nn.Module # possibly wrapped by torch.compile or DistributedDataParallel
 ) -> nn.Module: # the module inside
@@ -117,6 +116,8 @@ def unwrap(
             inner = model.module
         if inner is None: return model
         model = inner
+
+
 
 # %% ../nbs/02_hooks.ipynb #7bd13219
 _no_parts = nn.MultiheadAttention   # computes with the weights of its output layer, and never calls it
@@ -191,7 +192,6 @@ def parameter_matches(name, pattern) -> bool:
     if pattern in ('weight', 'bias'): return _kind(name) == pattern
     return fnmatchcase(name, pattern) or fnmatchcase(name.rsplit('.', 1)[-1], pattern)
 
-# %% ../nbs/02_hooks.ipynb #b5ee5085
 def parameter_axis(module, name, ndim) -> int:
     "Find the axis of the parameter `name` of `module`, with `ndim` axes, that counts the units of its layer."
     turned = nn.modules.conv._ConvTransposeNd, nn.Embedding, nn.EmbeddingBag
@@ -221,7 +221,6 @@ def find_parameters(model) -> list:
     return [NamedParameter(i, nm, p, modules[nm.rpartition('.')[0]], shape(p))
             for i,(nm,p) in enumerate(model.named_parameters())]
 
-# %% ../nbs/02_hooks.ipynb #0e7308b3
 def choose_parameters(params, patterns, name='') -> tuple:
     "Choose those `params` that one or several patterns mean; `name` is what an error begins with."
     patterns, names = (patterns,) if isinstance(patterns, str) else tuple(patterns), [o.name for o in params]

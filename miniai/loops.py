@@ -20,7 +20,6 @@ def pointer(typingctx, address, like):
 
 @njit
 def numbers(address, n, like):
-    "View `n` numbers at an address as an array."
     return carray(pointer(address, like), n)
 
 # %% ../nbs/11_loops.ipynb #b60c5490
@@ -29,7 +28,6 @@ piece = 4096
 
 @njit(fastmath=_reorder, inline='never')
 def powers(x, n):
-    "Sum the first four powers."
     s1 = s2 = s3 = s4 = 0.
     for j in range(n):
         d = np.float64(x[j])
@@ -42,7 +40,6 @@ def powers(x, n):
 
 @njit(fastmath=_reorder | {'nnan'}, inline='never')
 def ends(x, n):
-    "Find the smallest and the largest."
     lo = hi = x[0]
     for j in range(n):
         lo = x[j] if x[j] < lo else lo
@@ -51,7 +48,6 @@ def ends(x, n):
 
 @njit(fastmath=_reorder, inline='never')
 def product(x, y, n):
-    "Sum the products of two pieces, and the squares of the second."
     xy = yy = 0.
     for j in range(n):
         xy += np.float64(x[j])*np.float64(y[j])
@@ -83,7 +79,6 @@ def add_active(x, n, C, S, units):
 
 @njit(inline='never')
 def finite_squares(x, first, last):
-    "Sum the squares of what is finite."
     squares = 0.
     for j in range(first, last):
         if np.isfinite(x[j]): squares += np.float64(x[j])**2
@@ -91,7 +86,6 @@ def finite_squares(x, first, last):
 
 @njit(fastmath=_reorder, inline='never')
 def sample_norms(x, n, size):
-    "Sum the norms of `n` samples."
     norms = 0.
     for i in range(0, n*size, size):
         squares = 0.
@@ -206,7 +200,6 @@ def add_pair(at, start, before, counts, n, row, work, like):
 # %% ../nbs/11_loops.ipynb #999dfa82
 @njit
 def add_tensor(at, start, before, counts, out, B, P, C, S, what, like, work, spec, table, edges):
-    "Measure one tensor."
     bins, size = np.int64(spec[0]), np.int64(spec[5])
     row = numbers(out, 16 + bins + 4 + C, 0.)
     units, block = row[16 + bins + 4:], C*S
@@ -246,7 +239,6 @@ def unpacked(plan):
     return numbers(at[0], 6, 0.), numbers(at[1], 2**15, np.uint16(0)), numbers(at[2], at[3], np.float32(0))
 
 def compiled(f):
-    "Compile a door."
     try: return njit(nogil=True, cache=True)(f)
     except RuntimeError: return njit(nogil=True)(f)   # no folder to keep it in
 

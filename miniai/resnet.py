@@ -17,12 +17,6 @@ from .init import GeneralRelu, conv
 act_gr = partial(GeneralRelu, leak=0.1, sub=0.4)
 
 # %% ../nbs/32_resnet.ipynb #d2373666
-def _conv_block(ni, nf, stride, act=act_gr, norm=None, ks=3):
-    "Two convolutions; the second has the stride and no activation."
-    return nn.Sequential(conv(ni, nf, stride=1, act=act, norm=norm, ks=ks),
-                         conv(nf, nf, stride=stride, act=None, norm=norm, ks=ks))
-
-# %% ../nbs/32_resnet.ipynb #966e76d3
 class ResBlock(nn.Module):
     "Two convolutions and, added to what they make, their input."
     def __init__(self,
@@ -36,7 +30,8 @@ class ResBlock(nn.Module):
         super().__init__()
         if ks%2==0:
             raise ValueError(f'ResBlock: ks is {ks}; it must be odd, or input and output differ in size')
-        self.convs = _conv_block(ni, nf, stride, act=act, norm=norm, ks=ks)
+        self.convs = nn.Sequential(conv(ni, nf, stride=1, act=act, norm=norm, ks=ks),
+                                   conv(nf, nf, stride=stride, act=None, norm=norm, ks=ks))
         self.idconv = nn.Identity() if ni==nf else conv(ni, nf, ks=1, stride=1, act=None)
         self.pool = nn.Identity() if stride==1 else nn.AvgPool2d(stride, ceil_mode=True)
         self.act = act() if act else nn.Identity()

@@ -36,26 +36,21 @@ class Chunk:
     @property
     def nbytes(self): return self.facts.nbytes + sum(o.nbytes for o in self.arrays)
 
-    def units(self):
-        "Unpack the bits, [n, units] bool."
-        return np.unpackbits(self.arrays[2], axis=1, count=self.n_units).astype(bool)
-
-    def sums(self, bins):
-        "Make rows of sums readable by name."
-        return Sums(*self.arrays[:2], self.units(), bins)
+    def units(self): return np.unpackbits(self.arrays[2], axis=1, count=self.n_units).astype(bool)
+    def sums(self, bins): return Sums(*self.arrays[:2], self.units(), bins)
 
 def joined(chunks):
     "Join neighbours of one kind."
-    groups = [list(o) for _,o in groupby(chunks, lambda o: o.kind)]
-    return [same[0] if len(same) == 1 else _join(same) for same in groups]
-
-def _join(same):
-    facts, arrays = np.concatenate([o.facts for o in same]), zip(*(o.arrays for o in same))
-    return Chunk(facts, tuple(map(np.concatenate, arrays)), same[0].n_units)
+    res = []
+    for _,same in groupby(chunks, lambda o: o.kind):
+        facts, arrays, (n, *_) = zip(*((o.facts, o.arrays, o.n_units) for o in same))
+        join = np.concatenate if len(facts) > 1 else lambda o: o[0]
+        res.append(Chunk(join(facts), tuple(map(join, zip(*arrays))), n))
+    return res
 
 def stacked(values):
     "Stack arrays; into an array of objects where their shapes differ."
-    if len({np.shape(o) for o in values}) == 1: return np.stack(values)
+    if len({np.shape(o) for o in values}) < 2: return np.array(values)
     res = np.empty(len(values), dtype=object)
     for i,o in enumerate(values): res[i] = o
     return res
@@ -75,7 +70,6 @@ class Column:
     def nbytes(self): return sum(o.nbytes for o in self)
 
     def append(self, chunk):
-        "Take what is to be kept of the rows that follow."
         kept = chunk[-self.offered % self.stride::self.stride]
         self.offered += len(chunk)
         if not len(kept): return
@@ -106,15 +100,16 @@ class Column:
 # %% ../nbs/14_rows.ipynb #4f240d9a
 class Table:
     "Series by key, which begins with phase and source."
+    merges = True
     def __init__(self): self.chunks = {}   # key -> `Column`
 
     def add(self, key, chunk):
-        "Take the rows of one series that follow."
         self.follow(key, chunk)
         self.chunks.setdefault(key, Column()).append(chunk)
 
     def follow(self, key, chunk): pass   # what is to be known of all rows, kept or not
     def empty(self): self.flush()        # of what waits
+    def close(self): pass                # a step is complete
 
     def __len__(self): return sum(map(len, self.chunks.values()))
     def kept_bytes(self): return sum(o.nbytes for o in self.chunks.values())
@@ -131,39 +126,34 @@ class Table:
             if any(o.any() for o in bad): found.add(key[:2])
         return found
 
-    def start_run(self):
-        "Remember what `merge` is to go on from."
+    def start_run(self):   # `merge` goes on from here
         self.empty()
         for o in self.chunks.values(): o.merged = len(o)
 
     def state_dict(self, unmerged=False):
         "Give what is needed to go on; or, to merge, only the rows since the last time."
         self.empty()
-        return {key: o.state_dict(o.merged if unmerged else 0) for key,o in self.chunks.items()}
+        return dict(chunks={key: o.state_dict(o.merged if unmerged else 0) for key,o in self.chunks.items()})
 
     def load_state_dict(self, state):
-        "Go on from there; what was recorded here is forgotten."
         self.empty()
-        self.chunks = {tuple(k): Column.of_state(o) for k,o in state.items()}
+        self.chunks = {tuple(k): Column.of_state(o) for k,o in state['chunks'].items()}
 
     def merge(self, states, whole=()):
         "Make the rows since the last time those of all processes; those of sources in `whole` are already."
-        placed = [{tuple(k): _placed(Column.of_state(o)) for k,o in s.items()} for s in states]
         self.empty()
-        for key,column in self.chunks.items():
-            if key[1] in whole: continue
-            mine, new = [o.get(key, {}) for o in placed], []
-            for place in max(mine, key=len):
-                parts = [o[place] for o in mine if place in o]
-                if key[0] == 'valid' or len(parts) == len(placed): new.append(self._together(parts))
+        for key in [o for o in self.chunks if o[1] not in whole]:
+            column, new = self.chunks[key], []
+            placed = [_placed(Column.of_state(o['chunks'][key])) for o in states if key in o['chunks']]
+            for place in max(placed, key=len, default={}):
+                parts = [o[place] for o in placed if place in o]
+                if key[0] != 'valid' and len(parts) < len(states): continue
+                facts = parts[0].facts.copy()
+                facts[:, 3] = sum(o.facts[:, 3] for o in parts)   # samples
+                new.append(Chunk(facts, self.together(parts), parts[0].n_units))
             column.chunks = joined([*column.cut(0, column.merged), *new])
             for o in joined(new): self.follow(key, o)
             column.merged = len(column)
-
-    def _together(self, parts):
-        facts = parts[0].facts.copy()
-        facts[:, 3] = sum(o.facts[:, 3] for o in parts)   # samples
-        return Chunk(facts, self.together(parts), parts[0].n_units)
 
 def _placed(column):
     "Rows by run, step, epoch, call, and how many of that kind came before."
@@ -182,7 +172,6 @@ class Units:
         self.batches, self.epochs = 0, []
 
     def update(self, chunk):
-        "Take in the rows that follow."
         dead, steps = ~chunk.units(), chunk.facts[:, 1]
         before = np.vstack([self.since >= 0, dead[:-1]])
         self.returns += (before & ~dead).sum(0)
@@ -200,13 +189,11 @@ class Units:
             if self.epochs and self.epochs[-1][:2] == (run, epoch): always &= self.epochs.pop()[3]
             self.epochs.append((run, epoch, step, always))
 
-    def windows(self):
-        "Give (run, epoch, last step, [units] bool: dead in all its batches) of epochs, the last may go on."
-        return self.epochs
+    # (run, epoch, last step, [units] bool: dead in every batch of it), the last of which may go on
+    def windows(self): return self.epochs
 
     @classmethod
-    def of_state(cls, state):
-        "Make a copy of what has these `vars`."
+    def of_state(cls, state):   # the `vars` of another
         res = cls(0)
         vars(res).update({k: v if isinstance(v, int) else v.copy() for k,v in state.items()})
         return res
@@ -214,12 +201,14 @@ class Units:
 # %% ../nbs/14_rows.ipynb #b6822121
 class Cell:
     "The pending rows of one source, [capacity, width] on its device."
-    def __init__(self, bins, n_units, call, capacity, device):
-        self.n_units, self.call = n_units, call
-        self._own(empty_rows(capacity, row_width(bins, n_units), device))
+    def __init__(self, bins, n_units, call, slots, device):
+        self.n_units, self.call, width = n_units, call, row_width(bins, n_units)
+        # room for up to 64 slots on the CPU, 512 elsewhere, in up to 256 kB (2 MB), and those there are
+        most, size = (64, 2**18) if torch.device(device).type == 'cpu' else (512, 2**21)
+        self._own(empty_rows(max(slots, min(most, max(8, size//(8*width)))), width, device))
 
     def _own(self, rows):
-        self.rows, self.nbytes = rows, rows[0].nbytes
+        self.rows, self.nbytes, self.room = rows, rows[0].nbytes, len(rows)
         self.address = rows.data_ptr() if rows.device.type == 'cpu' else 0
 
     def __setstate__(self, state):   # of a copy, whose memory is another
@@ -237,11 +226,11 @@ def to_host(tensors):
     return arrays
 
 # %% ../nbs/14_rows.ipynb #cf7f8334
-class Slots:
-    "Rows of sums that wait: `open` begins a step or goes on with it, `take` brings them to the host."
-    def __init__(self, bins, capacity=None):
-        self.bins, self.capacity = bins, capacity
-        self.cells, self.slots, self.closed, self.i = {}, [], True, -1
+class Slots(Table):
+    "Rows of sums that wait."
+    def __init__(self, bins):
+        super().__init__()
+        self.bins, self.cells, self.slots, self.closed, self.i = bins, {}, [], True, -1
 
     def open(self, phase, run, step, epoch, samples=0, new=False):
         "Begin a step, or go on with it unless `new`, as for batches of validation; the number of the slot."
@@ -250,32 +239,20 @@ class Slots:
             self.slots[-1] = *mine, self.slots[-1][4] + samples
             return self.i
         self.closed = True
-        if self.cells and len(self.slots) >= self.room: self.on_full()
+        if len(self.slots) >= min((o.room for o in self.cells.values()), default=np.inf): self.on_full()
         self.slots.append((*mine, samples))
         self.closed, self.i = False, len(self.slots)-1
         return self.i
 
-    @property
-    def room(self): return min((len(o.rows) for o in self.cells.values()), default=1)
-
-    def close(self):
-        "End the step: nothing will be added to its slot."
-        self.closed = True
+    def close(self): self.closed = True   # nothing will be added to this step
 
     def cell(self, source, n_units, device='cpu', call=0):
         "Find the cell of a source; one for another number of units takes its place."
         found = self.cells.get(source)
         if found is None or found.n_units != n_units or found.rows.device != torch.device(device):
             if found is not None: self.empty()
-            capacity = self.capacity or self._capacity(row_width(self.bins, n_units), device)
-            found = Cell(self.bins, n_units, call, max(capacity, len(self.slots)), device)
-            self.cells[source] = found
+            found = self.cells[source] = Cell(self.bins, n_units, call, len(self.slots), device)
         return found
-
-    def _capacity(self, width, device):
-        "How many slots wait: up to 64 on the CPU, 512 elsewhere, in up to 256 kB (2 MB)."
-        most, size = (64, 2**18) if torch.device(device).type == 'cpu' else (512, 2**21)
-        return min(most, max(8, size//(8*width)))
 
     def row(self, source, n_units, device='cpu', call=0):
         "Give the row of a source in the current slot, to add to."
@@ -292,22 +269,13 @@ class Slots:
         return slots, arrays
 
 # %% ../nbs/14_rows.ipynb #cd303c23
-class ArrivingRows(Slots, Table):
+class ArrivingRows(Slots):
     "Rows of sums on their way from slots to series."
-    def __init__(self, tap, bins, follow_units, capacity):
-        Slots.__init__(self, bins, capacity)
-        Table.__init__(self)
-        self.tap, self.follow_units, self.units, self.before = tap, follow_units, {}, {}
-        self.after_flush = None   # called when rows have come to the host by themselves
-
     def on_full(self):
         self.flush()
         if self.after_flush is not None: self.after_flush()
 
-    def flush(self):
-        "Move the rows of complete steps to the host: one transfer for each device."
-        self._move(len(self.slots) - (not self.closed))
-        return self
+    def flush(self): return self._move(len(self.slots) - (not self.closed))   # of complete steps
 
     def empty(self):
         "Move all rows to the host; a step that is open goes on, empty."
@@ -316,7 +284,8 @@ class ArrivingRows(Slots, Table):
         self.slots, self.closed, self.i = last, not last, len(last)-1
 
     def _move(self, n):
-        if n <= 0: return
+        "Move the first `n` slots to the host; whether there were any."
+        if n <= 0: return False
         slots, arrays = self.take(n)
         phases, facts = np.array([o[0] for o in slots]), np.array([[*o[1:], 0] for o in slots], np.int64)
         kinds = [(phase, phases == phase) for phase in dict.fromkeys(o[0] for o in slots)]
@@ -324,6 +293,7 @@ class ArrivingRows(Slots, Table):
             for phase,mask in kinds:
                 there = mask & (rows[:, 0] > 0)
                 if there.any(): self.add((phase, source), self._chunk(source, facts[there], rows[there]))
+        return True
 
     def _chunk(self, source, facts, rows):
         k, width = len(scalars), len(scalars) + len(self.bins)
@@ -351,8 +321,7 @@ class ArrivingRows(Slots, Table):
 # %% ../nbs/14_rows.ipynb #67601047
 class ReadRows(ArrivingRows):
     "Rows of sums by the names of statistics."
-    def keys(self):
-        "Name what is shown: (phase, source, statistic)."
+    def keys(self):   # of what is shown
         own = [stat_name(self.tap, o.name) for o in statistics.values()
                if o.own and (o.taps is None or self.tap in o.taps)]
         windows = ['dead_epoch'] if self.follow_units and self.tap == 'output' else []
@@ -360,13 +329,12 @@ class ReadRows(ArrivingRows):
         return [(*key, stat) for key in self.chunks for stat in (whole if key[1] == 'all' else shown)]
 
     def has(self, phase, source, stat):
-        "Say whether this can be read."
         base = base_name(self.tap, stat)
         known = base == 'norm' if source == 'all' else base or (stat == 'dead_epoch' and self.follow_units)
         return bool(known) and (phase, source) in self.chunks
 
     def series(self, phase, source, stat):
-        "Read one statistic of one source, of what has been flushed: facts [n, 5], values [n, ...]."
+        "Compute one statistic of one source, of what has been flushed: facts [n, 5], values [n, ...]."
         if stat == 'dead_epoch': return self._windows(phase, source)
         f, chunks = statistics[base_name(self.tap, stat)], self.chunks[phase, source]
         return chunks.facts, np.concatenate([f(o.sums(self.bins)) for o in joined(chunks)])
@@ -377,7 +345,7 @@ class ReadRows(ArrivingRows):
         return np.array(facts, dtype=np.int64).reshape(-1, 5), stacked([o[3] for o in found])
 
     def facts_of(self, phase, source, stat): return super().facts_of(phase, source)
-    def thinned(self): return dict.fromkeys(self.stats, max((o.stride for o in self.chunks.values()), default=1))
+    def thinned(self): return dict.fromkeys(self.stats, max([1, *(o.stride for o in self.chunks.values())]))
     def spoilt(self, key, chunk, stats): return (chunk.arrays[0][:, 1:4] > 0).any(1)
 
 # %% ../nbs/14_rows.ipynb #c800d49a
@@ -387,11 +355,15 @@ class Rows(ReadRows):
         tap:str='output',        # one of `miniai.stats.taps`
         bins:Bins=output_bins,   # of the histograms
         stats=('mean', 'std', 'hist', 'death_rate'), # that are shown; any other can be read, too
-        follow_units:bool=True,  # keep since when units are dead
-        capacity:int=None        # slots that may wait; default 64 on the CPU, 512 elsewhere
+        follow_units:bool=True   # keep since when units are dead
     ):
-        super().__init__(tap, bins, follow_units, capacity)
-        self.stats = tuple(stats)
+        super().__init__(bins)
+        self.tap, self.stats, self.follow_units = tap, tuple(stats), follow_units
+        self.units, self.before = {}, {}   # now, and when the run started: (phase, source) -> `Units`
+        self.after_flush = None            # called when rows have come to the host by themselves
+
+    @property
+    def merges(self): return self.tap in ('output', 'input', 'output_grad')   # others are the same everywhere
 
     def start_run(self):
         super().start_run()
@@ -404,20 +376,20 @@ class Rows(ReadRows):
 
     def merge(self, states, whole=()):
         self.units = _copies(self.before)
-        super().merge([o['chunks'] for o in states], whole)
+        super().merge(states, whole)
         self.start_run()
 
     def state_dict(self, unmerged=False):
         about = [self.tap, vars(self.bins), list(self.stats), self.follow_units]
         units, before = ({k: vars(o) for k,o in _copies(d).items()} for d in (self.units, self.before))
-        return dict(chunks=super().state_dict(unmerged), units=units, before=before, about=about)
+        return super().state_dict(unmerged) | dict(units=units, before=before, about=about)
 
     def load_state_dict(self, state):
         tap, bins, *_ = state['about']
         if (tap, Bins(**bins)) != (self.tap, self.bins):
-            raise ValueError(f'Rows.load_state_dict: these are rows of {tap!r} in {Bins(**bins)}; the table is of '
-                             f'{self.tap!r} in {self.bins}. Load them into one with the same bins')
-        super().load_state_dict(state['chunks'])
+            raise ValueError(f'Rows.load_state_dict: these are rows of {tap!r} in {Bins(**bins)}; the table is '
+                             f'of {self.tap!r} in {self.bins}. Load them into one with the same bins')
+        super().load_state_dict(state)
         self.units, self.before = ({tuple(k): Units.of_state(o) for k,o in state[nm].items()}
                                    for nm in ('units', 'before'))
 

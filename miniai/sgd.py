@@ -77,7 +77,8 @@ class RecorderCB(PerGroup, Callback):
 
     def series(self) -> dict: # name -> `Series`
         "What was recorded in the last fit that trained, with its steps; waits for the device."
-        names = [] if self.history is None else [k[2] for k in self.history.keys() if k[:2]==('train', self.source)]
+        keys = self.history.keys() if self.history else []
+        names = [nm for phase,source,nm in keys if (phase, source)==('train', self.source)]
         found = {nm: self.history.series(self.source, nm) for nm in names}
         run = max((s.runs[-1] for s in found.values()), default=0)
         return {nm: s.since(run) for nm,s in found.items() if s.runs[-1]==run}
@@ -96,7 +97,8 @@ def _drawn(series, names, figsize):
     for nm,ax in zip(names, axs.flat):
         lines = {k: s for k,s in series.items() if k==nm or k.startswith(f'{nm}[')}
         steps = next((s.steps for s in lines.values()), [])
-        plot_lines(ax, steps, {k: s.values for k,s in lines.items()} or [], title=nm, xlabel='step', legend=len(lines) > 1)
+        values = {k: s.values for k,s in lines.items()}
+        plot_lines(ax, steps, values or [], title=nm, xlabel='step', legend=len(lines) > 1)
     return fig
 
 # %% ../nbs/31_sgd.ipynb #e177f4a9
@@ -156,8 +158,8 @@ def epoch_value(
         values,samples = series.values[now],series.samples[now]
         if len(values): return float(values[-1] if source=='epoch' else np.average(values, weights=samples))
     names = sorted({stat for _,source,stat in learn.history.keys() if source=='epoch'} | {'loss'})
-    raise ValueError(f'{type(cb).__name__}: monitor is {monitor!r}, and no such metric was recorded in {" or ".join(phases)}; '
-                     f'choose from {", ".join(names)}, or add it to a MetricsCB')
+    raise ValueError(f'{type(cb).__name__}: monitor is {monitor!r}, and no such metric was recorded in '
+                     f'{" or ".join(phases)}; choose from {", ".join(names)}, or add it to a MetricsCB')
 
 # %% ../nbs/31_sgd.ipynb #52cce63a
 class EpochSchedCB(BaseSchedCB):
@@ -184,9 +186,9 @@ class EpochSchedCB(BaseSchedCB):
         self._stepped = True
 
     def after_fit(self, learn):
-        if self.schedo is not None and self._monitored() and not self._stepped:
-            warnings.warn(f"EpochSchedCB: no epoch of phase {self.phase!r} ended in this fit, so the scheduler "
-                          "has done nothing; validate, or use phase='train'", stacklevel=2)
+        if self.schedo is None or not self._monitored() or self._stepped: return
+        warnings.warn(f"EpochSchedCB: no epoch of phase {self.phase!r} ended in this fit, so the scheduler "
+                      "has done nothing; validate, or use phase='train'", stacklevel=2)
 
     def _monitored(self):
         plateau = isinstance(self.schedo, lr_scheduler.ReduceLROnPlateau)
@@ -236,8 +238,8 @@ class WeightAverages:
         "Put the mean into a model, to stay."
         found = averaged(model)
         if odd := sorted(found.keys() ^ self.averages.keys())[:3]:
-            raise ValueError(f'EMACB: the averages are those of another model, or not there yet; {", ".join(odd)} '
-                             'is not in both')
+            raise ValueError('EMACB: the averages are those of another model, or not there yet; '
+                             f'{", ".join(odd)} is not in both')
         for nm,o in found.items(): o.copy_(self.averages[nm])
 
     def swap_in(self, model):

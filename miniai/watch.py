@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from fastcore.basics import noop, patch
+from fastcore.meta import delegates
 
 from .activations import ActivationStats
-from .callback import Callback
+from .callback import Callback, Order
 from .collect import Cost
 from .gradients import GradientStats, RankStats, UpdateStats
 from .history import History
@@ -23,12 +24,9 @@ from .stats import outside
 
 # %% ../nbs/42_watch.ipynb #9954b4f2
 class RangeStats(ActivationStats):
-    "Smallest and largest entry of each chosen layer's output; `history` has the rows, 'range', [2] each."
-    def __init__(self, mod_filter=noop, on_train=True, on_valid=False, mods=None, every=1, budget=None,
-        max_bytes=56_000_000 # memory for the rows; the others as for `ActivationStats`
-    ):
-        super().__init__(mod_filter, on_train, on_valid, mods, every, budget=budget,
-                         stats=('range',), max_bytes=max_bytes)
+    "Records the smallest and largest entry of each chosen layer's output: rows 'range' of [2] each."
+    @delegates(ActivationStats.__init__)
+    def __init__(self, *args, **kwargs): super().__init__(*args, stats=('range',), **kwargs)
 
 # %% ../nbs/42_watch.ipynb #4bf47575
 @dataclass
@@ -56,7 +54,8 @@ def histories_of(learn):
     return [learn.history, *(cb.history for cb in learn.cbs if isinstance(cb, kinds))]
 
 class Findings(Callback):
-    "Keeps what was found in each fit."
+    "Keeps what was found in each fit, and in no trial."
+    in_trial = False
     def __init__(self): self.found, self.history, self.run = [], History(), None
 
     def keep(self, found):
@@ -84,7 +83,7 @@ class NanTracer(Findings):
 
     `found` has a `NonFinite` for each fit that had any (two if the first did not spread), `history` a row for
     each: its source, 'nonfinite', the index of its stage in `stages`."""
-    order = 100   # after those whose rows it reads
+    order = Order.judge   # after those whose rows it reads
 
     def __init__(self,
         every:int=None # check after every n-th step, too, and wait for the device; default after each epoch
@@ -92,11 +91,9 @@ class NanTracer(Findings):
         if every is not None and (not isinstance(every, int) or every < 1):
             raise ValueError(f'NanTracer: every is {every!r}; it must be 1 or more, a whole number, or None')
         super().__init__()
-        self.every, self.trial = every, False
+        self.every = every
 
-    def before_fit(self, learn):
-        self.trial = getattr(learn, 'trial', False)
-        if not self.trial: self.run, self._seen = self.history.start_run(), {}
+    def before_fit(self, learn): self.run, self._seen = self.history.start_run(), {}
 
     def after_batch(self, learn):
         if self.every and learn.training and (learn.n_steps+1) % self.every == 0: self.check(learn)
@@ -107,7 +104,6 @@ class NanTracer(Findings):
         learn # whose callbacks' rows to read; waits for the device
     ): # the `NonFinite` of this fit; None while all is well
         "Find the first NaN or Inf of this fit, unless it is known."
-        if self.trial: return None
         mine = [o for o in self.found if o.run == self.run]
         new = [h.not_finite(asked, self._seen.setdefault(i, {})) for i,h in enumerate(histories_of(learn))]
         spread = next((o for o in mine if o.spread), None)
@@ -363,5 +359,3 @@ def unwatch(self:Learner):
     gone = [o for w in watchers for o in (*w.parts.values(), w)]
     for i in reversed(range(len(self.cbs))):
         if any(self.cbs[i] is o for o in gone): del self.cbs[i]
-    for o in gone:   # a fit that goes on would not end them
-        if hasattr(o, 'cleanup_fit'): o.cleanup_fit(self)

@@ -1,4 +1,6 @@
 "What several test files, and the benchmark, use."
+import traceback
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -10,9 +12,13 @@ reading = 'aten::_local_scalar_dense', 'aten::item', 'aten::nonzero', 'aten::equ
 
 class CountReads(TorchDispatchMode):
     "Counts reads of a tensor's value by the host."
-    def __init__(self): super().__init__(); self.reads = 0
+    def __init__(self):
+        super().__init__()
+        self.reads, self.stacks = 0, []   # the stack of each read
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.reads += func.name() in reading
+        if func.name() in reading:
+            self.reads += 1
+            self.stacks.append(''.join(traceback.format_stack()[:-1]))
         return func(*args, **(kwargs or {}))
 
 
@@ -20,10 +26,11 @@ class ReadsPerStep(Callback):
     "Host reads, as `counter` counts them, from the first event of a batch to the last."
     order = 1000
     def __init__(self, counter): self.counter = counter
-    def before_fit(self, learn): self.per_step = []
+    def before_fit(self, learn): self.per_step, self.stacks = [], []
     def before_epoch(self, learn): self.seen = self.counter.reads
     def cleanup_batch(self, learn):
         self.per_step.append(self.counter.reads - self.seen)
+        self.stacks.append(self.counter.stacks[self.seen:])
         self.seen = self.counter.reads
 
 

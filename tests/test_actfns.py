@@ -19,7 +19,7 @@ from miniai.datasets import DataLoaders, fashion_mnist, idx_folder
 from miniai.hooks import count_hooks
 from miniai.learner import Callback
 
-realdata = pytest.mark.skipif(bool(datasets._missing_idx(idx_folder)), reason='dataset-fashion-mnist is not installed')
+realdata = pytest.mark.skipif(bool(datasets.missing_idx(idx_folder)), reason='dataset-fashion-mnist is not installed')
 names = list(act_fn_by_name)
 by_name = pytest.mark.parametrize('name', names)
 

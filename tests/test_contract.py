@@ -2,7 +2,7 @@
 
 Only a callback that cannot be made without arguments needs a line: in `recipes`, below.
 """
-import copy, importlib, io, math, pickle, pkgutil, threading, warnings
+import copy, importlib, io, math, pickle, pkgutil, sys, threading, warnings
 from contextlib import nullcontext
 from functools import partial
 
@@ -16,6 +16,7 @@ import miniai
 from miniai.callback import (Callback, CancelBatchException, CancelEpochException, CancelFitException, cancels,
                              events, misspelt, work_events)
 from miniai.datasets import DataLoaders
+from miniai.device import set_seed
 from miniai.learner import Learner, MetricsCB, TrainCB
 from miniai.lens import LossMetrics, OutputNorm, ParameterNorm
 from shared import CountReads, ReadsPerStep
@@ -28,7 +29,8 @@ def subclasses(cls):
     return {o for sub in cls.__subclasses__() for o in {sub, *subclasses(sub)}}
 
 
-found = sorted((o for o in subclasses(Callback) if o.__module__.startswith('miniai.') and not o.__name__.startswith('_')),
+found = sorted((o for o in subclasses(Callback) if o.__name__ in getattr(sys.modules[o.__module__], '__all__', ())
+                and o.__module__.startswith('miniai.')),
                key=lambda o: (o.__module__, o.__name__))
 by_callback = pytest.mark.parametrize('cls', found, ids=lambda o: o.__name__)
 
@@ -77,8 +79,8 @@ def accuracy(preds, targets): return (preds.argmax(1) == targets).float().mean()
 
 
 def learner(cb):
-    "A learner with `cb` and whoever it needs, seeded; two batches a pass."
-    torch.manual_seed(0)
+    "A learner with `cb` and what it needs, seeded; two batches a pass."
+    set_seed(0)
     x, y = torch.randn(6, 4), torch.randint(3, (6,))
     dls = DataLoaders(*[torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 3)]*2)
     works = any(hasattr(cb, o) for o in ('predict', 'backward'))
@@ -286,16 +288,16 @@ reads = dict(LRFinderCB=1)   # to stop in time it must know the loss, and says s
 
 
 def reads_per_step(learn):
-    "Host reads in the last step of each of two epochs: the first of an epoch is the loader's."
+    "Host reads, and their stacks, in the last step of each of two epochs: the first of an epoch is the loader's."
     learn.fit(1, valid=False)
     with CountReads() as counter:
         watch = ReadsPerStep(counter)
         learn.fit(2, valid=False, cbs=watch)
-    return watch.per_step[1::2]
+    return list(zip(watch.per_step, watch.stacks))[1::2]
 
 
 @by_callback
 def test_reads_nothing_from_the_device_in_a_step(cls, tmp_path):
     if cls.__name__ == 'CompileCB': pytest.skip('compiled code is not dispatched to the counter')
-    found = reads_per_step(learner(make(cls, tmp_path)))
-    assert max(found, default=0) <= reads.get(cls.__name__, 0)
+    for n, stacks in reads_per_step(learner(make(cls, tmp_path))):
+        assert n <= reads.get(cls.__name__, 0), f'{n} reads; the first:\n{stacks[0]}'

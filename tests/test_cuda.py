@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from miniai import cuda
-from miniai.cuda import measure_cuda
+from miniai import kernels
+from miniai.kernels import measure_cuda
 from miniai.stats import Bins, empty_row, unit_view
 
 has_triton = importlib.util.find_spec('triton') is not None
@@ -105,12 +105,12 @@ def measured(a, axis, bins, other, device='cpu'):
 
 def measure_all(device='cpu'):
     res = {k: measured(*o, device=device) for k,o in inputs().items()}
-    was = cuda._programs
-    cuda._programs = 3
-    for f in (cuda._plan, cuda._scratch): f.cache_clear()
+    was = kernels._programs
+    kernels._programs = 3
+    for f in (kernels._tiles, kernels._scratch): f.cache_clear()
     res |= {k: measured(*o, device=device) for k,o in few_inputs().items()}
-    cuda._programs = was
-    for f in (cuda._plan, cuda._scratch): f.cache_clear()
+    kernels._programs = was
+    for f in (kernels._tiles, kernels._scratch): f.cache_clear()
     return res
 
 
@@ -185,7 +185,7 @@ def test_interpreted(interpreted, name): check(name, (inputs() | few_inputs())[n
 
 def test_some_are_split():
     "So that all paths of the kernel are among the tests."
-    plans = {k: cuda._plan(unit_view(a.shape, axis), False) for k,(a, axis, *_) in inputs().items()}
+    plans = {k: kernels._tiles(unit_view(a.shape, axis)) for k,(a, axis, *_) in inputs().items()}
     assert plans['B,T,F split'][3] > 1 and plans['4-d split'][3] > 1 and plans['weight split'][3] > 1
     assert math.prod(plans['136 programs'][2:]) == 136 and plans['40 samples split'][3] > 1
     assert plans['1-d long'][2] > 1 and plans['2-d wide'][0]['BB'] > 1 and plans['2-d wide'][3] > 1
@@ -205,12 +205,12 @@ def test_mistakes(change, told):
     with pytest.raises(ValueError, match=told): measure_cuda(**args)
 
 def test_imported_without_triton():
-    code = "import sys; sys.modules['triton'] = None; import miniai.cuda, torch; miniai.cuda.measure_cuda(" \
+    code = "import sys; sys.modules['triton'] = None; import miniai.kernels, torch; miniai.kernels.measure_cuda(" \
            "torch.ones(0, 1), 1, torch.zeros(22, dtype=torch.float64), miniai.stats.Bins(1))"
     subprocess.run([sys.executable, '-c', code], check=True)
 
 def test_triton_is_not_imported_early():
-    code = "import miniai.cuda, sys; assert not [o for o in sys.modules if o.split('.')[0] == 'triton']"
+    code = "import miniai.kernels, sys; assert not [o for o in sys.modules if o.split('.')[0] == 'triton']"
     subprocess.run([sys.executable, '-c', code], check=True)
 
 @pytest.mark.parametrize('shape', [(7,), (64, 10), (1, 3000), (8000, 2), (3, 1, 700), (64, 8, 28, 28), (2, 3, 600, 600)])
@@ -219,11 +219,10 @@ def test_plans(shape):
     for axis in range(len(shape)):
         four = unit_view(shape, axis)
         assert math.prod(four) == math.prod(shape)
-        for first in (True, False):
-            sides, tiles, groups, parts = cuda._plan(four, first)
-            assert math.prod(sides.values()) == cuda._tile and groups*parts <= cuda._programs
-            assert tiles == math.prod(-(-n//sides[k]) for n,k in zip(four[1:], ('BP', 'BC', 'BS')))
-            assert parts == 1 or (four[0]*parts <= 16*cuda._programs and groups*sides['BB'] >= four[0])
+        sides, tiles, groups, parts = kernels._tiles(four)
+        assert math.prod(sides.values()) == kernels._tile and groups*parts <= kernels._programs
+        assert tiles == math.prod(-(-n//sides[k]) for n,k in zip(four[1:], ('BP', 'BC', 'BS')))
+        assert parts == 1 or (four[0]*parts <= 16*kernels._programs and groups*sides['BB'] >= four[0])
 
 
 # --- on a GPU ---

@@ -231,7 +231,7 @@ def test_a_sampler_of_several():
         def before_fit(self, learn): updates.sampler = grads.sampler
     grads, updates = GradientStats(every=2), UpdateStats()
     learner(grads, updates, Joined(), AccumulateCB(2), n=10).fit(2)
-    assert grads.sampler is updates.sampler is updates.pace and grads.cost().steps_seen == 10
+    assert grads.sampler is updates.sampler and grads.cost().steps_seen == 10
     assert updates.rows('0.weight', 'update_norm').steps.tolist() == grads.rows('0.weight', 'grad_norm').steps.tolist() == [0, 2, 4, 6, 8]
     learner(grads, updates, Joined(), n=4, model=net(1)).fit(1)           # another model: counted anew
     assert grads.cost().steps_seen == 4 and updates.rows('0.weight', 'update_norm').steps.tolist() == [0, 2]

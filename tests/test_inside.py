@@ -120,6 +120,26 @@ def test_a_watched_model_can_be_freed():
     assert ref() is None and astats.panels()
 
 
+@pytest.mark.parametrize('event', ['before_batch', 'after_predict', 'after_step', 'after_epoch'])
+def test_a_callback_that_is_taken_out_in_a_fit_leaves_no_hook(event):
+    class TakeOut(Callback):
+        order = 500
+        def __init__(self): setattr(self, event, self._take)
+        def _take(self):
+            if any(cb is astats for cb in self.learn.cbs): self.learn.cbs.remove(astats)
+    learn, astats = watched_learner(five_convs(), DataLoaders(batches(3), batches(1)), TakeOut())
+    learn.fit(2)
+    assert count_hooks(learn.model) == 0 and len(astats.rows('0.0', 'mean')) <= 3
+
+def test_two_of_a_kind_are_said():
+    for other, said in ((ActivationStats(), True), (ActivationStats(every=2), False), (ActivationStats(nn.Conv2d), False)):
+        learn, _ = watched_learner(five_convs(), DataLoaders(batches(1), batches(1)), other)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter('always')
+            learn.fit(2)
+        assert sum('another ActivationStats like this one' in str(w.message) for w in told) == said
+
+
 # --- whatever a module does, the user's forward goes on ---
 
 @dataclasses.dataclass

@@ -298,8 +298,8 @@ def test_one_budget_for_all():
     watcher = learn.watch()
     learn.fit(5)
     cost = watcher.cost()
-    assert watcher.activations.pace.budget == .05 and 75 <= cost.steps_sampled < cost.steps_seen == 200
-    assert watcher.gradients.pace.sampled['train'] == watcher.updates.pace.sampled['train'] == cost.steps_sampled
+    assert watcher.activations.sampler.budget == .05 and 75 <= cost.steps_sampled < cost.steps_seen == 200
+    assert watcher.gradients.sampler.sampled['train'] == watcher.updates.sampler.sampled['train'] == cost.steps_sampled
     assert watcher.activations.sampler is watcher.gradients.sampler is watcher.updates.sampler   # one bill
     assert cost.seconds == watcher.activations.sampler.seconds and cost.layers == 6
     assert 'gradients: ' in repr(watcher) and 'Watcher: ' in repr(watcher)

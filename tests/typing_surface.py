@@ -36,6 +36,8 @@ def use_learner(dls: DataLoaders, model: nn.Module) -> float:
     learn = Learner(model, dls, loss_func=F.cross_entropy, lr=1e-2, cbs=cbs, opt_func=optim.AdamW)
     learn.fit(3, lr=0.1, cbs=RecorderCB(lr=lambda cb: cb.pg['lr']))
     found: SuggestedLRs = learn.lr_find(gamma=1.3, max_mult=3)
+    learn.show_loop()
+    learn.unwatch()   # which another room adds
     table: History = learn.history
     loss = table.series('batch', 'loss', 'valid')
     stats.color_dim(figsize=(5, 3))

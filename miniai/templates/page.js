@@ -49,19 +49,28 @@ function frame(chart) {
 async function plot(box) {
   const {data, layout} = box.chart.figure
   await Plotly.newPlot(box, data, {...layout, dragmode: touch ? false : 'zoom'}, config)   // a finger scrolls the page
-  box.on('plotly_hover', e => { say(box, e.points); for (const o of beside(box)) Plotly.Fx.hover(o, {xval: e.points[0].x}, ['xy'], true) })
-  box.on('plotly_unhover', () => { say(box, []); beside(box).forEach(o => Plotly.Fx.unhover(o)) })
+  box.on('plotly_hover', e => show(box, e.points[0].x, e.points[0].pointNumber))
+  box.on('plotly_unhover', () => show(box))
   box.onkeydown = e => walk(box, e)
-  box.onblur = () => Plotly.Fx.unhover(box)
+  box.onblur = () => { if (box.data) Plotly.Fx.unhover(box) }
 }
 
 const isMap = box => box.data[0]?.type === 'heatmap'
 const beside = box => all('.plot', box.closest('.charts')).filter(o =>   // curves of a group have one cursor
   o !== box && o.data && !isMap(o) && !isMap(box) && o.chart.xlabel === box.chart.xlabel)
 
-function say(box, points) {
-  const of = p => isMap(box) ? `${box.layout.yaxis.title.text} ${p.data.meta[p.pointNumber[0]]}: ${p.customdata}` : `${p.data.meta} ${p.text ?? p.y}`
-  box.nextElementSibling.textContent = points.length ? `${box.chart.xlabel} ${points[0].x}${isMap(box) ? ',' : ':'} ${points.map(of).join(', ')}` : ''
+function show(box, x, at) {   // say the values at x, and put the cursor of the other curves there
+  for (const o of beside(box)) x === undefined ? Plotly.Fx.unhover(o) : Plotly.Fx.hover(o, {xval: x}, ['xy'], true)
+  const told = x === undefined ? [] : isMap(box) ? [cell(box, ...at)] : box.data.flatMap(t => {
+    const i = t.x.indexOf(x)
+    return i < 0 || t.y[i] === null ? [] : [`${t.meta} ${t.text?.[i] ?? t.y[i]}`]
+  })
+  box.nextElementSibling.textContent = told.length ? `${box.chart.xlabel} ${x}${isMap(box) ? ', ' : ': '}${told.join(', ')}` : ''
+}
+
+function cell(box, row, column) {
+  const {meta, customdata, z} = box._fullData[0], value = (customdata ?? z)[row][column]
+  return `${box.layout.yaxis.title.text} ${meta[row]}: ${value ?? 'nothing'}`.trim()
 }
 
 function walk(box, e) {
@@ -73,7 +82,8 @@ function walk(box, e) {
   e.preventDefault()
   box.at = within(by === undefined ? box.at ?? 0 : (box.at ?? -1) + by, xs.length)
   if (map) box.row = within((box.row ?? 0) + (up || 0), box.data[0].y.length)
-  Plotly.Fx.hover(box, map ? [{curveNumber: 0, pointNumber: [box.row, box.at]}] : {xval: xs[box.at]}, ['xy'])
+  Plotly.Fx.hover(box, map ? [{curveNumber: 0, pointNumber: [box.row, box.at]}] : {xval: xs[box.at]}, ['xy'], true)
+  show(box, xs[box.at], [box.row, box.at])
 }
 
 // ---- one layer
