@@ -748,9 +748,9 @@ def test_copies_fire_nothing():
     inspector = Inspector([OutputNorm(inplace=False)], module=model, visualizer=None)
     twin, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     twin(torch.randn(8, 4)), loaded(torch.randn(8, 4))
-    assert not inspector._has_values()
+    assert not inspector.seen.fresh
     model(torch.randn(8, 4))
-    assert inspector._has_values()
+    assert inspector.seen.fresh
 
 def test_range_ticks_when_left_early():
     model = small_net()
@@ -1144,3 +1144,34 @@ def test_a_learner_resumes_with_its_table(tmp_path):
     later.n_steps, later.epochs_done = 8, 2
     later.fit(1)
     assert other.history.series('1', 'norm').steps.tolist()[:8] == list(range(8)) and len(values(other, '1', 'norm')) == 12
+
+def test_a_second_inspector_takes_the_first_one_off():
+    "As when a notebook cell runs again; and it says so."
+    model = small_net()
+    first = Inspector([OutputNorm()], module=model, visualizer=None)
+    train(model, torch.randn(8, 4))
+    with pytest.warns(UserWarning, match='was watched by another Inspector'): second = Inspector([OutputNorm()], module=model, visualizer=None)
+    assert not first.attached and len(values(first, '1', 'norm mean')) == 1
+    train(model, torch.randn(8, 4))
+    second.tick_epoch()
+    assert len(values(second, '1', 'norm mean')) == 1 and len(values(first, '1', 'norm mean')) == 1
+    second.detach()
+    assert count_hooks(model) == 0
+
+def test_facts():
+    model = small_net()
+    model[0].weight.requires_grad_(False)
+    inspector = measured(model, lambda _: train(model, torch.randn(8, 4)), [OutputNorm(), ParameterGradientGeometry()])
+    facts = inspector.facts()
+    assert list(facts['layers']) == ['0', '1', '2'] and facts['silent'] == () and facts['unreached'] == ()
+    assert facts['sampled'] == {'train': (3, 3)} and facts['sources'] == {'1': ['1']}
+
+def test_one_lens_says_nothing_of_the_units_of_another():
+    "A lens with `channel_last` beside one without; a ReLU that is chosen alone has the axis of the layer before."
+    model, x = nn.Sequential(nn.Conv1d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3)), torch.randn(5, 2, 8)
+    with torch.no_grad(): model[0].weight[:2], model[0].bias[:2] = 0, -1
+    found = []
+    for last in False, True:
+        lenses = [OutputActivation(inplace=False), OutputActivation(inplace=False, channel_last=True)]
+        found.append(values(measured(model, lambda _: model(x), lenses[::-1] if last else lenses), '1', 'death_rate')[0])
+    assert found == [.25, 0]
