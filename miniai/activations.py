@@ -392,7 +392,8 @@ class OutputFacts(OutputSteps):
     def facts(self) -> dict: # layers, sources, silent, sampled, dead_since (-1 where a unit is alive)
         "Give what is known of the layers beside the rows."
         sources = {source: name for name,own in self.sources.items() for source in own or [name]}
-        since = {nm: o.since.tolist() for (phase,nm),o in self.table.units.items() if phase == 'train'}
+        units = {nm: self.table.units_of('train', nm, self.first_run) for _,nm in self.table.chunks}
+        since = {nm: o.since.tolist() for nm,o in units.items() if o is not None}
         sampled = {phase: (self.sampler.sampled[phase], n) for phase,n in self.sampler.seen.items() if n}
         return dict(layers={nm: self.kinds[nm] for nm in self.sources}, sources=sources, silent=self.silent,
                     sampled=sampled, dead_since=since)
@@ -414,12 +415,11 @@ class OutputFacts(OutputSteps):
 # %% ../nbs/40_activations.ipynb #a3b23e0c
 def _dead_units(units, **about):
     "What became of each unit of one source that was dead at least once."
-    ended = [dead for *_,dead in units.windows() if len(dead) == len(units.since)]
     for i in np.flatnonzero(units.batches_dead):
         since = int(units.since[i])
         yield dict(about, unit=int(i), dead=since >= 0, since=None if since < 0 else since,
                    returned=units.returns[i], batches_dead=units.batches_dead[i], batches=units.batches,
-                   epochs_dead=sum(int(o[i]) for o in ended))
+                   epochs_dead=int(units.epochs[1][:, i].sum()))
 
 # %% ../nbs/40_activations.ipynb #a03318ec
 class OutputTables(Views):
@@ -439,7 +439,7 @@ class OutputTables(Views):
         self.check_phase(phase)
         self.history.flush()
         import pandas as pd
-        found = [(nm, self.table.units.get((phase, nm))) for nm in self.panels()]
+        found = [(nm, self.table.units_of(phase, nm, self.first_run)) for nm in self.panels()]
         units = [o for nm,u in found if u is not None for o in _dead_units(u, layer=nm, axis=self.axes[nm])]
         columns = 'layer unit dead since returned batches_dead batches epochs_dead axis'.split()
         table = pd.DataFrame(units, columns=columns).astype(dict(since='Int64'))
@@ -541,4 +541,3 @@ class ActivationStats(OutputPlots, OutputFacts):
         what = sum(2**i for i,o in enumerate(_parts_of_pass) if o & set(self.stats))
         self.tap = OutputTap(self.table, self.sampler, self.told, self.axis, what)
         self.hooks, self.complete, self.parted = self.tap.hooks, False, False
-        self.table.units.clear()

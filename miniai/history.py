@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .rows import Chunk, Column, Rows, Table, joined, stacked, to_host
+from .rows import Chunk, Column, MergedTable, Rows, joined, stacked, to_host
 from .stats import Bins
 
 # %% ../nbs/15_history.ipynb #5bebda22
@@ -36,11 +36,10 @@ class Series:
         return Series(**{k: v[self.runs >= run] for k,v in vars(self).items()}) if run else self
 
 # %% ../nbs/15_history.ipynb #daf6b26b
-_np_types = {torch.float32: np.float32, torch.float64: np.float64, torch.int64: np.int64,
-             torch.int32: np.int32, torch.uint8: np.uint8, torch.bool: np.bool_}
+_np_types = {getattr(torch, nm): np.dtype(nm) for nm in 'float32 float64 int64 int32 uint8 bool'.split()}
 
-class Values(Table):
-    "Recorded values, with a series for each (phase, source, name)."
+class WaitingValues(MergedTable):
+    "Values on their way from a device to series."
     def __init__(self):
         super().__init__()
         self.waiting = {}   # key -> [(facts, type, value)]
@@ -50,7 +49,7 @@ class Values(Table):
         value = torch.as_tensor(value).detach()
         if value.is_complex():
             raise TypeError(f'History.record: {key[2]} of {key[1]} is complex; record its modulus or parts')
-        kind = _np_types.get(value.dtype, np.float32 if value.is_floating_point() else np.int64)
+        kind = _np_types.get(value.dtype, np.dtype('float32' if value.is_floating_point() else 'int64'))
         wide = torch.float32 if value.device.type == 'mps' else torch.float64   # the widest it has
         if key not in self.chunks: self.chunks[key] = Column()
         waiting = self.waiting.setdefault(key, [])
@@ -64,17 +63,19 @@ class Values(Table):
         arrays = to_host([torch.stack(values) for *_,values in groups])
         for (key,kind,_,_,facts,*_),values in zip(groups, arrays):
             self.add(key, Chunk(np.array(facts, np.int64), (values.astype(kind),)))
-        return bool(groups)
+        return self
 
+    @property
+    def waits(self): return bool(self.waiting)
     @property
     def nbytes(self):
         return self.kept_bytes() + sum(o.nbytes for rows in self.waiting.values() for *_,o in rows)
 
+# %% ../nbs/15_history.ipynb #1913cc3f
+class Values(WaitingValues):
+    "Recorded values, with a series for each (phase, source, name)."
     def keys(self): return list(self.chunks)
     def has(self, *key): return key in self.chunks
-
-    def thinned(self):
-        return {key[2]: o.stride for key,o in sorted(self.chunks.items(), key=lambda o: o[1].stride)}
 
     def series(self, *key):
         chunks = joined(self.chunks.get(key, ()))
@@ -112,14 +113,6 @@ class _Recorded:
         for o in self.tables: o.start_run()
         return self.run
 
-    def add_table(self,
-        table:Rows # of one tap
-    ) -> Rows: # the same
-        "Read the statistics of rows of sums here, too."
-        self.tables.append(table)
-        table.after_flush = self._thin_if_full
-        return table
-
     def record(self,
         source:str,         # a dotted module path, or 'batch' or 'epoch' for the values of the loop
         stat:str,           # what: 'mean', 'std', 'hist', 'loss', ...
@@ -136,12 +129,27 @@ class _Recorded:
         # bounds the memory, for one transfer in `max_pending` steps
         if waiting >= self.max_pending: self.flush()
 
+    def load_column(self, key, rows, values):
+        "Put back a series: the facts [n, 5] of its rows and their values [n, ...]."
+        chunks = [Chunk(np.asarray(o, np.int64)[None], (np.asarray(v)[None],)) for o,v in zip(rows, values)]
+        self.values.chunks[key] = Column(joined(chunks), len(chunks))
+
 # %% ../nbs/15_history.ipynb #35839802
 class _Bounded(_Recorded):
     "Tables whose largest series are thinned when they are full."
+    def add_table(self,
+        table:Rows # of one tap
+    ) -> Rows: # the same
+        "Read the statistics of rows of sums here, too."
+        self.tables.append(table)
+        table.after_flush = self._thin_if_full
+        return table
+
     def flush(self):
         "Move all pending rows to the host: one transfer per table and device; only here it is waited for."
-        if any([o.flush() for o in self.tables]): self._thin_if_full()
+        came = any(o.waits for o in self.tables)
+        for o in self.tables: o.flush()
+        if came: self._thin_if_full()
         return self
 
     @property
@@ -151,24 +159,19 @@ class _Bounded(_Recorded):
 
     def __len__(self): return sum(len(o) for o in self.flush().tables)
 
-    def kept_bytes(self):
-        "Add up the memory of the rows that have come to the host."
-        return sum(o.kept_bytes() for o in self.tables)
+    def kept_bytes(self): return sum(o.kept_bytes() for o in self.tables)   # on the host
 
     def _thin_if_full(self):
         if self.kept_bytes() <= self.max_bytes: return
         while self.kept_bytes() > self.max_bytes*3/4:   # until a quarter of the table is free
-            sizes = {(o, key): size for o in self.tables for key,size in o.sizes().items()}
+            sizes = [(o.nbytes, o) for table in self.tables for o in table.chunks.values() if len(o) > 1]
             if not sizes: return
-            for table,key in [o for o,size in sizes.items() if size > max(sizes.values())/2]:
-                table.chunks[key].thin()
+            largest = max(size for size,_ in sizes)
+            for size,column in sizes:
+                if size > largest/2: column.thin()
         what = ', '.join(f'one row of {stat!r} in {n}' for stat,n in self.thinned().items())
         warnings.warn(f'History: {self.max_bytes/1e6:g} MB are full. It keeps {what}; each row has its step. '
                       'Give it a larger `max_bytes`, or watch fewer steps (`every`) or layers', stacklevel=3)
-
-    def thinned(self) -> dict: # stat -> n, where one row in n is kept; empty while all rows are
-        "Say what of the table has been thinned."
-        return {nm: n for o in self.tables for nm,n in o.thinned().items() if n > 1}
 
 # %% ../nbs/15_history.ipynb #5a464c1f
 class _Readable(_Bounded):
@@ -197,14 +200,16 @@ class _Readable(_Bounded):
         "Say whether there are rows under these names."
         return any(o.has(phase, source, stat) for o in self.tables)
 
+    def thinned(self) -> dict: # stat -> n, where one row in n is kept; empty while all rows are
+        "Say what of the table has been thinned."
+        return {nm: n for o in self.tables for nm,n in o.thinned().items() if n > 1}
+
     def runs_of(self, phase, source, stat):
         "Give the numbers of the runs of the rows of a series, in order; reads no values."
         return self.flush()._table(phase, source, stat).facts_of(phase, source, stat)[:, 0]
 
     def not_finite(self, stats, seen=None):
-        """Find the (phase, source) with something not finite in this run, in values of these names or in sums.
-
-        `seen` is where an earlier call ended: only newer rows are read."""
+        "Find the (phase, source) not finite in this run, in values of these names or sums; `seen`: till then."
         seen, tables = {} if seen is None else seen, enumerate(self.flush().tables)
         return set().union(*(o.not_finite(self.run, seen.setdefault(i, {}), stats) for i,o in tables))
 
@@ -212,23 +217,13 @@ class _Readable(_Bounded):
 class History(_Readable):
     "Rows (run, step, epoch, phase, source, stat, value), written without a host read; numpy or pandas out."
     def frame(self): # pandas.DataFrame: run, step, epoch, phase, source, stat, samples, call, value
-        "The table in long form, one line a row, ordered by step."
+        "Give the table in long form, one line a row, ordered by step."
         import pandas as pd
-        parts = []
-        for phase,source,stat in self.keys():
-            s = self.series(source, stat, phase)
-            parts.append(pd.DataFrame(dict(
-                run=s.runs, step=s.steps, epoch=s.epochs, phase=phase, source=source, stat=stat,
-                samples=s.samples, call=s.calls, value=list(s.values))))
         columns = 'run step epoch phase source stat samples call value'.split()
-        if not parts: return pd.DataFrame(columns=columns)
-        table = pd.concat(parts, ignore_index=True)
+        found = ((key, zip(*vars(self.series(key[1], key[2], key[0])).values())) for key in self.keys())
+        rows = [(*when, *key, n, call, value) for key,rows in found for *when,n,call,value in rows]
+        table = pd.DataFrame(rows, columns=columns)
         return table.sort_values(['run', 'step'], kind='stable', ignore_index=True)
-
-    def load_column(self, key, rows, values):
-        "Put back a series: the facts [n, 5] of its rows and their values [n, ...]."
-        chunks = [Chunk(np.asarray(o, np.int64)[None], (np.asarray(v)[None],)) for o,v in zip(rows, values)]
-        self.values.chunks[key] = Column(joined(chunks), len(chunks))
 
     def state_dict(self,
         unmerged:bool=False # only the rows that `merge` has not seen
@@ -347,23 +342,18 @@ def read_table(
 class RunningMean:
     "Weighted mean of 0-d tensors, summed up on their device in float64 (on MPS float32, its widest type)."
     def __init__(self): self.reset()
-
-    def reset(self):
-        "Forget everything."
-        self.total, self.weight = None, 0
+    def reset(self): self.total, self.weight = None, 0
 
     def update(self, value, weight=1):
         "Count a 0-d tensor with a weight that Python knows; nothing is read from the device."
-        value = value.detach().to(torch.float32 if value.device.type == 'mps' else torch.float64)*weight
-        self.total = value if self.total is None else self.total + value
-        self.weight += weight
-        return self
+        value = value.detach().to(torch.float32 if value.device.type == 'mps' else torch.float64)
+        return self._add(value*weight, weight)
 
-    def merge(self, other):
-        "Take in what the mean `other` has seen, as if `self` had seen it."
-        if other.total is not None:
-            self.total = other.total if self.total is None else self.total + other.total
-        self.weight += other.weight
+    def merge(self, other): return self._add(other.total, other.weight)
+
+    def _add(self, total, weight):
+        if total is not None: self.total = total if self.total is None else self.total + total
+        self.weight += weight
         return self
 
     def compute(self):

@@ -11,8 +11,7 @@ from math import prod
 import numpy as np
 import torch
 
-from .stats import (add_rows, empty_row, measure, outside, output_bins, row_width, scalars, unit_view,
-                          widen)
+from .stats import (add_rows, empty_row, measure, output_bins, row_width, scalars, unit_view, widen)
 
 # %% auto #0
 __all__ = []
@@ -273,21 +272,14 @@ def _measure(a, other, row, table, room, squares, ticket, n, samples, P, C, S, t
            SLOTS, SPLIT, WHAT, PROGRAMS)
 
 # %% ../nbs/13_kernels.ipynb #84cd77e4
-def _check(a, row, bins, units, other):
-    width = row_width(bins, units)
-    if row.dtype != torch.float64 or row.shape != (width,) or row.device != a.device:
-        raise ValueError(f'measure_cuda: row is {row.dtype} {list(row.shape)} on {row.device}; give float64 '
-                         f'[16 + {bins.n}+{len(outside)} + {units} units] = [{width}] on {a.device}')
-    if not row.is_contiguous(): raise ValueError('measure_cuda: row has strides; give a contiguous one')
-    if other is not None and (other.shape, other.device) != (a.shape, a.device):
-        raise ValueError(f'measure_cuda: other is {list(other.shape)} on {other.device}; '
-                         f'give one like a: {list(a.shape)} on {a.device}')
-
 def measure_cuda(a, axis, row, bins, other=None, what=7):
     """Add the sums of `a`, of any shape, strides and type, to `row` in one launch; nothing is read back.
 
     With `other` its products with `a` are summed, too; for `what` see `add_to_row`."""
-    _check(a, row, bins, unit_view(a.shape, axis)[2], other)
+    width = row_width(bins, unit_view(a.shape, axis)[2])
+    if (row.dtype, row.shape, row.device) != (torch.float64, (width,), a.device) or not row.is_contiguous():
+        raise ValueError(f'measure_cuda: row is {row.dtype} {list(row.shape)} on {row.device}; give a '
+                         f'contiguous float64 [{width}] on {a.device}')
     if not a.numel(): return row
     a, other = _loadable(a), None if other is None else _loadable(other)
     shape, pairs, slots = memory_view(a, axis), other is not None, 1 << (len(bins) + 15).bit_length()
@@ -298,8 +290,9 @@ def measure_cuda(a, axis, row, bins, other=None, what=7):
     zero = bins.n if bins.log or bins.lo > 0 else 0   # the slot of zeros
     with torch.cuda.device_of(a):
         _load()[(groups*parts,)](
-            a, other if pairs else a, row, _numbers(bins, a.dtype, a.device, stream), *_scratch(a.device, stream),
-            prod(shape), *shape, tiles, bins.n, zero, parts, **sides, SLOTS=slots if slots <= 1024 else 1,
+            a, other if pairs else a, row, _numbers(bins, a.dtype, a.device, stream),
+            *_scratch(a.device, stream), prod(shape), *shape, tiles, bins.n, zero, parts, **sides,
+            SLOTS=slots if slots <= 1024 else 1,
             HALVINGS=(bins.n+1).bit_length() if bins.log else 0, PAIRS=pairs, SPLIT=parts > 1, WHAT=what,
             PROGRAMS=_programs, num_warps=8)
     return row
@@ -308,21 +301,6 @@ def _loadable(a):   # half precision is loaded as it is
     return a.detach() if a.dtype in (torch.float16, torch.bfloat16) else widen(a)
 
 # %% ../nbs/13_kernels.ipynb #f76c4eb7
-def add_to_row(row, a, axis=1, bins=output_bins, what=7, before=None, counts=True, start=None):
-    """Add the sums of a tensor to a row, as `empty_row` makes it; nothing is read from the device.
-
-    `start` is subtracted first. `before` is compared with, unless `counts` is False, and overwritten by
-    what was measured."""
-    a = a.detach()
-    others = [o for o in (before, start) if o is not None]
-    narrow = a.device.type == 'cpu' and a.dtype not in (torch.float32, torch.float64)
-    if not a.is_complex() and (narrow or a.layout is not torch.strided): a = widen(a)
-    if not a.numel(): return
-    if a.device.type == 'cuda' and not a.is_complex() and on_cuda(): add = _add_on_cuda
-    elif all(map(readable, (a, *others))) and compiled_loops(): add = _add_by_loops
-    else: add = _add_plainly
-    add(row, a, axis, bins, what, before, counts, start)
-
 def _add_by_loops(row, a, axis, bins, what, before, counts, start):
     others, sizes = [o for o in (before, start) if o is not None], memory_view(a, axis)
     if sizes is None or any(o.stride() != a.stride() or o.dtype != a.dtype for o in others):
@@ -332,20 +310,12 @@ def _add_by_loops(row, a, axis, bins, what, before, counts, start):
     job, dtype = np.array([*parts, counts, row.data_ptr(), *sizes, what], np.int64), a.dtype
     compiled_loops().many[str(dtype)[6:]](job.ctypes.data, 1, plan(bins, dtype).address)
 
-@lru_cache
-def on_cuda():
-    "Say whether Triton is there to compile the kernel."
-    try: import triton # noqa: F401
-    except ImportError as e: slow_reason['cuda'] = f'triton: {e}'
-    return 'cuda' not in slow_reason
-
 def _add_on_cuda(row, a, axis, bins, what, before, counts, start):
     "In one launch; plainly from then on, if that fails."
-    full = a if start is None else a - start
+    full = a if start is None else widen(a) - widen(start)   # no differences in half precision
     try: measure_cuda(full, axis, row, bins, before if counts else None, what)
     except Exception as e:
         slow_reason['cuda'] = f'triton: {type(e).__name__}: {e}'.splitlines()[0]
-        on_cuda.cache_clear()
         return _add_plainly(row, a, axis, bins, what, before, counts, start)
     if start is not None: row[15] += widen(start).double().square().sum()
     if before is not None: before.copy_(full)
@@ -358,3 +328,19 @@ def _add_plainly(row, a, axis, bins, what, before, counts, start):
     if not what & 4: found[scalars.index('norms')] = 0
     row.copy_(add_rows(row, found.to(row)))
     if before is not None: before.copy_(a if start is None else a - start)
+
+# %% ../nbs/13_kernels.ipynb #ec7b728d
+def add_to_row(row, a, axis=1, bins=output_bins, what=7, before=None, counts=True, start=None):
+    """Add the sums of a tensor to a row, as `empty_row` makes it; nothing is read from the device.
+
+    `start` is subtracted first. `before` is compared with, unless `counts` is False, and overwritten by
+    what was measured."""
+    a = a.detach()
+    others = [o for o in (before, start) if o is not None]
+    narrow = a.device.type == 'cpu' and a.dtype not in (torch.float32, torch.float64)
+    if not a.is_complex() and (narrow or a.layout is not torch.strided): a = widen(a)
+    if not a.numel(): return
+    if a.device.type == 'cuda' and not a.is_complex() and 'cuda' not in slow_reason: add = _add_on_cuda
+    elif all(map(readable, (a, *others))) and compiled_loops(): add = _add_by_loops
+    else: add = _add_plainly
+    add(row, a, axis, bins, what, before, counts, start)

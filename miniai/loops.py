@@ -77,6 +77,7 @@ def add_active(x, n, C, S, units):
                 for j in range(i, i + S): units[c] += 1. if x[j] != 0 else 0.
             i += S
 
+# %% ../nbs/11_loops.ipynb #c07b3210
 @njit(inline='never')
 def finite_squares(x, first, last):
     squares = 0.
@@ -136,17 +137,16 @@ def count(slots, n, hist, w):
         hist[np.uintp(slots[j+3]) + w + w + w] += np.int32(1)
     for j in range(four, np.uintp(n)): hist[np.uintp(slots[j])] += np.int32(1)
 
-# %% ../nbs/11_loops.ipynb #8029e36d
 @njit
 def new_work(like, bins):
-    "Make room for a piece and the four tables of a histogram."
     single = np.empty(piece, np.float32)
     return (np.empty(piece, type(like)), np.empty(piece, type(like)), np.empty(piece, np.int32), single,
             single.view(np.uint32), np.zeros(4*(bins + 4), np.int32))
 
+# %% ../nbs/11_loops.ipynb #8029e36d
 @njit(inline='never')
 def add_piece(x, n, row, work, spec, what, table, edges):
-    "Add the sums of a piece to a row and its slots to the tables; the sum of its squares."
+    # the sum of its squares is returned
     _, clean, slots, single, bits, hist = work
     bins = np.int64(spec[0])
     s1, s2, s3, s4 = powers(x, n)
@@ -169,6 +169,7 @@ def add_piece(x, n, row, work, spec, what, table, edges):
         count(slots, n, hist, np.uintp(bins + 4))
     return s2
 
+# %% ../nbs/11_loops.ipynb #517a5584
 @njit
 def add_counts(row, hist, bins, log):
     "Add the four tables to a row, and clear them; those of logarithmic bins begin with what is below."

@@ -14,6 +14,7 @@ from itertools import groupby
 
 import numpy as np
 import torch
+from fastcore.basics import noop
 
 from .stats import (Bins, Sums, add_rows, base_name, clear_rows, empty_rows, output_bins, row_width,
                           scalars, stat_name, statistics)
@@ -88,7 +89,6 @@ class Column:
         return joined(res)
 
     def thin(self):
-        "Forget every second row."
         starts = np.cumsum([0, *map(len, self)])
         self.chunks = [copy.deepcopy(o[start % 2::2]) for start,o in zip(starts, self)]
         self.stride, self.merged = 2*self.stride, (self.merged+1)//2
@@ -100,21 +100,20 @@ class Column:
 # %% ../nbs/14_rows.ipynb #4f240d9a
 class Table:
     "Series by key, which begins with phase and source."
-    merges = True
+    stats = ()   # names of series, where they are no part of the key
     def __init__(self): self.chunks = {}   # key -> `Column`
 
-    def add(self, key, chunk):
-        self.follow(key, chunk)
-        self.chunks.setdefault(key, Column()).append(chunk)
-
-    def follow(self, key, chunk): pass   # what is to be known of all rows, kept or not
-    def empty(self): self.flush()        # of what waits
-    def close(self): pass                # a step is complete
+    def add(self, key, chunk): self.chunks.setdefault(key, Column()).append(chunk)
+    def empty(self): self.flush()   # of what waits
+    def close(self): pass           # a step is complete
 
     def __len__(self): return sum(map(len, self.chunks.values()))
     def kept_bytes(self): return sum(o.nbytes for o in self.chunks.values())
     def facts_of(self, *key): return self.chunks.get(key, Column()).facts   # [n, 5]
-    def sizes(self): return {key: o.nbytes for key,o in self.chunks.items() if len(o) > 1}   # to be thinned
+
+    def thinned(self):
+        found = sorted(self.chunks.items(), key=lambda o: o[1].stride)
+        return {nm: o.stride for key,o in found for nm in key[2:] or self.stats}
 
     def not_finite(self, run, seen, stats):
         "Find the (phase, source) that have something not finite in a run; `seen`: rows asked about before."
@@ -139,6 +138,10 @@ class Table:
         self.empty()
         self.chunks = {tuple(k): Column.of_state(o) for k,o in state['chunks'].items()}
 
+# %% ../nbs/14_rows.ipynb #9e10b9bb
+class MergedTable(Table):
+    "Series to which several processes add."
+    merges = True
     def merge(self, states, whole=()):
         "Make the rows since the last time those of all processes; those of sources in `whole` are already."
         self.empty()
@@ -152,7 +155,6 @@ class Table:
                 facts[:, 3] = sum(o.facts[:, 3] for o in parts)   # samples
                 new.append(Chunk(facts, self.together(parts), parts[0].n_units))
             column.chunks = joined([*column.cut(0, column.merged), *new])
-            for o in joined(new): self.follow(key, o)
             column.merged = len(column)
 
 def _placed(column):
@@ -164,39 +166,19 @@ def _placed(column):
         seen[place] += 1
     return res
 
-# %% ../nbs/14_rows.ipynb #9e10b9bb
+# %% ../nbs/14_rows.ipynb #1b8a58c4
 class Units:
     "What became of the units of one source in one phase."
-    def __init__(self, n):
-        self.since, self.returns, self.batches_dead = np.full(n, -1), np.zeros(n, int), np.zeros(n, int)
-        self.batches, self.epochs = 0, []
-
-    def update(self, chunk):
-        dead, steps = ~chunk.units(), chunk.facts[:, 1]
-        before = np.vstack([self.since >= 0, dead[:-1]])
-        self.returns += (before & ~dead).sum(0)
-        self.batches_dead += dead.sum(0)
-        self.batches += len(dead)
-        # row from which a unit is dead; the last row's next where it is alive
-        first = len(dead) - np.argmin(dead[::-1], 0)
-        began = np.where(self.since >= 0, self.since, steps[0])
-        since = np.where(dead[-1], steps[np.minimum(first, len(dead)-1)], -1)
-        self.since = np.where(dead.all(0), began, since)
-        starts = np.flatnonzero(np.r_[True, (chunk.facts[1:, [0, 2]] != chunk.facts[:-1, [0, 2]]).any(1)])
-        for i,j in zip(starts, [*starts[1:], len(dead)]):
-            run, step, epoch = chunk.facts[j-1, :3].tolist()
-            always = dead[i:j].all(0)
-            if self.epochs and self.epochs[-1][:2] == (run, epoch): always &= self.epochs.pop()[3]
-            self.epochs.append((run, epoch, step, always))
-
-    # (run, epoch, last step, [units] bool: dead in every batch of it), the last of which may go on
-    def windows(self): return self.epochs
-
-    @classmethod
-    def of_state(cls, state):   # the `vars` of another
-        res = cls(0)
-        vars(res).update({k: v if isinstance(v, int) else v.copy() for k,v in state.items()})
-        return res
+    def __init__(self, chunks):
+        dead, facts = ~np.concatenate([o.units() for o in chunks]), np.concatenate([o.facts for o in chunks])
+        n = self.batches = len(dead)
+        self.batches_dead, self.returns = dead.sum(0), (dead[:-1] & ~dead[1:]).sum(0)
+        first = np.where(dead.all(0), 0, n - np.argmin(dead[::-1], 0))   # row from which a unit is dead
+        self.since = np.where(dead[-1], facts[np.minimum(first, n-1), 1], -1)
+        starts = np.flatnonzero(np.r_[True, (facts[1:, [0, 2]] != facts[:-1, [0, 2]]).any(1)])
+        last = np.r_[starts[1:], n] - 1
+        # of each epoch: facts, and [units] bool: dead in every batch of it
+        self.epochs = facts[last]*[1, 1, 1, 0, 0], np.logical_and.reduceat(dead, starts)
 
 # %% ../nbs/14_rows.ipynb #b6822121
 class Cell:
@@ -226,37 +208,35 @@ def to_host(tensors):
     return arrays
 
 # %% ../nbs/14_rows.ipynb #cf7f8334
-class Slots(Table):
+class Slots(MergedTable):
     "Rows of sums that wait."
     def __init__(self, bins):
         super().__init__()
         self.bins, self.cells, self.slots, self.closed, self.i = bins, {}, [], True, -1
+        self.after_flush = noop   # is called when rows have come to the host by themselves
 
     def open(self, phase, run, step, epoch, samples=0, new=False):
-        "Begin a step, or go on with it unless `new`, as for batches of validation; the number of the slot."
+        "Begin a step, or go on with it unless `new`, as for batches of validation; give its slot."
         mine = phase, run, step, epoch
         if not self.closed and not new and self.slots and self.slots[-1][:4] == mine:
             self.slots[-1] = *mine, self.slots[-1][4] + samples
             return self.i
         self.closed = True
-        if len(self.slots) >= min((o.room for o in self.cells.values()), default=np.inf): self.on_full()
+        if len(self.slots) >= min((o.room for o in self.cells.values()), default=np.inf):
+            self.flush()
+            self.after_flush()
         self.slots.append((*mine, samples))
         self.closed, self.i = False, len(self.slots)-1
         return self.i
 
-    def close(self): self.closed = True   # nothing will be added to this step
-
+    def close(self): self.closed = True
     def cell(self, source, n_units, device='cpu', call=0):
         "Find the cell of a source; one for another number of units takes its place."
         found = self.cells.get(source)
-        if found is None or found.n_units != n_units or found.rows.device != torch.device(device):
-            if found is not None: self.empty()
-            found = self.cells[source] = Cell(self.bins, n_units, call, len(self.slots), device)
-        return found
-
-    def row(self, source, n_units, device='cpu', call=0):
-        "Give the row of a source in the current slot, to add to."
-        return self.cell(source, n_units, device, call).rows[self.i]
+        if found and found.n_units == n_units and found.rows.device == torch.device(device): return found
+        if found: self.empty()
+        self.cells[source] = Cell(self.bins, n_units, call, len(self.slots), device)
+        return self.cells[source]
 
     def take(self, n):
         "Bring the first `n` slots to the host: slots, and an array for each source; the rest stays."
@@ -271,21 +251,20 @@ class Slots(Table):
 # %% ../nbs/14_rows.ipynb #cd303c23
 class ArrivingRows(Slots):
     "Rows of sums on their way from slots to series."
-    def on_full(self):
-        self.flush()
-        if self.after_flush is not None: self.after_flush()
+    def row(self, source, n_units, device='cpu', call=0):   # to add to, in the current slot
+        return self.cell(source, n_units, device, call).rows[self.i]
 
-    def flush(self): return self._move(len(self.slots) - (not self.closed))   # of complete steps
+    def flush(self):   # of complete steps
+        self._move(len(self.slots) - (not self.closed))
+        return self
 
-    def empty(self):
-        "Move all rows to the host; a step that is open goes on, empty."
+    def empty(self):   # a step that is open goes on
         last = [] if self.closed else self.slots[-1:]
         self._move(len(self.slots))
         self.slots, self.closed, self.i = last, not last, len(last)-1
 
     def _move(self, n):
-        "Move the first `n` slots to the host; whether there were any."
-        if n <= 0: return False
+        if n <= 0: return
         slots, arrays = self.take(n)
         phases, facts = np.array([o[0] for o in slots]), np.array([[*o[1:], 0] for o in slots], np.int64)
         kinds = [(phase, phases == phase) for phase in dict.fromkeys(o[0] for o in slots)]
@@ -293,7 +272,6 @@ class ArrivingRows(Slots):
             for phase,mask in kinds:
                 there = mask & (rows[:, 0] > 0)
                 if there.any(): self.add((phase, source), self._chunk(source, facts[there], rows[there]))
-        return True
 
     def _chunk(self, source, facts, rows):
         k, width = len(scalars), len(scalars) + len(self.bins)
@@ -303,20 +281,11 @@ class ArrivingRows(Slots):
         counts = hist.astype(np.int32 if hist.max(initial=0) < 2**31 else np.int64)
         return Chunk(facts, (table.copy(), counts, np.packbits(units > 0, axis=1)), units.shape[1])
 
-    @property
-    def nbytes(self): return self.kept_bytes() + sum(o.rows.nbytes for o in self.cells.values())
-
     def whole(self, arrays):
-        "Add up the sources of each step, where they make a whole: for the norm of all gradients."
+        "Add up the sources of each step, for the norm of all gradients."
         if self.tap not in ('grad', 'update', 'parameter') or not arrays: return {}
         total = reduce(add_rows, [o[:, :len(scalars)] for o in arrays])
         return dict(all=np.pad(total, ((0, 0), (0, len(self.bins)))))
-
-    def follow(self, key, chunk):
-        if not self.follow_units: return
-        if key not in self.units or len(self.units[key].since) != chunk.n_units:
-            self.units[key] = Units(chunk.n_units)
-        self.units[key].update(chunk)
 
 # %% ../nbs/14_rows.ipynb #67601047
 class ReadRows(ArrivingRows):
@@ -335,17 +304,22 @@ class ReadRows(ArrivingRows):
 
     def series(self, phase, source, stat):
         "Compute one statistic of one source, of what has been flushed: facts [n, 5], values [n, ...]."
-        if stat == 'dead_epoch': return self._windows(phase, source)
+        if stat == 'dead_epoch': return self.units_of(phase, source).epochs
         f, chunks = statistics[base_name(self.tap, stat)], self.chunks[phase, source]
         return chunks.facts, np.concatenate([f(o.sums(self.bins)) for o in joined(chunks)])
 
-    def _windows(self, phase, source):
-        found = self.units[phase, source].windows() if (phase, source) in self.units else []
-        facts = [[run, step, epoch, 0, 0] for run,epoch,step,_ in found]
-        return np.array(facts, dtype=np.int64).reshape(-1, 5), stacked([o[3] for o in found])
+    @property
+    def waits(self): return bool(self.slots)
+    @property
+    def nbytes(self): return self.kept_bytes() + sum(o.rows.nbytes for o in self.cells.values())
+
+    def units_of(self, phase, source, first_run=0):
+        "Say what became of the units, in rows with as many of them as the last; None where there is nothing."
+        rows = list(self.chunks.get((phase, source), ())) if self.follow_units else []
+        rows = [o[o.facts[:, 0] >= first_run] for o in rows if o.n_units == rows[-1].n_units]
+        return Units(rows) if sum(map(len, rows)) else None
 
     def facts_of(self, phase, source, stat): return super().facts_of(phase, source)
-    def thinned(self): return dict.fromkeys(self.stats, max([1, *(o.stride for o in self.chunks.values())]))
     def spoilt(self, key, chunk, stats): return (chunk.arrays[0][:, 1:4] > 0).any(1)
 
 # %% ../nbs/14_rows.ipynb #c800d49a
@@ -359,38 +333,22 @@ class Rows(ReadRows):
     ):
         super().__init__(bins)
         self.tap, self.stats, self.follow_units = tap, tuple(stats), follow_units
-        self.units, self.before = {}, {}   # now, and when the run started: (phase, source) -> `Units`
-        self.after_flush = None            # called when rows have come to the host by themselves
 
     @property
     def merges(self): return self.tap in ('output', 'input', 'output_grad')   # others are the same everywhere
-
-    def start_run(self):
-        super().start_run()
-        self.before = _copies(self.units)
 
     def together(self, parts):
         tables, hists, bits = zip(*(o.arrays for o in parts))
         bits = [o for o,part in zip(bits, parts) if part.n_units == parts[0].n_units]
         return reduce(add_rows, tables), reduce(np.add, hists), reduce(np.bitwise_or, bits)
 
-    def merge(self, states, whole=()):
-        self.units = _copies(self.before)
-        super().merge(states, whole)
-        self.start_run()
-
     def state_dict(self, unmerged=False):
         about = [self.tap, vars(self.bins), list(self.stats), self.follow_units]
-        units, before = ({k: vars(o) for k,o in _copies(d).items()} for d in (self.units, self.before))
-        return super().state_dict(unmerged) | dict(units=units, before=before, about=about)
+        return super().state_dict(unmerged) | dict(about=about)
 
     def load_state_dict(self, state):
         tap, bins, *_ = state['about']
         if (tap, Bins(**bins)) != (self.tap, self.bins):
-            raise ValueError(f'Rows.load_state_dict: these are rows of {tap!r} in {Bins(**bins)}; the table is '
-                             f'of {self.tap!r} in {self.bins}. Load them into one with the same bins')
+            raise ValueError(f'Rows.load_state_dict: these are rows of {tap!r} in {Bins(**bins)}; the table '
+                             f'is of {self.tap!r} in {self.bins}. Load them into one with the same bins')
         super().load_state_dict(state)
-        self.units, self.before = ({tuple(k): Units.of_state(o) for k,o in state[nm].items()}
-                                   for nm in ('units', 'before'))
-
-def _copies(units): return {k: Units.of_state(vars(o)) for k,o in units.items()}

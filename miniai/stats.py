@@ -37,8 +37,7 @@ class Bins:
                              'wider bins, and an upper end between 1e-30 and 1e38')
 
     @property
-    def edges(self):
-        "The borders of the bins, [n+1] float32."
+    def edges(self):   # [n+1] float32
         return (np.geomspace if self.log else np.linspace)(self.lo, self.hi, self.n+1).astype(np.float32)
 
     def __len__(self): return self.n + len(outside)   # of a row of counts
@@ -154,15 +153,13 @@ def measure(
     return torch.cat([torch.stack(sums), _counts(a.abs(), bins).to(x), units.to(x)])
 
 # %% ../nbs/10_stats.ipynb #e908179c
+@dataclass(eq=False)
 class Sums:
     "Rows of sums of one source, [n, width], by name: `sums.s1`, `sums.hist`, `sums.active`."
-    def __init__(self,
-        table:np.ndarray, # [n, len(scalars)] float64
-        hist:np.ndarray,  # [n, bins+4] counts
-        active:np.ndarray=None, # [n, units] bool: units that were not zero throughout
-        bins:Bins=output_bins   # of `hist`
-    ):
-        self.table, self.hist, self.active, self.bins = table, hist, active, bins
+    table:np.ndarray  # [n, len(scalars)] float64
+    hist:np.ndarray   # [n, bins+4] counts
+    active:np.ndarray # [n, units] bool: units that were not zero throughout
+    bins:Bins=output_bins # of `hist`
 
     @classmethod
     def of(cls,
@@ -182,9 +179,7 @@ class Sums:
         return self.table[:, _at[name]]
 
     @property
-    def n_finite(self):
-        "How many entries are finite."
-        return self.n - self.nan - self.posinf - self.neginf
+    def n_finite(self): return self.n - self.nan - self.posinf - self.neginf
 
 # %% ../nbs/10_stats.ipynb #2176b706
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ class Account:
         "Say it in words."
         e, stage = self.event, stages[self.event.stage]
         where = f"step {e.step} (epoch {e.epoch}, {'training' if e.late else 'validation'})"
-        text = f"{where}, {words[stage](self, e)}{'' if self.spread else ' So far the loss is finite.'}"
+        text = f"{where}, {_words[stage](self, e)}{'' if self.spread else ' So far the loss is finite.'}"
         located = stage != 'loss' or len(self.seen) > 0
         return NonFinite(0, int(e.epoch), int(e.step), e.phase, stage, e.source, self.kind, self.spread,
                          located, text)
@@ -212,7 +212,7 @@ class Account:
         return next(iter(s.values[s.steps == self.event.step]), None)
 
 # %% ../nbs/42_watch.ipynb #f2cc6f53
-def size_words(a, source):
+def _size_words(a, source):
     acts = a.recorded.acts
     both = a.row(a.recorded.ranges, source, 'range')
     mean, std, hist = (a.row(acts, source, o) for o in ('mean', 'std', 'hist'))
@@ -227,39 +227,39 @@ def _reach_words(acts, hist):
     if above: return f'{above/hist.sum():.0%} above {hi:g}'
     return f'at most {lo + (hi-lo)*(top[-1]+1)/acts.bins:.3g} in size' if len(top) else 'empty'
 
-def count_words(a, source):
+def _count_words(a, source):
     hist = a.row(a.recorded.acts, source, 'hist')
     if hist is None: return ''
     counts = [(hist[a.recorded.acts.bins + outside.index(nm.lower())], nm) for nm in ('NaN', 'Inf')]
     return f": {' and '.join(f'{n:,} {nm}' for n,nm in counts if n)} of {hist.sum():,}"
 
-def forward_words(a, e):
+def _forward_words(a, e):
     mine = [nm for nm in a.others('weights').source if nm.rpartition('.')[0] == e.source]
     state = f". Its parameters were finite ({', '.join(mine)})" if mine else ''
     last = a.last_finite('forward', e.source)
     since = f' (last finite in step {last})' if last is not None and last < e.step-1 else ''
-    fine = [size_words(a, nm) for nm in a.seen[a.seen.place < e.place].source[-3:]]
+    fine = [_size_words(a, nm) for nm in a.seen[a.seen.place < e.place].source[-3:]]
     before = f". Before it: {'; '.join(fine)}" if fine else ''
     return (f'forward: the output of {a.name(e.source)} is the first with {a.kind}'
-            f'{count_words(a, e.source)}{since}{before}{state}.')
+            f'{_count_words(a, e.source)}{since}{before}{state}.')
 
 # %% ../nbs/42_watch.ipynb #d1766259
-def loss_words(a, e):
+def _loss_words(a, e):
     if len(a.seen):
         return (f'loss: it is {a.kind}, while the outputs of all {len(a.seen)} layers that were watched are '
-                f'finite. The last: {size_words(a, a.seen.source.iloc[-1])}.')
+                f'finite. The last: {_size_words(a, a.seen.source.iloc[-1])}.')
     last = a.last_finite('forward')
     known = '' if last is None else f' (last in step {last})'
     return (f'loss: it is {a.kind}. The layers were not watched in this step{known}, so where it came from '
             'is not known. Fit again from the same seed with learn.watch(every=1), or with ranges=True.')
 
-def backward_words(a, e):
+def _backward_words(a, e):
     later = a.others('backward').query('place > @e.place').sort_values('place').source
     beside = f', that of {later.iloc[0]}, nearer to the loss, is finite' if len(later) else ''
     fine = ' The forward pass was finite.' if len(a.seen) else ''
     return f'backward: the gradient of {e.source} is the first with {a.kind} on the way back{beside}.{fine}'
 
-def weights_words(a, e):
+def _weights_words(a, e):
     last = a.last_finite('weights', e.source)
     since = '' if last is None else f'; in step {last} it was finite'
     cause = ' The step that did it was not watched.' if e.step else ''
@@ -267,12 +267,12 @@ def weights_words(a, e):
         cause = " The optimizer's step before left it finite, so something else has changed it."
     return f'weights: {e.source} has {a.kind} before the forward pass{since}.{cause}'
 
-def update_words(a, e):
+def _update_words(a, e):
     beside = ', though its gradient is finite' if e.source in set(a.others('backward').source) else ''
     return f"update: the optimizer's step makes {e.source} {a.kind}{beside}."
 
-words = dict(forward=forward_words, loss=loss_words, backward=backward_words, weights=weights_words,
-             update=update_words)
+_words = dict(forward=_forward_words, loss=_loss_words, backward=_backward_words, weights=_weights_words,
+              update=_update_words)
 
 # %% ../nbs/42_watch.ipynb #d733c88d
 views_of_parts = dict(color_dim='activations', dead_chart='activations', plot_stats='activations',
