@@ -234,8 +234,9 @@ def _write_all(folder, files):
         try:
             for nm in files: os.replace(Path(temp)/nm, folder/nm)
         except BaseException:
-            for nm in files: (folder/nm).unlink(missing_ok=True)
-            for nm,data in before.items(): atomic_write(folder/nm, data)
+            for nm in files:
+                if nm in before: atomic_write(folder/nm, before[nm])
+                elif (folder/nm).is_file(): (folder/nm).unlink()
             raise
 
 def save_model(
@@ -429,7 +430,7 @@ def _output_row(outputs, source, o, chunks):
     n_units = [c.n_units for c in chunks]   # a new chunk where the number changes
     if len(chunks) > 1:
         raise ValueError(f'{outputs.caller}: layer {source!r} had {n_units[0]} units and now has '
-                         f'{n_units[1]} on axis {outputs.tap.axes[source]}; say with axis= which one counts units')
+                         f'{n_units[1]} on axis {outputs.tap.axes[source]}; say with axis= which counts them')
     sums, limits, is_act = chunks[0].sums(outputs.table.bins), _limits_of(o.module), _is_act(o.module)
     return dict(_numbers(sums), layer=source, units=n_units[0], samples=int(sums.samples[0]),
                 function=_act_name(o.module) if is_act else type(o.module).__name__, fed_by=o.fed_by,

@@ -84,8 +84,9 @@ def _figure(run, view):
 def _comparison(runs, chance=.1):
     "Loss, accuracy and spread of the last ReLU's output, of several runs."
     def each(f): return {o.name: f(o) for o in runs}
+    accuracy = each(lambda o: o.values('epoch', 'accuracy', 'valid'))
     curves = (('Training loss', 'step', each(lambda o: o.values('batch', 'loss'))),
-              ('Accuracy on the test images', 'epoch', each(lambda o: o.values('epoch', 'accuracy', 'valid'))),
+              ('Accuracy on the test images', 'epoch', accuracy),
               ('Standard deviation behind the last ReLU', 'step', each(lambda o: o.spread)))
     fig, axs = subplots(1, 3, figsize=(11, 3.2))
     for ax,(title,xlabel,series) in zip(axs, curves):

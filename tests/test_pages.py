@@ -156,7 +156,7 @@ def test_hooks_a_changed_page_and_the_template(sh):
     assert re.search(r'\d+ passed', out) and 'failed' not in out
     assert {o for o in out.splitlines() if re.match('( M|[?]{2}) ', o)} == {
         ' M miniai/_modidx.py', ' M miniai/conv.py', ' M nbs/27_conv.ipynb', ' M nbs/sidebar.yml',
-        '?? miniai/my_callback.py', '?? nbs/24_my_callback.ipynb'}
+        '?? miniai/my_callback.py', '?? nbs/29_my_callback.ipynb'}
     assert 'def _twice' in (sh.copy/'miniai'/'conv.py').read_text(encoding='utf-8')
     assert 'an editor wrote' not in path.read_text(encoding='utf-8')
 

@@ -52,7 +52,7 @@ def test_code_of_a_room(room):
 def exported_in_silence(room):
     "Names that other rooms may import and that are not public: those in cells marked `#| exporti`."
     cells = [o['source'] for o in code(room) if re.search(r'^#\|\s*exporti\s*$', o['source'], re.M)]
-    return set(re.findall(r'^(?:def|class) (\w+)', '\n'.join(cells), re.M))
+    return set(re.findall(r'^(?:def |class )?(\w+)(?: =|[(:])', '\n'.join(cells), re.M))
 
 
 @by_room
@@ -65,7 +65,7 @@ def test_names_of_a_room(room):
            and o.__module__ == module.__name__}
     hidden = set(own) - set(module.__all__) - exported_in_silence(room)
     assert not hidden, f'{hidden} neither exported, nor private, nor in a cell marked exporti'
-    assert not [nm for nm, o in own.items() if not (o.__doc__ or '').strip()]
+    assert not [nm for nm, o in own.items() if nm in module.__all__ and not (o.__doc__ or '').strip()]
 
 
 # --- imports ---
@@ -117,8 +117,8 @@ for nm in {list(numbers)}:
 # --- sizes ---
 
 # what holds now; where it is not yet what .ci/sizes.py promises, it only ever gets smaller
-held = dict(total=15_700, room=1_184, cell=142, names=380)
-underscored = 20
+held = dict(total=13_100, room=1_181, cell=140, names=205)
+underscored = 0
 
 
 def test_sizes():
