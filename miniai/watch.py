@@ -20,6 +20,7 @@ from .collect import Cost
 from .gradients import GradientStats, RankStats, UpdateStats
 from .history import History
 from .learner import Learner
+from .loss_stats import LossStats
 from .stats import outside
 
 # %% ../nbs/42_watch.ipynb #9954b4f2
@@ -279,7 +280,7 @@ views_of_parts = dict(color_dim='activations', dead_chart='activations', plot_st
               dead_units='activations',
               plot_flow='gradients', plot_heat='gradients', plot_norm='gradients', plot_ratio='updates',
               plot_ranks='ranks', report='tracer')
-parts_of_watcher = 'activations', 'gradients', 'updates', 'ranks', 'ranges', 'tracer'
+parts_of_watcher = 'activations', 'gradients', 'updates', 'loss', 'ranks', 'ranges', 'tracer'
 
 # %% ../nbs/42_watch.ipynb #23ec48af
 class Watcher(Callback):
@@ -343,6 +344,7 @@ def watch(self:Learner,
     outputs = dict(mod_filter=mod_filter, on_valid=kw.get('on_valid', False))
     make = dict(activations=(ActivationStats, True, dict(mod_filter=mod_filter, **steps, **kw)),
                 gradients=(GradientStats, gradients, steps), updates=(UpdateStats, updates, steps),
+                loss=(LossStats, True, {}),
                 ranks=(RankStats, ranks, outputs), ranges=(RangeStats, ranges, outputs),
                 tracer=(NanTracer, tracer, {}))
     mine = {type(cb): cb for cb in reversed(self.cbs)}   # the first of a kind is used, if there is one
