@@ -28,7 +28,9 @@ from .stats import Bins, base_name, near_zero, outside, statistics, unit_axis, u
 _all_ = ['Hook', 'Hooks', 'set_seed']
 
 # %% ../nbs/40_activations.ipynb #a01c2d2d
-def phase_of(learn): return 'train' if learn.training else 'valid'
+def phase_of(learn):
+    "Name what a loop does now."
+    return 'train' if learn.training else 'valid'
 
 def chosen_modules(cb, model):
     "List the modules that a callback's `mods` or `mod_filter` mean, with their names."
@@ -228,10 +230,11 @@ class Views(Readings):
         return (f'nothing has been watched yet.\nPut this {type(self).__name__} into the cbs of a Learner '
                 'and fit.')
 
-    def draw(self, draw, cells, stats, names, text, figsize, phase='train'):
+    def draw(self, draw, cells, stats, names, text, figsize, phase='train', rows=0):
         "Call `draw(ax, cell)` for each of `cells` and write `text` under them, or say why there is nothing."
-        why = self.why_nothing(stats, names)
-        fig, axs = get_grid(1 if why else len(cells), figsize=figsize)
+        why, (width, height) = self.why_nothing(stats, names), figsize
+        height *= max(1, max(len(cells), rows)/12)   # higher for more than twelve
+        fig, axs = get_grid(1 if why else len(cells), figsize=(width, height))
         if why:
             axs.flat[0].text(.5, .5, f'Nothing to draw: {why}', ha='center', va='center', wrap=True)
             axs.flat[0].set_axis_off()
@@ -247,8 +250,6 @@ class Views(Readings):
         "Draw a line for each of [(name, series)], in one picture."
         draw = lambda ax, _: draw_series(ax, found, **about)
         return self.draw(draw, [0], self.stats, found, text, figsize, phase)
-
-def higher(figsize, n): return figsize[0], figsize[1]*max(1, n/12)   # for more than twelve things
 
 # %% ../nbs/40_activations.ipynb #470e65f7
 class Kept(Views):
@@ -452,7 +453,6 @@ class OutputCells(OutputTables):
         "Call `draw(ax, cell, phase)` for each cell; default the sources."
         phases, names = {o for o,_,_ in self.history.keys()}, self.panels()
         phase = self.check_phase(phase or ('valid' if phases == {'valid'} else 'train'))
-        figsize = figsize if cells else higher(figsize, len(names))
         return self.draw(lambda ax, o: draw(ax, o, phase), cells or names, stats, names, text, figsize, phase)
 
     def _title(self, source):
