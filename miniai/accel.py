@@ -19,12 +19,12 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
 from .augment import joined
-from .callback import Callback
+from .callback import Callback, Order
 from .device import batch_size, generators, to_device
 from .distributed import gather, rank, start_processes, world_size
 from .history import RunningMean
 from .hooks import unwrap
-from .learner import DeviceCB, MetricsCB, ProgressCB, TrainCB
+from .learner import MetricsCB, ProgressCB, TrainCB
 
 # %% ../nbs/35_accel.ipynb #28e78c91
 half_types = dict(bf16=torch.bfloat16, fp16=torch.float16)
@@ -94,7 +94,7 @@ def is_last(learn):
 # %% ../nbs/35_accel.ipynb #1f8e4e78
 class AccumulateCB(Callback):
     "One step for every `n` training batches, with the mean gradient of all their samples."
-    order = TrainCB.order-20
+    order = Order.batches
     def __init__(self, n:int): # batches to a step
         if not isinstance(n, int) or n < 1:
             raise ValueError(f'AccumulateCB: n is {n!r}; it must be a whole number, 1 or more')
@@ -135,7 +135,7 @@ class AccumulateCB(Callback):
 # %% ../nbs/35_accel.ipynb #3f8986df
 class GradClipCB(Callback):
     "Gradients made shorter where their norm, over all parameters, is above `max_norm`."
-    order = TrainCB.order+10
+    order = Order.change
     def __init__(self,
         max_norm=1.,  # the longest gradient, as a whole
         norm_type=2., # 2: square root of the sum of squares; inf: largest entry
@@ -156,7 +156,7 @@ class GradClipCB(Callback):
 # %% ../nbs/35_accel.ipynb #ef5d6633
 class CompileCB(Callback):
     "The model compiled for the length of a fit."
-    order = 1000   # after all who attach hooks
+    order = Order.stop   # after all that attach hooks
     def __init__(self, **kw): # for `torch.compile`, as mode or backend
         self.kw,self._model = kw,None
 
@@ -244,7 +244,7 @@ class Shard:
 # %% ../nbs/35_accel.ipynb #dc94bbcb
 class ProcessesCB(Callback):
     "Divides batches among processes and merges what they measure; a subclass wraps model and optimizer."
-    order = DeviceCB.order-10   # before those who measure or print
+    order = Order.prepare
     _before = _models = None
 
     def before_fit(self, learn):
@@ -306,18 +306,25 @@ def merge_fit(learn):
     for cb in learn.cbs:
         if hasattr(cb, 'merge_processes') and not learn.trial: cb.merge_processes(gather)
 
+# %% ../nbs/35_accel.ipynb #64f55642
 def merge_metric(nm, o):
     if hasattr(o, 'metric_state'): return   # of torchmetrics, which does this itself
-    mine,mean = copy.deepcopy(o),isinstance(o, RunningMean)
-    if mean: mine.load_state_dict(to_device(o.state_dict(), 'cpu'))
-    elif not hasattr(o, 'merge_state'):
+    if isinstance(o, RunningMean): return merge_mean(o)
+    if not hasattr(o, 'merge_state'):
         return warnings.warn(f'{nm} ({type(o).__name__}) has no merge_state; what is shown is of one process '
                              'only', stacklevel=3)
-    elif hasattr(mine, 'to'): mine = mine.to('cpu')
-    first,*others = gather(mine)
-    if not mean: first.merge_state(others)
-    for part in others if mean else (): first.merge(part)
+    mine = copy.deepcopy(o)
+    first,*others = gather(mine.to('cpu') if hasattr(mine, 'to') else mine)
+    first.merge_state(others)
     o.load_state_dict(first.state_dict())
+
+def merge_mean(o):
+    total = RunningMean()
+    for state in gather(to_device(o.state_dict(), 'cpu')):
+        part = RunningMean()
+        part.load_state_dict(state)
+        total.merge(part)
+    o.load_state_dict(total.state_dict())
 
 # %% ../nbs/35_accel.ipynb #af6337e8
 class DDPCB(ProcessesCB):

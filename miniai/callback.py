@@ -198,7 +198,7 @@ class HasCallbacks:
         self.bind()
 
     def bind(self):
-        "Look up anew what runs when; set `learn` on every callback, and end those that were taken out in a fit."
+        "Look up anew what runs when; set `learn` on every callback, and end those taken out in a fit."
         gone = [o for o in vars(self).get('_bound_cbs', ()) if not any(o is cb for cb in self.cbs)]
         self._bound,self._bound_cbs = {},list(self.cbs)
         for cb in self.cbs: cb.learn = self

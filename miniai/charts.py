@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/55_charts.ipynb #44cecab8
+# %% ../nbs/55_charts.ipynb #fc6e6900
 from dataclasses import replace
 from html import escape
+from itertools import cycle
 
 import numpy as np
 
 from .evidence import Evidence, Track
 from .lens import aggregates
+from .rows import Rows
 from .stats import base_name, near_zero, outside, statistics, taps
 
-# %% ../nbs/55_charts.ipynb #0864bf89
+# %% ../nbs/55_charts.ipynb #82a43561
 def numbers(values): # array of any shape; gives an array of objects, None where not finite
     "Turn an array into values for JSON: equal in single precision, else to nine digits."
     values = np.asarray(values)
@@ -23,7 +25,7 @@ def numbers(values): # array of any shape; gives an array of objects, None where
     digits = values.astype(str) if values.dtype == np.float32 else np.char.mod('%.9g', values)
     return np.where(np.isfinite(values), digits.astype(float).astype(object), None)
 
-# %% ../nbs/55_charts.ipynb #61caf89e
+# %% ../nbs/55_charts.ipynb #97279d03
 def kept_rows(values, most): # values [k, n]: k lines of n rows; gives rising numbers of rows
     "Choose about `most` rows: first, last, and of each stretch where a line is lowest and highest."
     (k, n), values = values.shape, np.where(np.isnan(values), np.inf, values)   # a NaN is a highest value
@@ -42,7 +44,7 @@ def thinned(lines, most): # lines: label -> (positions, values)
             for names in groups.values() for nm in names}
     return {nm: (np.asarray(x)[rows[nm]], np.asarray(y)[rows[nm]]) for nm,(x,y) in lines.items()}
 
-# %% ../nbs/55_charts.ipynb #5429a0a5
+# %% ../nbs/55_charts.ipynb #bcc6084c
 colors = '#2a7ab8', '#c8571b', '#1f8f63', '#a8509f', '#8f7a1a', '#5a7d92'
 
 def short_name(name, most=26):
@@ -62,7 +64,7 @@ def figure(traces, xlabel, ylabel='', height=260, xaxis=(), yaxis=(), hovermode=
     import plotly.graph_objects as go
     clear, axis = 'rgba(0,0,0,0)', dict(automargin=True, exponentformat='e', hoverformat='.9~g')
     return go.Figure(traces, go.Layout(
-        template='none', height=height, colorway=colors, paper_bgcolor=clear, plot_bgcolor=clear,
+        template='none', height=height, paper_bgcolor=clear, plot_bgcolor=clear,
         hovermode=hovermode, hoverdistance=60, margin=dict(l=4, r=10, t=6, b=4),
         font=dict(size=12, family='system-ui, sans-serif'), hoverlabel=dict(namelength=40),
         legend=dict(orientation='h', x=0, y=1.02, yanchor='bottom', bgcolor=clear),
@@ -71,15 +73,15 @@ def figure(traces, xlabel, ylabel='', height=260, xaxis=(), yaxis=(), hovermode=
                'spikethickness': 1, **dict(xaxis)},
         yaxis={**axis, 'title': text(ylabel), **dict(yaxis)}))
 
-# %% ../nbs/55_charts.ipynb #588f448e
-def line_traces(label, x, y, gaps, focus):
+# %% ../nbs/55_charts.ipynb #e3929775
+def line_traces(label, x, y, color, gaps, focus):
     "Make the line of one label, and the crosses where its values are not finite."
     ok, around = np.isfinite(y), np.pad(np.isfinite(y), 1)
     alone = (ok & ~around[:-2] & ~around[2:]).any()   # between two gaps, where a line does not reach
     line = dict(type='scatter', name=text(label, 40), meta=label, x=numbers(x), y=numbers(y),
                 mode='lines+markers' if len(y) < 40 or alone else 'lines', showlegend=True,
                 connectgaps=False, opacity=1. if focus in ('', label) else .45,
-                line=dict(width=3 if label == focus else 1.7), marker=dict(size=5))
+                line=dict(width=3 if label == focus else 1.7, color=color), marker=dict(size=5))
     bad = np.isinf(y) if gaps else ~ok
     if not bad.any(): return [line]
     low = y[ok].min() if ok.any() else 1.
@@ -92,7 +94,8 @@ def line_chart(title, xlabel, lines, caption='', ylabel='', log=False, limits=No
                ticks=(), steps=(), focus='', most=1000):
     "Draw lines (label -> positions and values) with title, caption and, if there are, marks."
     shown = thinned(lines, most)
-    traces = [o for nm,(x,y) in shown.items() for o in line_traces(nm, x, np.asarray(y), gaps, focus)]
+    traces = [o for (nm,(x,y)),color in zip(shown.items(), cycle(colors))
+              for o in line_traces(nm, x, np.asarray(y), color, gaps, focus)]
     kept, rows = (max((len(x) for x,_ in o.values()), default=0) for o in (shown, lines))
     if any(o['mode'] == 'markers' for o in traces): caption += ' Crosses: NaN or infinite.'
     if kept < rows: caption += f' {kept:,} of {rows:,} rows are on this page, highest and lowest among them.'
@@ -111,7 +114,7 @@ def shown_ticks(places, names, most=25):
     every = -(-len(names)//most) or 1
     return list(places)[::every], [text(o, 26) for o in names][::every]
 
-# %% ../nbs/55_charts.ipynb #d2f179e0
+# %% ../nbs/55_charts.ipynb #e82b0338
 def count_colors(high):
     "Give the colours of counts, which follow log(1 + count), up to the highest count."
     from plotly.colors import sample_colorscale
@@ -131,7 +134,8 @@ def map_chart(title, xlabel, x, rows, values, caption='', ylabel='', value='valu
     if every > 1: caption += f' One in {every} of {len(x):,} columns is on this page.'
     shown, names = np.asarray(values)[:, ::every], [text(o) for o in rows]
     cell = '%{customdata:.9~g}' if log else '%{z:.9~g}'
-    trace = dict(type='heatmap', x=numbers(x[::every]), y=names, z=shown if value == 'count' else numbers(shown), meta=list(rows),
+    trace = dict(type='heatmap', x=numbers(x[::every]), y=names, meta=list(rows),
+                 z=shown if value == 'count' else numbers(shown),
                  hovertemplate=f'{xlabel} %{{x}}<br>{text(ylabel)} %{{y}}<br>{value} {cell}<extra></extra>',
                  zmin=limits[0], zmax=limits[1], colorscale='Viridis', hoverongaps=False,
                  showscale=value != 'count', colorbar=dict(thickness=10, outlinewidth=0))
@@ -144,7 +148,7 @@ def map_chart(title, xlabel, x, rows, values, caption='', ylabel='', value='valu
     fig = figure([trace], xlabel, ylabel, height, yaxis=axis, hovermode='closest')
     return dict(title=title, caption=caption.strip(), xlabel=xlabel, figure=fig)
 
-# %% ../nbs/55_charts.ipynb #f2960266
+# %% ../nbs/55_charts.ipynb #8905fe0d
 whole = 'batch', 'batches', 'epoch', 'loss', 'all'   # sources that are no layers
 
 def plain_stat(stat):
@@ -179,8 +183,10 @@ class RunData:
         found = self.evidence.track(source, stat)
         return found if len(found) else self.evidence.track(source, stat, 'valid')
 
-# %% ../nbs/55_charts.ipynb #26453e9a
-def is_line(track): return len(track) > 0 and track.values.dtype != object and track.values.ndim == 1
+# %% ../nbs/55_charts.ipynb #f1ed0b7a
+def is_line(track):
+    "Whether a track has one number a row."
+    return len(track) > 0 and track.values.dtype != object and track.values.ndim == 1
 
 def by_step(track):
     "Give the positions of a track's rows, and what they are."
@@ -205,7 +211,7 @@ def lines_of(run, sources, stats, prefix=''):
         if what == xlabel: lines[label] = x, track.values
     return lines, xlabel or 'step'
 
-# %% ../nbs/55_charts.ipynb #fa7158aa
+# %% ../nbs/55_charts.ipynb #ed1e9a20
 together = {'Mean and standard deviation': ('mean', 'std'), 'Dead units': ('death_rate',),
             'Near zero': ('near_zero',), 'Active outputs': ('activation_rate',),
             'Norm of the gradients': ('grad_norm',), 'Update to weight': ('update_ratio',),
@@ -219,15 +225,19 @@ def meaning(stat):
     "Find the definition of a recorded statistic; None if it has none."
     return next((statistics[o] for o in (base_name(tap, stat) for tap in taps) if o), None)
 
+def has_gaps(stat):
+    "Whether a NaN of this statistic means that it was not measured."
+    return stat.startswith(('grad_', 'update_', 'param_', 'effective'))
+
 def stat_chart(run, layer, title, stats, most):
     "Chart statistics of one layer, as a list; empty if nothing was recorded of them."
     lines, xlabel = lines_of(run, run.layers[layer], stats, layer)
     if not lines: return []
     known = [o for o in map(meaning, stats) if o]
-    caption = ' '.join([o.caption.replace('`', '') for o in known] + ['Here the mean of each epoch.']*(xlabel == 'epoch'))
+    caption = ' '.join(o.caption.replace('`', '') for o in known)
+    if xlabel == 'epoch': caption += ' Here the mean of each epoch.'
     if 'death_rate' in stats: caption += ''.join(dead_units(run, o) for o in run.layers[layer])
-    gaps = stats[0].startswith(('grad_', 'update_', 'param_', 'effective'))   # a NaN: nothing to measure
-    style = dict(gaps=gaps, most=most)
+    style = dict(gaps=has_gaps(stats[0]), most=most)
     if known: style |= dict(log=known[0].log, guides=[o.guide for o in known[:1] if o.guide is not None])
     if known and known[0].limits: style['limits'] = [known[0].limits[0]-.03, known[0].limits[1]+.03]
     return [line_chart(title, xlabel, lines, caption, **style)]
@@ -241,12 +251,12 @@ def dead_units(run, source):
     return (f' Dead in every batch of epoch {track.epochs[-1]} (epoch window): {len(dead)} of '
             f'{len(track.values[-1])} units{f" ({which})" if len(dead) else ""}.')
 
-# %% ../nbs/55_charts.ipynb #4da0ecce
+# %% ../nbs/55_charts.ipynb #1b990e66
 hist_titles = dict(hist=('Histogram', '|output|'), grad_hist=('Histogram of the gradient', '|gradient|'))
 
 def bin_names(run, source, stat, n):
     "Name the bins of a histogram by their borders, where the table knows them."
-    found = [t.bins.edges for h in run.evidence.histories for t in h.tables
+    found = [t.bins.edges for h in run.evidence.histories for t in h.tables if isinstance(t, Rows)
              for phase in ('train', 'valid') if t.has(phase, source, stat)]
     if not found: return [f'bin {i}' for i in range(n)]
     return [f'{a:.3g} to {b:.3g}' for a,b in zip(found[0], found[0][1:])]
@@ -280,34 +290,29 @@ def layer_charts(run, layer, most, columns):
             *(o for title,names in {**together, **own}.items() if set(names) & set(stats)
               for o in stat_chart(run, layer, title, names, most))]
 
-# %% ../nbs/55_charts.ipynb #baee6dfe
+# %% ../nbs/55_charts.ipynb #1f10bfd8
 maps = dict(std='Standard deviation of the outputs', death_rate='Dead units (batch window)',
             grad_norm='Norm of the gradients', update_ratio='Update to weight')
 
-def matrix(tracks):
-    "Put the values of tracks into rows, at all positions that any of them has; NaN where one has none."
-    xs = np.unique(np.concatenate([by_step(o)[0] for o in tracks]))
-    values = np.full((len(tracks), len(xs)), np.nan, np.result_type(np.float32, *(o.values for o in tracks)))
-    for row,track in zip(values, tracks): row[np.searchsorted(xs, by_step(track)[0])] = track.values
-    return xs, values
-
 def overview_charts(run, columns):
     "Chart all layers, or parameters, over time."
+    import pandas as pd
     charts = []
     for stat,title in maps.items():
         tracks = {o: run.track(o, stat) for own in run.layers.values() for o in own}
         tracks = {o: track for o,track in reversed(tracks.items()) if is_line(track)}
         if len(tracks) < 2: continue
-        x, values = matrix(list(tracks.values()))
+        found = {i: pd.Series(o.values, by_step(o)[0]) for i,o in enumerate(tracks.values())}
+        found = pd.DataFrame(found).sort_index()
         log = stat != 'death_rate'
         blank, limits = ('zero, or not measured', (None, None)) if log else ('not measured', (0, 1))
         caption = f'From the first on top to the last. Blank: {blank}.'
         xlabel = by_step(next(iter(tracks.values())))[1]
-        charts.append(map_chart(title, xlabel, x, list(tracks), values, caption, '', stat.replace('_', ' '),
-                                log, limits, min(600, 120 + 22*len(tracks)), columns))
+        charts.append(map_chart(title, xlabel, found.index, list(tracks), found.values.T, caption, '',
+                                stat.replace('_', ' '), log, limits, min(600, 120 + 22*len(tracks)), columns))
     return charts
 
-# %% ../nbs/55_charts.ipynb #8896cba4
+# %% ../nbs/55_charts.ipynb #0d7cfc08
 def loss_lines(evidence):
     "Give the lines of the loss, and what their positions are."
     found = {'training': evidence.loss(), 'validation': evidence.epoch_loss('valid')}
@@ -344,7 +349,7 @@ def finding_chart(finding, most):
     return line_chart(c.title or 'Evidence', c.xlabel, lines, caption, c.ylabel, c.log, guides=c.guides,
                       ticks=tuple(c.ticks), steps=steps, focus=focus, most=most)
 
-# %% ../nbs/55_charts.ipynb #561d6b78
+# %% ../nbs/55_charts.ipynb #d0eba377
 def spark_path(values, width=80, height=24):
     "Give the path of a small line for SVG, with gaps for what is not finite; '' for nothing."
     values = np.asarray(values, dtype=float)

@@ -16,6 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
+from .callback import Order
 from .device import rng_state, set_rng_state, to_device
 from .distributed import gather, is_main, rank
 from .files import atomic_write
@@ -317,7 +318,7 @@ def check_numbers(every, keep):
 # %% ../nbs/36_checkpoint.ipynb #9b2c2770
 class CheckpointCB(MonitorCB):
     "Saves everything that is needed to go on; `learn.fit(..., resume=path)` does."
-    order = 100_000   # everybody else is done
+    order = Order.save
     def __init__(self,
         path,          # folder, made if it is not there
         every='epoch', # 'epoch', or a number of training steps
@@ -332,7 +333,7 @@ class CheckpointCB(MonitorCB):
 
     def before_fit(self, learn):
         super().before_fit(learn)
-        if learn.trial or self._opened is learn: return   # another one would begin again at step 0
+        if self._opened is learn: return   # another one would begin again at step 0
         if is_main(): open_folder(self.path, learn._resume, self.fresh)
         self._opened = learn
 
@@ -348,7 +349,6 @@ class CheckpointCB(MonitorCB):
         if learn.opt is not None and learn.epochs: self._save(learn, learn.epochs.stop, learn.n_steps)
 
     def _save(self, learn, epoch, n_steps, batches=0):
-        if learn.trial: return
         ended = self.monitor is not None and not batches
         best = self.improves(learn, ('valid', 'train'), epoch-1) if ended else False
         state = learner_state(learn, epoch, batches, n_steps)   # waits for the device

@@ -50,8 +50,8 @@ def read_idx(
                              'expected a gzipped IDX file. Fetch it again.') from e
     found,head = _idx_kinds.get(int.from_bytes(raw[:4], 'big'), ('', len(raw)+1))
     if len(raw) < head:
-        raise ValueError(f'{path}: {len(raw):,} bytes that begin with {bytes(raw[:4])!r}; expected an IDX file, '
-                         'which begins with the number 2051 (images) or 2049 (labels) and its shape')
+        raise ValueError(f'{path}: {len(raw):,} bytes that begin with {bytes(raw[:4])!r}; expected an IDX '
+                         'file, which begins with the number 2051 (images) or 2049 (labels) and its shape')
     shape = np.frombuffer(raw[4:head], '>u4').tolist()
     size = head + math.prod(shape)
     if (found, shape[0]) != (kind, count):
@@ -324,7 +324,6 @@ def _check_fits(splits, names, device, max_bytes):
             raise MemoryError(f'in_memory: {sum(map(len, splits)):,} samples take {need/1e9:.3g} GB decoded, '
                 f'but {limit/1e9:.3g} GB {what}. Use from_dd, a part of the data set, or smaller images')
 
-# %% ../nbs/26_datasets.ipynb #88a32d32
 def _decode(ds, nm):
     "Column `nm` of `ds` as one tensor: uint8 [n, C, H, W] of images, int64 or float64 [n] of numbers."
     if _kind(ds.features[nm])=='number': return _stack(list(ds[nm]), nm)
@@ -344,7 +343,7 @@ def _two_splits(dd):
     names = list(dd)
     known = [o for o in ('validation', 'valid', 'val', 'dev', 'test') if o in names]
     if 'train' in names and known: return 'train',known[0]
-    if len(names)==2: return ('train', *(o for o in names if o!='train')) if 'train' in names else tuple(names)
+    if len(names)==2: return tuple(sorted(names, key=lambda o: o!='train'))   # `train` first, or as they are
     raise ValueError(f"DataLoaders: the splits are {names}; expected 'train' and 'validation' or 'test'")
 
 def _checked_splits(dd, bs):

@@ -26,14 +26,12 @@ def _same_mapping(x, values):
     for k,v in values.items(): res[k] = v
     return res
 
-# %% ../nbs/00_device.ipynb #bc0fa2cb
 def _same_dataclass(x, f):
     "A copy of data class `x` with `f` applied to its fields, frozen ones too."
     res = copy.copy(x)
     for o in fields(x): object.__setattr__(res, o.name, f(getattr(x, o.name)))
     return res
 
-# %% ../nbs/00_device.ipynb #6255a5c5
 def _walk(x, f):
     "Apply `f` to every tensor and module inside `x`, keeping the nesting and its types."
     if isinstance(x, (torch.Tensor, nn.Module, PackedSequence)): return f(x)
@@ -43,7 +41,6 @@ def _walk(x, f):
     if is_dataclass(x) and not isinstance(x, type): return _same_dataclass(x, lambda o: _walk(o, f))
     return x
 
-# %% ../nbs/00_device.ipynb #26be956a
 def to_device(
     x, # a tensor, a module, or any nesting of them in mappings, lists, (named) tuples and data classes
     device=def_device, # where to: 'cpu', 'cuda:1', a `torch.device`, ...
@@ -57,7 +54,6 @@ def _cpu(x):
     res = x.detach().cpu()
     return res.float() if res.dtype in (torch.float16, torch.bfloat16) else res
 
-# %% ../nbs/00_device.ipynb #a87385d9
 def to_cpu(
     x, # as in `to_device`
 ): # the same nesting on the CPU, detached
@@ -137,13 +133,11 @@ def _forget_traceback():
     for nm in ('last_type', 'last_value', 'last_traceback', 'last_exc'):
         if hasattr(sys, nm): delattr(sys, nm)
 
-# %% ../nbs/00_device.ipynb #c9820168
 def _forget_outputs():
     "Let go of the outputs that a notebook keeps in `Out`, `_`, `__`."
     shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
     if hasattr(getattr(shell, 'displayhook', None), 'flush'): shell.displayhook.flush()
 
-# %% ../nbs/00_device.ipynb #801ba584
 def clean_mem():
     "Free the memory that the last exception and the notebook's saved outputs hold, on the accelerator too."
     _forget_traceback()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from fastcore.basics import listify, patch
 
-from .callback import Callback, CancelFitException
+from .callback import Callback, CancelFitException, Order
 from .distributed import gather, is_main
 from .evidence import (Chart, Evidence, Facts, Finding, Findings, Param, Track, evidence_of, levels,
                              unknown)
@@ -143,7 +143,8 @@ class StopOnCB(Callback):
     'grad_norm>1e3'; any layer will do, or one named by ' at ': 'dead>0.5 at act2', 'grad_norm>1e3 at all'.
     Names are those of the tables ('dead' is short for 'death_rate'), so a watcher must record them.
     The name of a rule, such as 'learning_rate_high': it has found an error or a warning."""
-    order = 1000   # the others have recorded by then
+    order = Order.stop   # the others have recorded by then
+    in_trial = False     # `lr_find` tries rates at which it goes wrong
     def __init__(self,
         *conditions, # texts such as 'nan', 'dead>0.5', 'std<1e-4 at act2', 'at_chance'; default 'nan'
         every:int=50 # training steps between two tests, each of which waits for the device
@@ -154,17 +155,16 @@ class StopOnCB(Callback):
 
     def before_fit(self, learn):
         self._bad, self._n, self.reason = torch.zeros(()).bool(), 0, None
-        self._on = not getattr(learn, 'trial', False)   # `lr_find` tries rates at which it goes wrong
 
     def after_batch(self, learn):
-        if not self._on or not learn.training: return
+        if not learn.training: return
         bad = ~torch.isfinite(learn.loss.detach()).all()
         self._bad = self._bad.to(bad.device, non_blocking=True) | bad
         self._n += 1
         if self._n % self.every == 0: self._test(learn)
 
     def after_epoch(self, learn):
-        if self._on and learn.training and self._n % self.every: self._test(learn)
+        if learn.training and self._n % self.every: self._test(learn)
 
     def _test(self, learn):   # waits for the device: it reads the flag, and the tables that a condition needs
         reasons = (o.why(learn, bool(self._bad)) for o in self.conditions)

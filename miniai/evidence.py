@@ -18,7 +18,8 @@ from .history import History, plain_frame, read_table, write_table
 from .hooks import select_modules, unwrap
 from .inspector import Inspector
 from .learner import Learner
-from .lens import parameter_matches, row_stat
+from .loss_stats import first_tensor, is_affine, is_clipped
+from .lens import row_stat
 from .visualizer import Recording
 from .watch import Watcher
 
@@ -51,6 +52,9 @@ class Facts:
     copies:dict = field(default_factory=dict)     # layer -> fraction of its units with another one's weights
     dead_since:dict = field(default_factory=dict) # source -> step each unit is dead from; -1: alive
     sampled:dict = field(default_factory=dict)    # phase -> (batches measured, batches that went by)
+    shapes:dict = field(default_factory=dict)     # inputs, predictions, targets -> (shape of a batch, type)
+    affine:bool = None                            # whether the model is an affine function
+    clipped:bool = None                           # whether the loss ignores what is outside of 0 to 1
 
     def kind(self, source):
         "The type of the layer that a source belongs to; '' if that is not known."
@@ -72,7 +76,8 @@ def facts_of_dict(o):
     known = {_older.get(nm, nm): tuple(v) if isinstance(v, list) else v for nm,v in o.items()}
     facts = Facts(**{nm: v for nm,v in known.items() if nm in Facts.__dataclass_fields__})
     params = {nm: Param(**p | dict(shape=tuple(p['shape']))) for nm,p in facts.params.items()}
-    return replace(facts, params=params, sampled={nm: tuple(v) for nm,v in facts.sampled.items()})
+    return replace(facts, params=params, sampled={nm: tuple(v) for nm,v in facts.sampled.items()},
+                   shapes={nm: (tuple(v[0]), v[1]) for nm,v in facts.shapes.items()})
 
 # %% ../nbs/50_evidence.ipynb #efaee0b9
 @dataclass
@@ -284,36 +289,29 @@ def _n_classes(loss_func, preds):
 def watched_facts(o):
     "What a watcher knows besides its rows: some of the fields of `Facts`."
     o = getattr(o, 'inspector', o)
-    if hasattr(o, 'facts'): return o.facts()
-    if isinstance(o, Inspector):
-        return dict(layers=dict(o.kinds), silent=o.silent, unreached=_without_rows(o), sampled=_sampled(o))
-    if hasattr(o, 'dead_since'):
-        sources = {source: nm for nm,own in o.sources.items() for source in own or [nm]}
-        return dict(layers=dict(o.kinds), sources=sources, silent=o.silent, dead_since=o.dead_since(),
-                    sampled=_sampled(o))
-    return dict(unreached=o.unreached) if hasattr(o, 'hist_edges') else {}
-
-def _sampled(o): return {phase: (o.pace.sampled[phase], n) for phase,n in o.pace.seen.items() if n}
-
-def _without_rows(inspector):
-    "Parameters whose gradients an inspector was to measure, and which had none; None if it measures none."
-    wanted = [pattern for lens in inspector.lenses if lens.tap == 'grad' for pattern in lens.parameters]
-    seen = {source for _,source,stat in inspector.history.keys() if stat.startswith('grad_')}
-    names = [o.name for o in inspector.params
-             if o.p.requires_grad and any(parameter_matches(o.name, p) for p in wanted)]
-    return tuple(nm for nm in names if nm not in seen) if wanted and seen else None
+    return dict(o.facts()) if hasattr(o, 'facts') else {}
 
 def with_known(facts, known):
     "`facts` with what `known` has besides."
     return replace(facts, **{nm: v for nm,v in known.items() if v or nm == 'unreached' and v is not None})
 
 # %% ../nbs/50_evidence.ipynb #d3b9af07
+def _of_probes(learn, model, preds):
+    "What the last batch shows when it is tried out: `affine`, `clipped`."
+    batch = getattr(learn, 'batch', None)
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2: return {}
+    types = [type(m).__name__ for m in model.modules()]
+    weights = sum(o in ('Linear', 'Conv1d', 'Conv2d') for o in types)
+    maybe = weights > 1 and not {*types} & {*nn.modules.activation.__all__}
+    return dict(affine=is_affine(model, first_tensor(batch)) if maybe else None,
+                clipped=is_clipped(learn.loss_func, preds, batch[-1]))
+
 def _of_learner(learn):
     model, preds = unwrap(learn.model), getattr(learn, 'preds', None)
     facts = Facts(model=type(model).__name__, layers={nm: type(m).__name__ for nm,m in select_modules(model)},
                   loss=function_name(learn.loss_func), n_classes=_n_classes(learn.loss_func, preds),
                   params=_of_parameters(model, learn.opt), copies=copies_of_units(model),
-                  **_of_optimizer(learn.opt), **_of_answers(preds))
+                  **_of_optimizer(learn.opt), **_of_answers(preds), **_of_probes(learn, model, preds))
     for cb in learn.cbs:
         known = watched_facts(cb)
         if hasattr(cb, 'inspector'): known.pop('layers', None)   # the Learner has their full names

@@ -14,10 +14,10 @@ import torch
 from fastcore.basics import groupby, noop
 
 from .activations import HooksCallback, Recorder, Views, draw_hist, draw_lines, phase_of
+from .callback import Order
 from .collect import ParameterTap
 from .device import batch_size
 from .hooks import choose_parameters, find_parameters, named_tensors, parameter_matches, unwrap
-from .learner import TrainCB
 from .plots import heatmap
 from .stats import Bins, effective_rank, unit_axis, widen
 
@@ -65,7 +65,7 @@ class ReachedParameters(Recorder):
 # %% ../nbs/41_gradients.ipynb #eaa0e8d8
 class AtSteps(ReachedParameters):
     "Measures parameters around the optimizer's step."
-    order = TrainCB.order-10   # before those who clip or change gradients, after those who add them up
+    order = Order.prepare   # before gradients are clipped or changed, after they are added up
 
     def __init__(self, tap, known, parameters, every, budget, stats, max_bytes, bins, what):
         super().__init__(every, budget)

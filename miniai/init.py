@@ -17,11 +17,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .callback import Callback
+from .callback import Callback, Order
 from .conv import conv as plain_conv
 from .device import clean_mem, cloned, def_device, refilled, rng_state, set_rng_state, to_device
 from .hooks import Hooks, select_modules, unwrap
-from .learner import DeviceCB
 from .stats import mean_std
 
 # %% ../nbs/30_init.ipynb #e5136692
@@ -30,7 +29,7 @@ _all_ = ['clean_mem']
 # %% ../nbs/30_init.ipynb #35bec0d7
 class BatchTransformCB(Callback):
     "Replaces every batch, once it is on the device, by `tfm(batch)`."
-    order = DeviceCB.order+10
+    order = Order.change
     def __init__(self,
         tfm,           # function of a whole batch that returns the new one
         on_train=True, # in training

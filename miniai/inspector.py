@@ -91,7 +91,7 @@ class Facts:
     def facts(self):
         "Give what is known of the run besides its rows; `unreached`: parameters that no gradient came to."
         sampled = {phase: (self.sampler.sampled[phase], n) for phase,n in self.sampler.seen.items() if n}
-        sources = {nm: names for o in self.tables for nm,names in o.sources.items()}
+        sources = {source: nm for o in self.tables for nm,own in o.sources.items() for source in own or [nm]}
         seen = {source for _,source,stat in self.history.keys() if stat.startswith('grad_')}
         chosen = {o.name for lens in self.lenses if lens.tap == 'grad'
                   for o in choose_parameters(self.params, lens.parameters) if o.p.requires_grad}

@@ -8,7 +8,9 @@ __all__ = []
 # %% ../nbs/52_loss_rules.ipynb #02021be6
 import numpy as np
 
-from .rules import Missing, found, needed_loss, rule, steps_chart, tracks_of
+from .loss_stats import entry_stats
+from .rules import (Missing, at_layers, found, layers_of, needed, needed_loss, rule, steps_chart,
+                          tracks_of)
 
 # %% ../nbs/52_loss_rules.ipynb #77569d47
 consequences = 'constant_output', 'at_chance'   # rules that find what many faults lead to
@@ -46,6 +48,200 @@ def softmax_before_loss(evidence):
         evidence, 'error' if facts.answers else 'warning', f'The model ends in a {what} ({reason}), but '
         f'{facts.loss} wants {wants}.', layers=[last] if ends else [], causes=[cause], tries=[cure],
         caveats=[not facts.answers and 'read from the type of the last layer; another one may run last'])
+
+# %% ../nbs/52_loss_rules.ipynb #fad2e2ac
+_kinds = dict(crossentropy='classes', nll='classes', bcewithlogits='binary',
+              binarycrossentropywithlogits='binary', bce='probabilities', binarycrossentropy='probabilities',
+              mse='numbers', l1='numbers', smoothl1='numbers', huber='numbers')
+
+def loss_kind(evidence):
+    "'classes', 'binary' (of logits), 'probabilities' (binary), 'numbers'; '' of other losses."
+    return _kinds.get(evidence.facts.loss.lower().replace('_', '').removesuffix('loss'), '')
+
+def entries(evidence, source):
+    "Name of a number -> its values [n] in the steps that were taken, and the shape of a batch."
+    values, shape = evidence.track(source, 'entries').values, evidence.facts.shapes.get(source, ((), ''))[0]
+    if not len(values) or not shape: raise Missing('what enters the loss is not known; use `learn.watch()`')
+    return dict(zip(entry_stats, values.astype(float).T)), shape
+
+# %% ../nbs/52_loss_rules.ipynb #5a6ba0a7
+@rule(kind='one_unit_softmax', before='exploding_activations',
+      causes=['a softmax over one unit, which is always 1'],
+      tries=['no activation, and BCEWithLogitsLoss', 'a unit for each class, and CrossEntropyLoss'])
+def one_unit_softmax(evidence):
+    """A head of one unit whose answer is always 1, or cross entropy over one unit, which is always 0.
+
+    Source: the definition of the softmax: exp(x)/exp(x) = 1, and its gradient is 0."""
+    p, shape = entries(evidence, 'predictions')
+    if loss_kind(evidence) == 'classes' and len(shape) > 1 and shape[1] == 1: return found(
+        evidence, 'error', f'{evidence.facts.loss} is over one unit, so it is 0 and has no gradient.', 1., 1.,
+        kind=('one_unit_softmax', 'class_ids_vs_units'))
+    if shape[-1] == 1 and (p['min'] == 1).all() and (p['max'] == 1).all(): return found(
+        evidence, 'error', 'The one unit of the head is exactly 1 in every step.', 1., 1.)
+
+# %% ../nbs/52_loss_rules.ipynb #47aea2d1
+@rule(kind=('class_ids_vs_units', 'head_range'), before='exploding_activations',
+      causes=['numbers of classes as targets of a single unit'],
+      tries=['a unit for each class, CrossEntropyLoss, and class numbers of type int64'])
+def class_ids(evidence):
+    """Targets of 0, 1, 2 and more for the one unit of a loss that knows two classes.
+
+    Source: PyTorch, `BCEWithLogitsLoss`: targets are numbers between 0 and 1."""
+    t, shape = entries(evidence, 'targets')
+    high, ids = t['max'].max(), (t['whole'] == 1).all() and t['min'].min() >= 0
+    if loss_kind(evidence) in ('binary', 'probabilities') and ids and high > 1: return found(
+        evidence, 'error', f'Targets are whole numbers up to {high:g}, but {evidence.facts.loss} knows '
+        'the classes 0 and 1 only.', float(high), 1.)
+
+@rule(kind='shape_broadcast', before='exploding_activations',
+      causes=['an axis too much or too few: [N, 1] against [N]', 'more units than targets'],
+      tries=['`targets[:, None]`, or `preds.squeeze(1)`', 'as many units as targets'])
+def shapes_differ(evidence):
+    """Predictions and targets of different shapes, which the loss stretches to a common one.
+
+    Source: PyTorch, "Broadcasting semantics": [N, 1] - [N] is [N, N]."""
+    (_, mine), (_, its) = entries(evidence, 'predictions'), entries(evidence, 'targets')
+    if loss_kind(evidence) != 'numbers' or mine == its or mine[0] != its[0]: return
+    return found(evidence, 'error', f'Predictions are {list(mine)}, targets {list(its)}: '
+                 f'{evidence.facts.loss} compares each with others than its own.')
+
+# %% ../nbs/52_loss_rules.ipynb #2f851af7
+_bounds = dict(Sigmoid=(0, 1), Softmax=(0, 1), Hardsigmoid=(0, 1), Tanh=(-1, 1), Hardtanh=(-1, 1),
+               Softsign=(-1, 1), ReLU=(0, np.inf), ReLU6=(0, 6), Softplus=(0, np.inf))
+
+@rule(kind=('head_range', 'target_scale'), before='exploding_activations',
+      tries=['a last layer without activation', 'targets scaled to that range', 'a loss for such targets'])
+def head_range(evidence, *, min_beyond=.1): # of the targets' deviation, by which they lie beyond
+    """Targets that the last activation cannot give, or that the loss is not made for.
+
+    Source: Bishop, "Pattern Recognition and Machine Learning" (2006), 5.2: output activations and targets."""
+    t, facts = entries(evidence, 'targets')[0], evidence.facts
+    last, low, high = last_called(facts), t['min'].min(), t['max'].max()
+    beyond = min_beyond*np.nanmax(t['std'])
+    bounds, what = _bounds.get(facts.kind(last), (-np.inf, np.inf)), f'{facts.named(last)} gives'
+    if loss_kind(evidence) in ('binary', 'probabilities'): bounds, what = (0, 1), f'{facts.loss} wants'
+    if loss_kind(evidence) == 'classes' or not (low < bounds[0]-beyond or high > bounds[1]+beyond): return
+    return found(evidence, 'error', f'Targets are from {low:.3g} to {high:.3g}, but {what} numbers from '
+                 f'{bounds[0]:g} to {bounds[1]:g}.', float(high if high > bounds[1] else low),
+                 layers=[last] if last else [],
+                 causes=[f'{what} no others', 'targets that are not scaled'],
+                 kind=('head_range', 'wrong_loss' if 'wants' in what else 'target_scale'))
+
+# %% ../nbs/52_loss_rules.ipynb #e7271a00
+@rule(kind='loss_input', before='exploding_activations')
+def loss_input(evidence):
+    """Predictions that the loss is not made for: after a ReLU, outside of 0 to 1, or a loss below zero.
+
+    Source: PyTorch, `CrossEntropyLoss`, `BCEWithLogitsLoss`, `BCELoss`, `NLLLoss`: what each expects."""
+    p, facts, kind = entries(evidence, 'predictions')[0], evidence.facts, loss_kind(evidence)
+    last, loss = last_called(facts), evidence.loss()
+    relu, zeros = facts.kind(last) == 'ReLU', float(p['zeros'].mean())
+    cut = (p['min'] == 0).all() and (relu or (p['zeros'] > .1).all())
+    if cut and kind in ('classes', 'binary'): return found(
+        evidence, 'error', f'No prediction is below 0, and {zeros:.0%} are 0: {facts.loss} wants '
+        'logits of both signs.', zeros, 0., layers=[last] if relu else [], kind=('loss_input', 'head_range'),
+        causes=['a ReLU at the end of the model'], tries=['a last layer without activation'])
+    if facts.clipped: return found(
+        evidence, 'error', f'Predictions go from {p["min"].min():.3g} to {p["max"].max():.3g}, and '
+        f'{facts.loss} ignores by how much they are beyond 0 and 1.',
+        causes=['logits for a loss of probabilities'],
+        tries=['a Sigmoid or Softmax at the end of the model', 'BCEWithLogitsLoss, or CrossEntropyLoss'])
+    if kind in ('classes', 'probabilities', 'binary') and loss.late < 0: return found(
+        evidence, 'error', f'{facts.loss} ends at {loss.late:.3g}: below zero.', loss.late, 0.,
+        dict(loss=loss), causes=['numbers that are no log-probabilities', 'targets outside of 0 to 1'],
+        tries=['LogSoftmax before NLLLoss, or CrossEntropyLoss'])
+
+@rule(kind=('wrong_loss', 'loss_input'), before='identical_units',
+      causes=['a binary loss for each of several classes'],
+      tries=['CrossEntropyLoss, with the numbers of the classes as targets'])
+def exclusive_classes(evidence):
+    """Samples that have exactly one of several classes, under a loss that judges each class by itself.
+
+    Source: Bishop (2006), 5.2: a softmax for classes that exclude each other."""
+    t, shape = entries(evidence, 'targets')
+    one_each = (np.array([t['whole'], t['sum_min'], t['sum_max'], 1 - t['min']]) == 1).all()
+    binary = loss_kind(evidence) in ('binary', 'probabilities')
+    if binary and one_each and len(shape) == 2 and shape[1] > 1: return found(
+        evidence, 'warning', f'Every sample has exactly one of {shape[1]} classes, and {evidence.facts.loss} '
+        'judges each class by itself.', float(shape[1]), 1.)
+
+# %% ../nbs/52_loss_rules.ipynb #8a51362a
+@rule(kind='input_scale', before='dead_units', causes=['inputs that are not scaled'],
+      tries=['subtract the mean of the training data, divide by its deviation', 'BatchNorm as a first layer'])
+def input_scale(evidence, *, max_size=30.): # largest mean or deviation of the inputs
+    """Inputs whose mean or deviation is far from 1, before a layer that does not normalise.
+
+    Source: LeCun and others, "Efficient backprop" (1998), 4.3: mean 0, equal variances."""
+    x, facts = entries(evidence, 'inputs')[0], evidence.facts
+    first = next((o for o in facts.layers.values() if o not in ('Flatten', 'Identity', 'Dropout')), '')
+    whole = facts.shapes['inputs'][1].startswith(('int', 'uint', 'bool'))
+    size = float(max(np.nanmax(np.abs(x['mean'])), np.nanmax(x['std'])))
+    if whole or not first.startswith(('Linear', 'Conv', 'LSTM', 'GRU', 'RNN')) or not size > max_size: return
+    return found(evidence, 'warning', f'Inputs go from {x["min"].min():.3g} to {x["max"].max():.3g} (mean '
+                 f'{x["mean"].mean():.3g}, deviation {x["std"].mean():.3g}).', size, max_size)
+
+@rule(kind='target_scale', before='dead_units', causes=['targets that are not scaled'],
+      tries=['subtract their mean and divide by their deviation; undo it for predictions'])
+def target_scale(evidence,
+    *, max_size=20., # mean or deviation of targets of a regression
+    max_left=.5      # of their mean square, that the loss still is in the end
+):
+    """Targets of a regression far from 1, and a loss that is not far below their mean square.
+
+    Source: Bishop (2006), 5.2; LeCun and others (1998), 4.3, of inputs and targets alike."""
+    t, loss = entries(evidence, 'targets')[0], needed_loss(evidence)
+    size = float(max(np.nanmax(np.abs(t['mean'])), np.nanmax(t['std'])))
+    square, name = float(np.mean(t['mean']**2 + t['std']**2)), evidence.facts.loss.lower()
+    if not name.startswith('mse') or not size > max_size: return
+    if loss.late > max_left*square: return found(
+        evidence, 'warning', f'Targets go from {t["min"].min():.3g} to {t["max"].max():.3g}; the loss ends '
+        f'at {loss.late/square:.0%} of their mean square.', size, max_size, dict(loss=loss))
+
+@rule(kind='no_nonlinearity', before='dead_units', causes=['no activation between the layers'],
+      tries=['a ReLU after each layer but the last'])
+def no_nonlinearity(evidence):
+    """A model of several layers that is an affine function, tried out on two rows of the last batch.
+
+    Source: Goodfellow, Bengio, Courville, "Deep Learning" (2016), 6.1."""
+    if evidence.facts.affine is None: raise Missing('not tried: the model has activations, or is not known')
+    if evidence.facts.affine: return found(
+        evidence, 'warning', 'The model is an affine function: its layers are worth one.')
+
+# %% ../nbs/52_loss_rules.ipynb #5da6334a
+@rule(kind='ledger', before='softmax_before_loss',
+      causes=['`opt.step()` is not called, or is that of another optimizer', 'a learning rate of 0 for them',
+              'weights that something puts back after each step'],
+      tries=['compare a weight before and after `opt.step()`'])
+def unchanged(evidence):
+    """Parameters that are trained, have a gradient, and are the same after every step.
+
+    Source: PyTorch, `torch.optim`: a step changes every parameter with a gradient."""
+    names = needed(evidence, 'update_ratio')
+    grads, params = evidence.sources('grad_norm'), evidence.facts.params
+    moved = lambda nm: nm not in grads or evidence.track(nm, 'grad_norm').usual > 0
+    sizes = {nm: evidence.track(nm, 'update_ratio').finite for nm in names}
+    still = [nm for nm,o in sizes.items() if len(o) and not o.any() and moved(nm) and nm in params
+             and params[nm].trained and params[nm].held is not False]
+    return at_layers(evidence, 'error' if len(still) == len(names) else 'warning',
+                     'No step changes a weight of {}, though it has a gradient.', layers_of(still))
+
+@rule(kind='too_few_updates', causes=['too few epochs, or too few batches in one'],
+      tries=['more epochs', 'smaller batches', 'a higher learning rate'])
+def stopped_early(evidence,
+    *, min_updates=50,  # from which on nobody would call them few
+    min_fall=.03,       # fraction by which the loss still falls in the last third
+    min_left=.5         # fraction of the first loss that is left
+):
+    """A run of a few updates whose loss was still falling, and had not fallen far.
+
+    Source: Goodfellow and others (2016), 11.4: fit the training data first."""
+    loss, n = needed_loss(evidence), evidence.n_steps()
+    third = max(1, len(loss)//3)
+    before, late, first = loss[-2*third:-third].usual, loss[-third:].usual, loss[:third].usual
+    if n >= min_updates or len(loss) < 3 or not late > min_left*first > 0: return
+    if before - late > min_fall*before: return found(
+        evidence, 'warning', f'The run has {n} updates, and its loss still falls: {first:.3g}, {before:.3g}, '
+        f'{late:.3g} in its thirds.', float(n), float(min_updates), dict(loss=loss))
 
 # %% ../nbs/52_loss_rules.ipynb #0587a199
 @rule(kind='constant_output', before='learning_rate_low', tries=['print a batch of inputs'],
@@ -98,6 +294,7 @@ def metric_stuck(evidence, *, min_epochs=3): # with one and the same value
         moves = len(loss) > 1 and np.ptp(loss) > .01*abs(np.mean(loss))
         if not moves or len(track) < min_epochs or track.values.ndim > 1 or np.ptp(track.values) > 0: continue
         value = float(track.values[-1])
+        if value == 1: continue   # of a task that is solved
         yield found(evidence, 'warning', f'{nm} ({phase}) is {value:.4g} after each of {len(track)} epochs; '
                     'the loss moves.', value, steps=track.span(),
                     chart=steps_chart(f'{nm} ({phase})', {nm: track}))
@@ -107,6 +304,7 @@ def metric_stuck(evidence, *, min_epochs=3): # with one and the same value
       tries=['stop after that epoch', 'more data or augmentation', 'weight decay or dropout'])
 def overfitting(evidence,
     *, max_worse=.25, # by which the validation loss may exceed its best (fraction); 2/5 of it: a note
+    min_rise=.1,      # by which it must have risen, in units of the first loss
     patience=3        # epochs in a row: a single one may be chance, or BatchNorm's running values
 ):
     """A validation loss that rises and stays up while the training loss goes on falling.
@@ -118,7 +316,8 @@ def overfitting(evidence,
     if n <= patience: raise Missing(f'{n} epochs are too few to tell; it takes {patience+1}')
     best = int(np.argmin(np.where(np.isfinite(valid.values[:n]), valid.values[:n], np.inf)))
     worse = float(valid.values[n-patience:n].min()/valid.values[best]) - 1   # in all of the last epochs
-    if not worse > max_worse*.4 or not train.values[n-1] < train.values[best]: return
+    risen = worse*valid.values[best] > min_rise*max(valid.values[0], evidence.loss().first)
+    if not (risen and worse > max_worse*.4 and train.values[n-1] < train.values[best]): return
     return found(evidence, 'warning' if worse > max_worse else 'note',
         f'The validation loss was lowest, {valid.values[best]:.3g}, in epoch {valid.epochs[best]}; it is '
         f'{worse:.0%} higher or more in the last epochs, while that of training went on falling.',

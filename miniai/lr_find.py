@@ -36,22 +36,41 @@ def _valley(lrs, smooth):
         if not fall: best,start = max(best, (i-start, -start)),i+1
     return lrs[-best[1] + best[0]*2//3]
 
-def _suggested(lrs, losses):
-    "Rates where the loss falls fastest, far down its longest fall, and a tenth of where it is lowest."
-    lrs,losses = np.array(lrs, dtype=float),np.array(losses, dtype=float)
-    lrs,losses = lrs[np.isfinite(losses)],losses[np.isfinite(losses)]
-    if len(lrs) < 4:
-        raise ValueError(f'LRFinderCB: {len(lrs)} finite losses are too few for a suggestion; start at a '
-                         'lower learning rate, or give more batches or a smaller gamma')
-    smooth = smoothed(losses, 0.8)
-    res = SuggestedLRs(*map(float, (_steepest(lrs, smooth), _valley(lrs, smooth), lrs[losses.argmin()]/10)))
-    res.lrs,res.losses = lrs,losses
-    return res
+# %% ../nbs/23_lr_find.ipynb #60916521
+class _Curve:
+    "Learning rates that were tried, and the loss at each."
+    lrs = losses = ()
+
+    def suggest(self) -> SuggestedLRs:
+        "Rates where the loss falls fastest, far down its longest fall, and a tenth of where it is lowest."
+        lrs,losses = np.array(self.lrs, dtype=float),np.array(self.losses, dtype=float)
+        lrs,losses = lrs[np.isfinite(losses)],losses[np.isfinite(losses)]
+        if len(lrs) < 4:
+            raise ValueError(f'LRFinderCB: {len(lrs)} finite losses are too few for a suggestion; start at a '
+                             'lower learning rate, or give more batches or a smaller gamma')
+        smooth,best = smoothed(losses, 0.8),lrs[losses.argmin()]
+        res = SuggestedLRs(float(_steepest(lrs, smooth)), float(_valley(lrs, smooth)), float(best/10))
+        res.lrs,res.losses = lrs,losses
+        return res
+
+    def plot(self,
+        ax=None # matplotlib axes; a new figure without
+    ): # the figure
+        "The loss over the learning rate, with the suggestions marked."
+        import matplotlib.pyplot as plt
+        if ax is None: ax = plt.subplots(figsize=(6,3))[1]
+        ax.plot(self.lrs, self.losses)
+        if np.isfinite(self.losses).sum() >= 4:
+            for i,(nm,lr) in enumerate(self.suggest()._asdict().items()):
+                shown = 'minimum/10' if nm == 'minimum' else nm
+                ax.axvline(lr, color=f'C{i+1}', ls='--', label=f'{shown} {lr:.1e}')
+            ax.legend()
+        ax.set(xscale='log', xlabel='learning rate', ylabel='loss', title='Learning rate finder')
+        return ax.figure
 
 # %% ../nbs/23_lr_find.ipynb #8bb2f944
-class LRFinderCB(Callback):
+class LRFinderCB(_Curve, Callback):
     "Multiplies the learning rate by `gamma` every step; ends the fit at `max_mult` times the best loss."
-    lrs = ()   # those that were tried
     def __init__(self,
         gamma=1.3,  # factor for the learning rate
         max_mult=3, # how far above the best loss to go
@@ -78,29 +97,6 @@ class LRFinderCB(Callback):
     def cleanup_fit(self, learn):
         if self.plot_at_end and self.lrs and self.done: self.plot()   # not after an error
 
-    def suggest(self) -> SuggestedLRs:
-        "Rates where the loss falls fastest, far down its longest fall, and a tenth of where it is lowest."
-        return _suggested(self.lrs, self.losses)
-
-    def plot(self,
-        ax=None # matplotlib axes; a new figure without
-    ): # the figure
-        "The loss over the learning rate, with the suggestions marked."
-        return _plot(self.lrs, self.losses, ax)
-
-# %% ../nbs/23_lr_find.ipynb #d22e8870
-def _plot(lrs, losses, ax):
-    import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(6,3))[1]
-    ax.plot(lrs, losses)
-    if np.isfinite(losses).sum() >= 4:
-        for i,(nm,lr) in enumerate(_suggested(lrs, losses)._asdict().items()):
-            shown = 'minimum/10' if nm == 'minimum' else nm
-            ax.axvline(lr, color=f'C{i+1}', ls='--', label=f'{shown} {lr:.1e}')
-        ax.legend()
-    ax.set(xscale='log', xlabel='learning rate', ylabel='loss', title='Learning rate finder')
-    return ax.figure
-
 # %% ../nbs/23_lr_find.ipynb #37aacc7c
 @contextmanager
 def trial_of(
@@ -125,7 +121,6 @@ def trial_of(
         if opt is not None: learn.opt.load_state_dict(opt)
         set_rng_state(rng)
 
-# %% ../nbs/23_lr_find.ipynb #9df8e114
 def lr_find(
     learn,         # a Learner
     gamma=1.3,     # factor for the learning rate at each step

@@ -62,7 +62,6 @@ def _grid_shape(n, nrows, ncols):
     raise ValueError(f'get_grid: {nrows} rows of {ncols} have {nrows*ncols} cells, '
                      f'too few for n={n}; give one of the two')
 
-# %% ../nbs/01_plots.ipynb #3a655875
 def get_grid(
     n:int, # number of cells that are needed
     nrows:int=None, # rows; worked out when left out
@@ -94,7 +93,6 @@ def _image_array(im):
     raise ValueError(f'show_image: got shape {im.shape}; it takes [H,W], [C,H,W] or [H,W,C] '
                      'with 1, 3 or 4 channels')
 
-# %% ../nbs/01_plots.ipynb #b8297183
 def show_image(
     im, # tensor or array [H,W], [C,H,W] or [H,W,C], or a PIL image
     ax=None, # Axes to draw on; default: those of a new figure

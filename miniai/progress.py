@@ -10,7 +10,7 @@ import io, sys, time
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .callback import Callback, Order
 from .device import batch_size
@@ -41,20 +41,11 @@ class _LateValue:
         return self.value
 
 # %% ../nbs/22_progress.ipynb #bcb0d33f
-def _bar_type(notebook):
-    if notebook:
-        try:
-            import ipywidgets  # noqa: F401
-            from tqdm.notebook import tqdm as widget
-            return widget
-        except ImportError: pass   # without ipywidgets the bar is text
-    return tqdm
-
-def _begun(bar, dl, desc, notebook):
+def _begun(bar, dl, desc):
     "A bar for the pass over `dl` that begins: `bar` from its start, if it exists."
     try: total = len(dl)
     except Exception: total = None   # an iterable data set; the bar then counts without a goal
-    if bar is None: return _bar_type(notebook)(total=total, desc=desc, leave=False)
+    if bar is None: return tqdm(total=total, desc=desc, leave=False)
     bar.set_description_str(f'{desc}: ', refresh=False)
     bar.set_postfix_str('', refresh=False)
     if total is None: bar.total = None
@@ -160,8 +151,8 @@ class _Bar(Callback):
     def before_epoch(self, learn):
         self._mean.reset()
         if self.notebook or self.terminal:
-            desc = f'epoch {learn.epoch} {"train" if learn.training else "eval"}'
-            self._bar = _begun(self._bar, learn.dl, desc, self.notebook)
+            phase = 'train' if learn.training else 'eval'
+            self._bar = _begun(self._bar, learn.dl, f'epoch {learn.epoch} {phase}')
 
     def after_batch(self, learn):
         loss = learn.loss.detach()

@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 
 import miniai
-from .callback import Callback
+from .callback import Callback, Order
 from .charts import (RunData, finding_chart, first_line, is_line, layer_charts, loop_charts, overview_charts,
                            spark_path)
 from .collect import Cost
@@ -231,7 +231,8 @@ live_seconds = 5   # between two readings of its file by a live page
 
 class ReportCB(Callback):
     "Writes the page while the learner trains, and at the end."
-    order = 10_000   # after all that record
+    order = Order.write   # after all that record
+    in_trial = False
     share = .05      # fraction of the time, at most, that writing takes
 
     def __init__(self,
@@ -260,7 +261,7 @@ class ReportCB(Callback):
 
     def write(self, learn, live=None):
         "Write; what goes wrong here must not end a training, so there is one warning."
-        if getattr(learn, 'trial', False) or not is_main(): return
+        if not is_main(): return
         began = time.monotonic()
         try: write_report(learn, self.path, title=self.title, live=live)
         except Exception as e:

@@ -69,6 +69,11 @@ def needed_loss(evidence, phase='train'):
     if not len(track): raise Missing('no loss was recorded')
     return track
 
+def is_solved(evidence, left=.1):
+    "Whether little of the first loss is left: what is odd inside does no harm then."
+    loss = evidence.loss()
+    return len(loss) > 1 and 0 <= loss.late < left*loss.first
+
 def tracks_of(evidence, names, stat): return {nm: evidence.track(nm, stat) for nm in names}
 def read(evidence, names, stat, what):
     "One reading of each track: 'first', 'usual' or 'late'."
@@ -238,9 +243,10 @@ def _collapse(evidence, loss, limit):
     if not events: return
     (first, layer, _), last = min(events), max(events)[0]
     before, late = loss.values[loss.steps < first].min(), loss.late
+    level = 'error' if late > before else 'note' if is_solved(evidence, .35) else 'warning'
     own = {nm: o for nm,o in tracks.items() if any(nm == event[1] for event in events)}
     return found(
-        evidence, 'error' if late > before else 'warning', f'At step {first} the output of {layer} collapses '
+        evidence, level, f'At step {first} the output of {layer} collapses '
         f'and the loss jumps from {before:.3g}; it ends at {late:.3g}.',
         max(o[2] for o in events), limit, own, layer=layer, steps=(first, last),
         chart=steps_chart('Deviation of outputs', own),
@@ -267,7 +273,8 @@ def learning_rate_high(evidence,
     deaths = tracks_of(evidence, evidence.sources('death_rate'), 'death_rate')
     died = [nm for nm,o in deaths.items() if o.first < .5 and o.late > .9]
     lost = not np.isfinite(loss.values[-1]) or loss.late > first or bool(died)
-    level = levels[int(not lost) + int(high < np.log(evidence.facts.n_classes or 1))]   # not above chance
+    harmless = high < np.log(evidence.facts.n_classes or 1) or not lost and is_solved(evidence, .35)
+    level = levels[int(not lost) + int(harmless)]   # not above chance, or over
     text = f'The training loss rises from {first:.3g} to {high:.3g}, and '
     text += f'{"ends at" if lost else "comes back to"} {loss.late:.3g}.'
     if died: text += f' By then units have died in {died[0]}'
@@ -372,7 +379,11 @@ def not_trained(evidence):
     if not params: raise Missing('the parameters are not known; diagnose the Learner or the Inspector')
     frozen = layers_of(nm for nm,p in params.items() if not p.trained and len(p.shape) > 1)
     missing = layers_of(nm for nm,p in params.items() if p.trained and p.held is False)
-    most, some = len(frozen) > len(layers_of(params))/2, any(p.trained and p.held for p in params.values())
+    sizes = {nm: np.prod(p.shape) for nm,p in params.items()}
+    most = sum(o for nm,o in sizes.items() if not params[nm].trained) >= sum(sizes.values())/2
+    owners = layers_of(nm for nm,p in params.items() if len(p.shape) > 1)
+    most = most or frozen == owners[:len(frozen)]   # fine-tuning: the first layers, or half of the weights
+    some = any(p.trained and p.held for p in params.values())
     return at_layers(
         evidence, 'note' if most else 'warning', 'Not trained: {}; frozen (requires_grad is False).', frozen,
         causes=['frozen on purpose', 'left frozen from another training'],
@@ -430,9 +441,9 @@ def dead_units(evidence, *, max_dead=.5): # fraction of a layer's units
     if over.any() and not born: began = f', most since step {track.span(over)[0]}'
     causes = ['a bias far below zero, or weights that are too small' if born else 'too high a learning rate']
     tries = ['Kaiming initialisation, with bias 0' if born else 'a lower learning rate, or a warm-up']
-    return found(evidence, 'error' if value > .9 else 'warning',
-                 f'{value:.0%} of the units of {facts.named(layer)} are zero in {window}{began}.', value,
-                 max_dead, tracks, over if over.any() else slice(None), chart='Fraction of dead units',
+    level = 'error' if value > .9 else 'note' if is_solved(evidence, .5) else 'warning'
+    return found(evidence, level, f'{value:.0%} of the units of {facts.named(layer)} are zero in {window}{began}.',
+                 value, max_dead, tracks, over if over.any() else slice(None), chart='Fraction of dead units',
                  caveats=[not followed and n < 32 and f'counted over {n} samples: in more fewer are zero'],
                  causes=[*causes, 'inputs that are far from mean 0'],
                  tries=[*tries, 'a ReLU that leaks (LeakyReLU, GeneralRelu)', 'BatchNorm before it'])
@@ -456,7 +467,7 @@ def saturated(evidence, *, min_slope=.1): # mean slope of the activation, in uni
     if not facts.layers: raise Missing('the types of the layers are not known; diagnose the Learner')
     slopes = {o: mean_slope(evidence, o) for o in needed(evidence, 'std')[:-1] if facts.kind(o) in _slopes}
     flat = sorted((o.late, nm) for nm,o in slopes.items() if o.late < min_slope)
-    if not flat: return
+    if not flat or is_solved(evidence): return
     (slope, layer), layers = flat[0], [nm for _,nm in flat]
     cause = 'weights or inputs that are too large at the start'
     if slopes[layer].first >= min_slope: cause = 'too high a learning rate'
@@ -475,7 +486,8 @@ def vanishing_gradients(evidence, *, min_gradient=1e-3): # smallest of a weight,
     gradient problem during learning recurrent neural nets" (1998); Glorot and Bengio (2010)."""
     needed(evidence, 'grad_norm')
     names = weights_with(evidence, 'grad_norm')
-    sizes = {o: rms_by_depth(evidence, names, o) for o in ('first', 'late')}
+    moments = ('first',) if is_solved(evidence) else ('first', 'late')
+    sizes = {o: rms_by_depth(evidence, names, o) for o in moments}
     both = np.min([np.where(v == 0, np.inf, v) for v in sizes.values()], 0)   # NaN if the last layer has none
     layers = [names[i] for i in np.argsort(both) if both[i] < min_gradient]
     if not layers: return

@@ -14,9 +14,8 @@ import torch
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .callback import Callback
+from .callback import Callback, Order
 from .hooks import unwrap
-from .learner import MetricsCB, TrainCB
 
 # %% ../nbs/31_sgd.ipynb #76de1fc4
 class HasLearnCB(Callback):
@@ -52,19 +51,18 @@ class PerGroup:
 # %% ../nbs/31_sgd.ipynb #fbb7708e
 class RecorderCB(PerGroup, Callback):
     "One number per training step for each of the functions given, in `learn.history` and as lists in `recs`."
-    order = MetricsCB.order
+    in_trial = False
     def __init__(self,
         **d # name -> function of this callback, that returns a number
     ): self.d,self.history,self.source = d,None,'recorder'
 
     def before_fit(self, learn):
-        if learn.trial: return   # `lr_find` takes its steps back
         self.learn,self.history = learn,learn.history
         others = [cb for cb in learn.cbs if isinstance(cb, RecorderCB)]
         self.source = 'recorder' if others[0] is self else f'recorder {others.index(self)+1}'
 
     def after_batch(self, learn):
-        if not learn.training or learn.trial: return
+        if not learn.training: return
         for nm,f in self.d.items():
             for suffix,value in self.values(f): self._record(nm+suffix, value)
 
@@ -104,7 +102,7 @@ def _drawn(series, names, figsize):
 # %% ../nbs/31_sgd.ipynb #e177f4a9
 class BaseSchedCB(Callback):
     "Makes a scheduler of the optimizer at the beginning of a fit; it is `schedo` then."
-    order = MetricsCB.order+50   # after those who want to see the rate that was used
+    order,in_trial = Order.adapt,False
     schedo = _saved = None
     _fitting = False
     def __init__(self,
@@ -115,7 +113,7 @@ class BaseSchedCB(Callback):
     def cleanup_fit(self, learn): self._fitting = False
 
     def before_epoch(self, learn):
-        if not learn.training or self.schedo is not None or learn.trial: return
+        if not learn.training or self.schedo is not None: return
         self.schedo = self._make(learn)
         if self._saved is not None: self.schedo.load_state_dict(self._saved)
         self._saved = None
@@ -261,7 +259,7 @@ class WeightAverages:
 # %% ../nbs/31_sgd.ipynb #3178dbb3
 class EMACB(WeightAverages, Callback):
     "Keeps a running mean of the weights, `averages`, and validates with it."
-    order = TrainCB.order-50   # `after_epoch` of the others finds the trained weights again
+    order,in_trial = Order.weights,False   # `after_epoch` of the others finds the trained weights again
     def __init__(self,
         decay=0.999, # fraction of the mean that stays at each step
         warmup=True  # less at the beginning
@@ -275,14 +273,13 @@ class EMACB(WeightAverages, Callback):
         self._fitting,self._anew = True,not (self._loaded or self.averages and learn.epochs.start)
 
     def before_epoch(self, learn):
-        if learn.trial: return
-        if not learn.training: return self.swap_in(learn.model) if self.averages else None
+        if not learn.training and self.averages: self.swap_in(learn.model)
+        if not learn.training: return
         if self._anew: self.start(learn.model)
         self._anew = self._loaded = False
 
     @torch.no_grad()
     def after_step(self, learn):
-        if learn.trial: return
         self.n += 1
         stays = min(self.decay, (1+self.n)/(10+self.n)) if self.warmup else self.decay
         pairs = [(self.averages[nm], o.to(self.averages[nm])) for nm,o in averaged(learn.model).items()]

@@ -6,15 +6,14 @@
 __all__ = ['EarlyStoppingCB', 'SaveBestCB']
 
 # %% ../nbs/34_stopping.ipynb #726496e4
-from .callback import Callback, CancelFitException
+from .callback import Callback, CancelFitException, Order
 from .hooks import unwrap
-from .learner import MetricsCB
 from .sgd import epoch_value
 
 # %% ../nbs/34_stopping.ipynb #a0e85ed7
 class MonitorCB(Callback):
     "Knows the best epoch by one metric: `best`, `best_epoch`, and how many epochs it has `waited` since."
-    order = MetricsCB.order+1
+    order,in_trial = Order.show,False
     best,best_epoch,waited = None,None,0
 
     def __init__(self, monitor='loss', mode=None):
@@ -24,7 +23,7 @@ class MonitorCB(Callback):
         self.monitor,self.mode = monitor,mode or ('min' if lower else 'max')
 
     def before_fit(self, learn):
-        if not learn.trial and not learn.epochs.start: self.best,self.best_epoch,self.waited = None,None,0
+        if not learn.epochs.start: self.best,self.best_epoch,self.waited = None,None,0
 
     def improves(self, learn, phases=('valid',), epoch=None):
         "Take in the value of an epoch, by default of the one that ends; whether it is the best so far."
@@ -41,7 +40,7 @@ class MonitorCB(Callback):
 # %% ../nbs/34_stopping.ipynb #6fad8c1d
 class EarlyStoppingCB(MonitorCB):
     "Ends the fit when the best validation epoch is `patience` epochs ago."
-    order = MonitorCB.order+1   # after those who keep what is best
+    order = Order.stop
     def __init__(self,
         monitor='loss', # name of a metric, or 'loss'
         patience=7,     # epochs to wait for a better one
@@ -52,7 +51,7 @@ class EarlyStoppingCB(MonitorCB):
         self.patience = patience
 
     def after_epoch(self, learn):
-        if learn.training or learn.trial: return
+        if learn.training: return
         self.improves(learn)
         if self.waited >= self.patience: raise CancelFitException()
 
@@ -68,11 +67,10 @@ class SaveBestCB(MonitorCB):
 
     def before_fit(self, learn):
         super().before_fit(learn)
-        if not learn.trial: self._weights = None if self.best is None else _copied(learn.model)
+        self._weights = None if self.best is None else _copied(learn.model)
 
     def after_epoch(self, learn):
-        if learn.training or learn.trial: return
-        if self.improves(learn): self._weights = _copied(learn.model)
+        if not learn.training and self.improves(learn): self._weights = _copied(learn.model)
 
     def state_dict(self): return {**super().state_dict(), '_weights': self._weights}
 

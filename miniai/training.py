@@ -64,7 +64,6 @@ def _validate(model, loss_func, dl):
     if not count: raise ValueError('fit: the validation loader gave no batch; it needs at least one sample')
     return (sums/count).tolist()   # the one read from the device, once per epoch
 
-# %% ../nbs/25_training.ipynb #91decef0
 def fit(
     epochs:int, # passes over `train_dl`, at least 1
     model, # any module; trained in place

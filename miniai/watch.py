@@ -284,7 +284,7 @@ parts_of_watcher = 'activations', 'gradients', 'updates', 'ranks', 'ranges', 'tr
 # %% ../nbs/42_watch.ipynb #23ec48af
 class Watcher(Callback):
     "Holds what `learn.watch` has added: its parts by name, their histories, cost and pictures."
-    order = 50   # after the parts have begun
+    order = Order.adapt   # after the parts have begun
 
     def __init__(self, **parts):
         self.parts = {nm: o for nm,o in parts.items() if o is not None}

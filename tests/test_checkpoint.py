@@ -92,7 +92,7 @@ def everything(learn):
 
 def same(one, two):
     assert one.keys() == two.keys()
-    times = '/pace/seconds', '/pace/run_seconds'   # what watching has cost is measured, not computed
+    times = '/sampler/seconds', '/sampler/run_seconds'   # what watching has cost is measured, not computed
     different = [k for k in one if one[k] != two[k] and not k.endswith(times)]
     assert not different, different[:10]
 

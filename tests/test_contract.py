@@ -2,7 +2,7 @@
 
 Only a callback that cannot be made without arguments needs a line: in `recipes`, below.
 """
-import copy, importlib, io, math, pickle, pkgutil, sys, threading, warnings
+import copy, gc, importlib, io, math, pickle, pkgutil, sys, threading, warnings
 from contextlib import nullcontext
 from functools import partial
 
@@ -188,6 +188,12 @@ def disturb(learn, event, error, order):
     if level is None: assert isinstance(res, error), res
     elif level in levels(event): assert res is None, res
     else: assert 'ends a level called' in str(res), res
+
+
+@pytest.fixture(autouse=True, scope='module')
+def nothing_of_other_tests():
+    "An inspector that another file has left attached takes its hooks off when it is collected; that is to be before these tests."
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -243,11 +243,11 @@ def test_told_before_the_epoch_ends():
 def test_watch_twice_is_watch_once():
     learn = learner()
     watcher = learn.watch(every=2)
-    assert learn.watch(budget=.5) is watcher and len(learn.cbs) == 6
+    assert learn.watch(budget=.5) is watcher and len(learn.cbs) == 7
     learn.fit(1)
     for part, name in ((watcher.activations, '0'), (watcher.gradients, '0.weight'), (watcher.updates, '0.weight')):
         assert part.rows(name, part.stats[0]).steps.tolist() == [0, 2, 4]
-    assert set(watcher.histories) == {'activations', 'gradients', 'updates', 'tracer'}
+    assert set(watcher.histories) == {'activations', 'gradients', 'updates', 'loss', 'tracer'}
     learn.unwatch()
     assert [type(o).__name__ for o in learn.cbs] == ['TrainCB'] and len(watcher.gradients.rows('0.weight', 'grad_norm')) == 3
     assert learn.watch() is not watcher

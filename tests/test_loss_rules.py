@@ -1,0 +1,76 @@
+"What enters the loss is recorded without a read of the device, and tells faults between head, loss and targets."
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from shared import CountReads, ReadsPerStep
+from torch import nn
+
+from miniai.device import set_seed
+from miniai.diagnose import diagnose
+from miniai.learner import Learner, TrainCB
+from miniai.loss_stats import LossStats, is_affine
+
+
+class Loaders:
+    "Batches of 32 of 20 columns and of what `f` makes of them."
+    def __init__(self, f, bs=32, n=512):
+        x = torch.randn(n, 20, generator=torch.Generator().manual_seed(0))
+        self.train = self.valid = list(zip(x.split(bs), f(x).split(bs)))
+
+
+def fitted(head, f, loss, lr=.05, epochs=8):
+    set_seed(0)
+    learn = Learner(nn.Sequential(nn.Linear(20, 32), nn.ReLU(), *head), Loaders(f), loss, lr, [TrainCB(), LossStats()])
+    learn.fit(epochs)
+    return {o.rule for o in learn.diagnose().of('error', 'warning')}
+
+
+side = lambda x: (x[:, :1] > 0).float()
+corner = lambda x: (x[:, 0] > 0).long() + 2*(x[:, 1] > 0).long()
+
+
+@pytest.mark.parametrize('rule,head,f,loss', [
+    ('one_unit_softmax', [nn.Linear(32, 1), nn.Softmax(1)], side, nn.BCELoss()),
+    ('class_ids', [nn.Linear(32, 1)], lambda x: corner(x)[:, None].float(), nn.BCEWithLogitsLoss()),
+    ('shapes_differ', [nn.Linear(32, 1)], lambda x: x[:, 0], nn.MSELoss()),
+    ('head_range', [nn.Linear(32, 1), nn.Sigmoid()], lambda x: 5*x[:, :1], nn.MSELoss()),
+    ('loss_input', [nn.Linear(32, 4), nn.ReLU()], corner, nn.CrossEntropyLoss()),
+    ('exclusive_classes', [nn.Linear(32, 4)], lambda x: F.one_hot(corner(x), 4).float(), nn.BCEWithLogitsLoss())])
+def test_fault_is_named(rule, head, f, loss):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')   # PyTorch warns of shapes
+        assert rule in fitted(head, f, loss)
+
+
+@pytest.mark.parametrize('head,f,loss', [
+    ([nn.Linear(32, 1), nn.Sigmoid()], side, nn.BCELoss()), ([nn.Linear(32, 1)], side, nn.BCEWithLogitsLoss()),
+    ([nn.Linear(32, 4)], corner, nn.CrossEntropyLoss()), ([nn.Linear(32, 4), nn.LogSoftmax(1)], corner, nn.NLLLoss()),
+    ([nn.Linear(32, 4), nn.LogSoftmax(1)], corner, nn.CrossEntropyLoss()), ([nn.Linear(32, 1)], lambda x: x[:, :1], nn.MSELoss()),
+    ([nn.Linear(32, 1), nn.Tanh()], lambda x: x[:, :1].tanh(), nn.MSELoss())])
+def test_right_heads_are_left_alone(head, f, loss): assert not fitted(head, f, loss)
+
+
+def test_nothing_is_read_in_a_step():
+    with CountReads() as counter:
+        reads = ReadsPerStep(counter)
+        learn = Learner(nn.Linear(20, 1), Loaders(lambda x: x[:, :1]), F.mse_loss, .01, [TrainCB(), LossStats(), reads])
+        learn.fit(1, valid=False)
+    assert not any(reads.per_step), reads.per_step
+
+
+def test_a_model_that_is_tried_stays_as_it_is():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(.5), nn.Linear(4, 2))
+    before, rng = {nm: o.clone() for nm, o in model.state_dict().items()}, torch.get_rng_state()
+    assert is_affine(model, torch.randn(3, 4, generator=torch.Generator().manual_seed(1))) and model.training
+    assert torch.equal(rng, torch.get_rng_state()) and all(torch.equal(o, before[nm]) for nm, o in model.state_dict().items())
+
+
+def test_a_file_says_the_same(tmp_path):
+    set_seed(0)
+    learn = Learner(nn.Sequential(nn.Linear(20, 1), nn.Softmax(1)), Loaders(side), nn.BCELoss(), .05, [TrainCB(), LossStats()])
+    learn.fit(4)
+    found = learn.diagnose()
+    found.evidence.save(tmp_path/'run.jsonl')
+    assert [o.to_dict() for o in diagnose(tmp_path/'run.jsonl')] == [o.to_dict() for o in found]
