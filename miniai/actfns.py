@@ -422,7 +422,8 @@ def _numbers(sums):
 def _output_rows(outputs):
     "Numbers of each output, in the order of the first call; this waits for the device."
     outputs.table.close()
-    chunks = outputs.table.flush().chunks
+    outputs.table.flush()
+    chunks = outputs.table.chunks
     return [_output_row(outputs, nm, o, list(chunks['valid', nm])) for nm,o in outputs.noted.items()
             if ('valid', nm) in chunks]
 
