@@ -209,7 +209,7 @@ class _Readable(_Bounded):
         return self.flush()._table(phase, source, stat).facts_of(phase, source, stat)[:, 0]
 
     def not_finite(self, stats, seen=None):
-        "Find the (phase, source) not finite in this run, in values of these names or sums; `seen`: till then."
+        "Find the (phase, source) not finite in this run, in these values or sums; `seen`: till then."
         seen, tables = {} if seen is None else seen, enumerate(self.flush().tables)
         return set().union(*(o.not_finite(self.run, seen.setdefault(i, {}), stats) for i,o in tables))
 

@@ -442,7 +442,8 @@ def dead_units(evidence, *, max_dead=.5): # fraction of a layer's units
     causes = ['a bias far below zero, or weights that are too small' if born else 'too high a learning rate']
     tries = ['Kaiming initialisation, with bias 0' if born else 'a lower learning rate, or a warm-up']
     level = 'error' if value > .9 else 'note' if is_solved(evidence, .5) else 'warning'
-    return found(evidence, level, f'{value:.0%} of the units of {facts.named(layer)} are zero in {window}{began}.',
+    sentence = f'{value:.0%} of the units of {facts.named(layer)} are zero in {window}{began}.'
+    return found(evidence, level, sentence,
                  value, max_dead, tracks, over if over.any() else slice(None), chart='Fraction of dead units',
                  caveats=[not followed and n < 32 and f'counted over {n} samples: in more fewer are zero'],
                  causes=[*causes, 'inputs that are far from mean 0'],
