@@ -57,11 +57,11 @@ class Facts:
     clipped:bool = None                           # whether the loss ignores what is outside of 0 to 1
 
     def kind(self, source):
-        "The type of the layer that a source belongs to; '' if that is not known."
+        "The type of the layer that `source` belongs to; '' if that is not known."
         return self.layers.get(self.sources.get(source, source), '')
 
     def named(self, source):
-        "Name and type, for a sentence: 'layer fc1 (Linear)'."
+        "Name and type of `source`, for a sentence: 'layer fc1 (Linear)'."
         return f'layer {source}' + (f' ({self.kind(source)})' if self.kind(source) else '')
 
     def to_dict(self):
@@ -199,7 +199,7 @@ class RunLosses(RunTables):
 class Evidence(RunLosses):
     "Recorded values and facts of one run."
     def sources(self, stat:str, phase:str='train') -> list:
-        "Names of the layers or parameters that have a statistic, in model order."
+        "Names of the layers or parameters that have the statistic `stat` in `phase`, in model order."
         stats, facts = (stat, row_stat(stat, 'mean')), self.facts
         found = {nm: None for p,nm,what in self.keys()
                  if p == phase and what in stats and nm not in loop_sources}

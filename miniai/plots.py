@@ -195,7 +195,9 @@ def heatmap(
     ax, # Axes to draw on
     values, # [rows, steps]; row 0 at the bottom, NaN for a gap
     x=None, # rising position [steps] of each column; default 0, 1, 2, ...
-    title:str=None, xlabel:str=None, ylabel:str=None, # above, below and at the left of the plot
+    title:str=None, # above the plot
+    xlabel:str=None, # below it
+    ylabel:str=None, # at its left
     cmap=None, # name of a colour map, or the map; default: matplotlib's
     yrange:tuple=None, # values at the lower border of row 0 and the upper border of the last row
     colorbar:bool=False, # show the scale?

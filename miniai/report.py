@@ -280,10 +280,11 @@ class ReportCB(Callback):
     def cleanup_fit(self, learn): self.write(learn)
 
     def write_if_due(self, learn):
+        "Write a live page when its time has come."
         if time.monotonic() >= self.due: self.write(learn, _live_seconds)
 
     def write(self, learn, live=None):
-        "Write; what goes wrong here must not end a training, so there is one warning."
+        "Write, reloading each `live` seconds; what goes wrong is a warning and never ends a training."
         if not is_main(): return
         began = time.monotonic()
         try: write_report(learn, self.path, title=self.title, live=live)

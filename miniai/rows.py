@@ -338,6 +338,7 @@ class Rows(ReadRows):
     def merges(self): return self.tap in ('output', 'input', 'output_grad')   # others are the same everywhere
 
     def together(self, parts):
+        "The arrays of `parts`, chunks of one step from several processes, added up."
         tables, hists, bits = zip(*(o.arrays for o in parts))
         bits = [o for o,part in zip(bits, parts) if part.n_units == parts[0].n_units]
         return reduce(add_rows, tables), reduce(np.add, hists), reduce(np.bitwise_or, bits)
