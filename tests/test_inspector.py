@@ -1164,7 +1164,7 @@ def test_facts():
     inspector = measured(model, lambda _: train(model, torch.randn(8, 4)), [OutputNorm(), ParameterGradientGeometry()])
     facts = inspector.facts()
     assert list(facts['layers']) == ['0', '1', '2'] and facts['silent'] == () and facts['unreached'] == ()
-    assert facts['sampled'] == {'train': (3, 3)} and facts['sources'] == {'1': ['1']}
+    assert facts['sampled'] == {'train': (3, 3)} and facts['sources'] == {'1': '1'}
 
 def test_one_lens_says_nothing_of_the_units_of_another():
     "A lens with `channel_last` beside one without; a ReLU that is chosen alone has the axis of the layer before."
