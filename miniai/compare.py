@@ -67,7 +67,7 @@ def draw_runs(self,
 
 # %% ../nbs/54_compare.ipynb #c6c16a14
 class Comparison:
-    "Runs side by side: `table` has the differences, `plot` draws lines; of `runs`, `layers`, `stats`, `phase`."
+    "Runs side by side: the `table` of differences, the `plot`; of `runs`, `layers`, `stats`, `phase`."
     def __init__(self, runs, layers=None, stats=None, phase='train'):
         if not hasattr(runs, 'items') or len(runs) < 2:
             raise ValueError(f"compare: got {type(runs).__name__}; give two runs or more by name, as in "

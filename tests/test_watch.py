@@ -308,7 +308,7 @@ def test_with_everything():
     learn = learner()
     watcher = learn.watch(every=2, ranks=True, ranges=True)
     learn.fit(1)
-    assert set(watcher.histories) == {'activations', 'gradients', 'updates', 'ranks', 'ranges', 'tracer'}
+    assert set(watcher.histories) == {'activations', 'gradients', 'updates', 'loss', 'ranks', 'ranges', 'tracer'}
     assert len(watcher.ranks.rows('0')) == 1 and len(watcher.ranges.history.series('0', 'range')) == 6
     figures = [getattr(watcher, nm)() for nm in ('color_dim', 'dead_chart', 'plot_stats', 'plot_flow', 'plot_heat', 'plot_norm',
                                                  'plot_ratio', 'plot_ranks')]
