@@ -83,7 +83,8 @@ class ChosenRows(Rows):
     def of(self, lens, phase):   # {source: its chunks}
         names = {nm for o in self.chosen[id(lens)] for nm in self.sources.get(o, (o,))}
         raws = lens.phases(phase)
-        found = {nm: [c for raw in raws for c in self.chunks.get((raw, nm), ())] for nm in names}
+        found = {nm: [c for raw in raws for c in self.chunks.get((raw, nm), ())]
+                 for nm in dict.fromkeys(o for _,o in self.chunks if o in names)}   # in the order they came
         return {nm: o for nm,o in found.items() if o}
 
     def by_step(self, phase):
