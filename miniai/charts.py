@@ -162,7 +162,8 @@ class RunData:
         self.evidence, self.stats, self.loop, facts = evidence, {}, {}, evidence.facts
         for _,source,stat in evidence.keys(): self.stats.setdefault(source, {})[plain_stat(stat)] = None
         self.layers, others = {nm: [] for nm in facts.layers}, {*whole, *evidence.metrics()}
-        for source,stats in self.stats.items():
+        place = {nm: i for i,nm in enumerate(facts.params)}   # gradients come in any order
+        for source,stats in sorted(self.stats.items(), key=lambda o: place.get(o[0], -1)):
             if source in others: continue
             is_param = '.' in source and any(o.startswith(('grad_', 'update_', 'param_')) for o in stats)
             known = is_param or source in {**facts.sources, **facts.layers, **facts.params}

@@ -215,6 +215,8 @@ def compared(runs, title):
                 table=table.head(40)), charts
 
 # %% ../nbs/56_report.ipynb #ff952213
+_live_seconds = 5   # between two readings of its file by a live page
+
 def rendered(name, content, charts, live=None):
     "Fill a template with words, and with charts by name of their group."
     script, page = plotly_script(), template(name)
@@ -250,8 +252,6 @@ def write_report(
     return Path(path)
 
 # %% ../nbs/56_report.ipynb #281e8818
-_live_seconds = 5   # between two readings of its file by a live page
-
 class ReportCB(Callback):
     "Writes the page while the learner trains, and at the end."
     order = Order.write   # after all that record
@@ -289,11 +289,9 @@ class ReportCB(Callback):
         began = time.monotonic()
         try: write_report(learn, self.path, title=self.title, live=live)
         except Exception as e:
-            why = f'{type(e).__name__}: {e}'
-            if not self.warned: warnings.warn(f'ReportCB: {self.path} was not written ({why})')
+            if not self.warned: warnings.warn(f'ReportCB: {self.path} was not written ({e!r})')
             self.warned = True
-        now = time.monotonic()
-        self.due = now + max(self.seconds or 0, (now-began)/self.share)
+        self.due = time.monotonic() + max(self.seconds or 0, (time.monotonic()-began)/self.share)
 
 # %% ../nbs/56_report.ipynb #00036102
 @patch
