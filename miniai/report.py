@@ -232,6 +232,7 @@ def report_html(
     live:float=None         # seconds after which the page reads itself anew; None: it stands still
 ) -> str:
     "Make the page about the last run of `x`; it waits for the device, for all that is recorded is read."
+    plotly_script()   # says what is missing before any work is done
     runs = runs_in(x)
     if runs: return rendered('runs.html', *compared(runs, title))
     content = content_of(x, title, findings)
