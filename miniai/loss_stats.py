@@ -9,6 +9,7 @@ __all__ = ['entry_stats', 'LossStats']
 import torch
 
 from .callback import Callback
+from .collect import Told
 from .history import History
 
 # %% ../nbs/39_loss_stats.ipynb #cff62249
@@ -40,7 +41,7 @@ def first_tensor(o):
 class LossStats(Callback):
     "Records numbers of the inputs, the predictions and the targets of a few steps; `history` has them."
     in_trial = False
-    def __init__(self): self.history, self.shapes, self.seen = History(), {}, {}
+    def __init__(self): self.history, self.shapes, self.seen, self.warn = History(), {}, {}, Told('LossStats')
 
     def before_fit(self, learn):
         self.seen, self.shapes, _ = {}, {}, self.history.start_run()
@@ -61,7 +62,8 @@ class LossStats(Callback):
         for nm,a in parts.items():
             a = first_tensor(a)
             if a is None: continue
-            self.history.record(nm, 'entries', entries_of(a), samples=len(a), **where)
+            try: self.history.record(nm, 'entries', entries_of(a), samples=len(a), **where)
+            except Exception as e: self.warn.failed(nm, e)   # watching never ends a fit
             self.shapes.setdefault(nm, (tuple(a.shape), str(a.dtype).removeprefix('torch.')))
 
     def facts(self) -> dict: # shapes

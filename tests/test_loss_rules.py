@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from shared import CountReads, ReadsPerStep
 from torch import nn
 
+from miniai.datasets import DataLoaders
 from miniai.device import set_seed
 from miniai.diagnose import diagnose
-from miniai.learner import Learner, TrainCB
+from miniai.learner import Learner, TrainCB, TrainLearner
 from miniai.loss_stats import LossStats, is_affine
 
 
@@ -74,3 +75,15 @@ def test_a_file_says_the_same(tmp_path):
     found = learn.diagnose()
     found.evidence.save(tmp_path/'run.jsonl')
     assert [o.to_dict() for o in diagnose(tmp_path/'run.jsonl')] == [o.to_dict() for o in found]
+
+
+def test_inputs_that_cannot_be_measured_are_a_gap():
+    "A sparse batch: one warning, the fit goes on, and the other parts are recorded."
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.weight = nn.Parameter(torch.randn(4, 1))
+        def forward(self, x): return torch.sparse.mm(x, self.weight)
+    stats = LossStats()
+    batches = [(torch.randn(6, 4).relu().to_sparse(), torch.randn(6, 1))]*3
+    learn = TrainLearner(Net(), DataLoaders(batches, batches[:1]), cbs=[stats])
+    with pytest.warns(UserWarning, match="LossStats: 'inputs' could not be measured"): learn.fit(1)
+    assert {nm for _, nm, _ in stats.history.keys()} == {'predictions', 'targets'} and learn.n_steps == 3
