@@ -296,38 +296,52 @@ def with_known(facts, known):
     return replace(facts, **{nm: v for nm,v in known.items() if v or nm == 'unreached' and v is not None})
 
 # %% ../nbs/50_evidence.ipynb #d3b9af07
-def _of_probes(learn, model, preds):
+def _of_probes(model, loss_func, inputs, preds, targets):
     "What the last batch shows when it is tried out: `affine`, `clipped`."
-    batch = getattr(learn, 'batch', None)
-    if not isinstance(batch, (tuple, list)) or len(batch) < 2: return {}
     types = [type(m).__name__ for m in model.modules()]
     weights = sum(o in ('Linear', 'Conv1d', 'Conv2d') for o in types)
     maybe = weights > 1 and not {*types} & {*nn.modules.activation.__all__}
-    return dict(affine=is_affine(model, first_tensor(batch)) if maybe else None,
-                clipped=is_clipped(learn.loss_func, preds, batch[-1]))
+    return dict(affine=is_affine(model, inputs) if maybe else None,
+                clipped=is_clipped(loss_func, preds, targets))
+
+def _of_model(model, opt, loss_func, inputs, predictions, targets):
+    "What a model, its optimizer, its loss and its last batch show; None for what is not known."
+    facts = Facts(loss='' if loss_func is None else function_name(loss_func), **_of_optimizer(opt),
+                  n_classes=_n_classes(loss_func, predictions), **_of_answers(predictions))
+    if model is None: return facts
+    layers = {nm: type(m).__name__ for nm,m in select_modules(model)}
+    probes = _of_probes(model, loss_func, inputs, predictions, targets)
+    return replace(facts, model=type(model).__name__, params=_of_parameters(model, opt), layers=layers,
+                   copies=copies_of_units(model), **probes)
+
+# %% ../nbs/50_evidence.ipynb #3c3fd97a
+def is_pair(batch): return isinstance(batch, (tuple, list)) and len(batch) > 1
 
 def _of_learner(learn):
-    model, preds = unwrap(learn.model), getattr(learn, 'preds', None)
-    facts = Facts(model=type(model).__name__, layers={nm: type(m).__name__ for nm,m in select_modules(model)},
-                  loss=function_name(learn.loss_func), n_classes=_n_classes(learn.loss_func, preds),
-                  params=_of_parameters(model, learn.opt), copies=copies_of_units(model),
-                  **_of_optimizer(learn.opt), **_of_answers(preds), **_of_probes(learn, model, preds))
+    batch = getattr(learn, 'batch', None)
+    inputs, targets = (first_tensor(batch), batch[-1]) if is_pair(batch) else (None, None)
+    preds = getattr(learn, 'preds', None)
+    facts = _of_model(unwrap(learn.model), learn.opt, learn.loss_func, inputs, preds, targets)
     for cb in learn.cbs:
         known = watched_facts(cb)
         if hasattr(cb, 'inspector'): known.pop('layers', None)   # the Learner has their full names
         facts = with_known(facts, known)
-    histories = [getattr(cb, 'history', None) for cb in learn.cbs]
+    owners = [o for cb in learn.cbs for o in (cb, getattr(cb, 'loss_stats', None))]
+    histories = [getattr(o, 'history', None) for o in owners]
     evidence = Evidence([learn.history, *(h for h in histories if isinstance(h, History))], facts)
     samples = evidence.loss().samples
     if len(samples): facts.batch_size = int(np.bincount(samples).argmax()) or None
     return evidence
 
 def _of_inspector(inspector):
-    losses = [function_name(o.loss_fn) for o in inspector.lenses if getattr(o, 'loss_fn', None) is not None]
-    facts = Facts(model='' if inspector.model is None else type(inspector.model).__name__,
-                  loss=next(iter(losses), ''),
-                  params={o.name: Param(tuple(o.p.shape), o.p.requires_grad) for o in inspector.params})
-    return Evidence(inspector.history, with_known(facts, watched_facts(inspector)))
+    facts = _of_model(**inspector.asked())
+    if not facts.params:   # the model is gone
+        facts.params = {o.name: Param(tuple(o.p.shape), o.p.requires_grad) for o in inspector.params}
+    evidence = Evidence([inspector.history, inspector.loss_stats.history],
+                        with_known(facts, watched_facts(inspector)))
+    sizes = evidence.track('batches', 'size')
+    if len(sizes): evidence.facts.batch_size = int(sizes.values[-1])
+    return evidence
 
 def _of_recording(recording):
     "A recording knows epochs only: they stand for steps."

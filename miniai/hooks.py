@@ -22,12 +22,13 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 def _call(f, *args): f(*args)
 
 class _Tap:
-    "What hangs on the module: calls `f(hook, mod, inp, outp)` and returns None; inert in copies and pickles."
+    "What hangs on the module: calls `f(hook, mod, inp, ...)` and returns None; inert in copies and pickles."
     def __init__(self, f=None, hook=None): self.f, self.hook = f, hook
-    def __call__(self, mod, inp, outp=None):
+    def __call__(self, mod, inp, *rest):   # keywords, where they are asked for, and the output
         if self.f is None: return
-        if torch.compiler.is_compiling(): _call(self.f, self.hook, mod, inp, outp)
-        else: self.f(self.hook, mod, inp, outp)   # `_call` would take as long as what most hooks do
+        rest = rest or (None,)
+        if torch.compiler.is_compiling(): _call(self.f, self.hook, mod, inp, *rest)
+        else: self.f(self.hook, mod, inp, *rest)   # `_call` would take as long as what most hooks do
     def __deepcopy__(self, memo): return _Tap()
     def __reduce__(self): return _Tap, ()
 
@@ -38,20 +39,21 @@ class Hook:
         m:nn.Module, # module to watch
         f,           # called as f(hook, mod, inp, outp) after each call of the module; its result is dropped
         name:str='', # name to show, such as the module's dotted path
-        before:bool=False # call it before each call of the module; `outp` is None then
+        before:bool=False, # call it before each call of the module; `outp` is None then
+        keywords:bool=False # also give it what came by keyword, a dictionary: f(hook, mod, inp, kw, outp)
     ):
         self.handle = None
         if not isinstance(m, nn.Module):
             raise TypeError(f'Hook: got {type(m).__name__}; give the nn.Module to watch')
         if not callable(f): raise TypeError(f'Hook: f is {f!r}; give a function f(hook, mod, inp, outp)')
         self.m, self.f, self.name = m, f, name
-        self._register = m.register_forward_pre_hook if before else m.register_forward_hook
-        self._tap = _Tap(f, self)
+        self.kind, self.keywords, self._tap = 'forward_pre' if before else 'forward', keywords, _Tap(f, self)
         self.put()
 
     def put(self):
         "Put the hook on the module, after `remove` once more."
-        if self.handle is None: self.handle = self._register(self._tap)
+        if self.handle is not None: return
+        self.handle = getattr(self.m, f'register_{self.kind}_hook')(self._tap, with_kwargs=self.keywords)
 
     def remove(self):
         "Take the hook off the module; calling it again does nothing."

@@ -25,6 +25,7 @@ from .hooks import (Hook, choose_parameters, find_parameters, named_tensors, sel
                           warn_if_compiled)
 from .kernels import add_to_row, empty_row
 from .lens import OutputStats, aggregates, checked_loss, default_lenses, row_stat, summary
+from .loss_stats import LossStats, first_tensor, loss_parts
 from .rows import to_host
 from .stats import Sums, grad_bins, unit_view
 from .steps import ClipNorms, Layers, Moment, OptimizerTaps, Steps, tables_for
@@ -97,7 +98,12 @@ class Facts:
                   for o in choose_parameters(self.params, lens.parameters) if o.p.requires_grad}
         unreached = tuple(o.name for o in self.params if o.name in chosen - seen) if chosen and seen else None
         return dict(layers=dict(self.kinds), sources=sources, silent=self.silent, sampled=sampled,
-                    unreached=unreached)
+                    unreached=unreached, **self.loss_stats.facts())
+
+    def asked(self):
+        "Give model, optimizer, loss function (None where they are gone) and the last batch, to ask again."
+        found = {nm: o() if isinstance(o, weakref.ref) else o for nm,o in self.subject.items()}
+        return dict.fromkeys(('model', 'opt', 'loss_func', *loss_parts)) | found | self.batch
 
     def measured(self): # pandas.DataFrame: source, stat, phase, epochs, why
         "Say what of this run was measured, in how many epochs; and why there is a gap, where that is known."
@@ -149,9 +155,12 @@ class Numbers:
         value,             # number, or 0-d tensor, which is not read from its device
         *, train:bool,     # of training, or of validation
         running:bool=True, # False: keep it in the table besides the epoch's aggregates
-        samples:int=None   # it was computed from; default those of the model's last call
+        samples:int=None,  # it was computed from; default those of the model's last call
+        preds=None,        # what it was computed from, for the rules; default the model's output
+        targets=None       # likewise
     ):
         "Record a loss, for every `LossMetrics` without a `loss_fn`."
+        if self.active: self._guard('what enters the loss', self._enter_loss, preds, targets)
         for lens in self._loss_lenses():
             if lens.loss_fn is None:
                 phase = 'train' if train else 'valid'
@@ -199,8 +208,18 @@ class Keeping:
 # %% ../nbs/46_inspector.ipynb #6432af56
 class Computing:
     "Takes losses and numbers of tensors from hooks."
-    def _on_loss(self, hook, mod, inp, outp):
-        if self.active: self._guard('the loss', self._take_loss, hook.lens, mod, inp, outp)
+    def _on_loss(self, hook, mod, inp, kwargs, outp):
+        if not self.active: return
+        inp = dict(zip(('input', 'target'), inp)) | kwargs
+        self._guard('the loss', self._take_loss, hook.lens, mod, tuple(inp.values()), outp)
+        self._guard('what enters the loss', self._enter_loss, inp.get('input'), inp.get('target'))
+
+    def _enter_loss(self, preds, targets):
+        "Record what enters model and loss, in few steps; the last of it is kept."
+        if not self.is_due: return
+        self.is_due, given = False, dict(predictions=preds, targets=targets)
+        self.batch |= {nm: o.detach() for nm,a in given.items() if (o := first_tensor(a)) is not None}
+        self.loss_stats.record(self.batch, step=self.steps.number, epoch=self.epoch, phase=self.phase)
 
     def _take_loss(self, lens, mod, inp, outp):
         if not isinstance(outp, torch.Tensor) or outp.numel() != 1:
@@ -425,7 +444,10 @@ class Forwards:
         if self.active and not in_backward(): self._guard('the model', self._begin_forward, mod, inp, kwargs)
 
     def _begin_forward(self, mod, inp, kwargs):
-        self.samples, raw = batch_size(inp or tuple(kwargs.values())), self._enter(mod)
+        inp = inp or tuple(kwargs.values())
+        self.samples, raw = batch_size(inp), self._enter(mod)
+        self.is_due = self.loss_stats.is_next_due(self.phase)
+        if self.is_due and (a := first_tensor(inp)) is not None: self.batch = dict(inputs=a.detach())
         self.seen.batches[self.phase][self.samples] += 1
         if raw != 'valid': self.steps.samples += self.samples
         self._open(raw, self.samples if self.samples > 1 else 0)   # 0: as many as outputs have
@@ -453,6 +475,7 @@ class Forwards:
     def _end(self, hook, mod, inp, outp):
         if not self.active or in_backward(): return
         self.layers.each('end')
+        if self.is_due and (a := first_tensor(outp)) is not None: self.batch['predictions'] = a.detach()
         if self.steps.sampled and self.clip.lenses: self._guard('the gradients', self.clip.ask, outp)
         if self.phase == 'valid' or self.steps.n_stepped: return
         note = lambda grad, steps=self.steps: setattr(steps, 'backward_ran', True)
@@ -468,6 +491,7 @@ class OptimizerSteps:
         if held is None or not held.is_of(optimizer):
             params = self.params if self.optimizer in (None, optimizer) else []
             held = self.held[id(optimizer)] = OptimizerTaps(optimizer, params, self.tables, self.warn)
+            if held.params: self.subject['opt'] = self.subject.get('opt') or held.ref
             for nm,tap in held.taps.items(): tap.before.update(self.last_gradients.get(nm, {}))
         return held
 
@@ -515,7 +539,7 @@ class State:
         for held in self.held.values():
             for nm,tap in held.taps.items(): gradients[nm].update(tap.before)
         tables = {nm: converted(o.state_dict(), np.ndarray, torch.from_numpy)
-                  for nm,o in (('history', self.history), ('values', seen.values))}
+                  for nm,o in self._kept().items()}
         return dict(epoch=self.epoch, step=self.step, first=seen.first, fresh=seen.fresh, gradients=gradients,
                     batches={phase: dict(o) for phase,o in seen.batches.items()}, pushed=list(self.pushed),
                     output_gradients=[dict(o.before) for o in self._output_grads()],
@@ -528,7 +552,7 @@ class State:
         self.steps, self.pushed = Steps(self.sampler), dict.fromkeys(state['pushed'])
         self.steps.number = state['step']
         self.begin_epoch(state['epoch'])
-        for nm,o in (('history', self.history), ('values', self.seen.values)):
+        for nm,o in self._kept().items():
             o.load_state_dict(converted(state[nm], torch.Tensor, lambda a: a.cpu().numpy()))
         self.seen.first, self.seen.fresh = state['first'], state['fresh']
         self.seen.batches = {phase: Counter(o) for phase,o in state['batches'].items()}
@@ -538,6 +562,7 @@ class State:
         self.layers.fired.update(dict.fromkeys(state['fired']))
         for tap,before in zip(self._output_grads(), state['output_gradients']): tap.go_on(before)
 
+    def _kept(self): return dict(history=self.history, values=self.seen.values, loss_stats=self.loss_stats)
     def _output_grads(self):
         return [o for o in self.layers.taps if isinstance(o, OutputGradTap)] if self.layers else []
 
@@ -590,10 +615,7 @@ def call_weakly(me, name, what, *args):
 class Hooking:
     "Puts hooks on a model, on losses and on the steps of optimizers."
     def _hook_all(self, loss_fn):
-        begin = Hook(self.model, self._begin, before=True)
-        begin.remove()   # it wants to see what is given by keyword, too
-        begin.handle = self.model.register_forward_pre_hook(begin._tap, with_kwargs=True)
-        self.hooks.append(begin)
+        self.hooks.append(Hook(self.model, self._begin, before=True, keywords=True))
         layers = modules_at(self.model, self.depth, self.module_name_prefix)
         self.layers = Layers(self.model, layers, self.lenses, self.tables, self)
         self.layers.each('listen', self.active)
@@ -633,6 +655,7 @@ class Attaching:
             self.warn(type(model).__name__, 'was watched by another Inspector, which is detached now')
         watched[model] = weakref.ref(self)
         self.model, self.optimizer = model, plain_optimizer(optimizer)
+        self.subject = dict(model=weakref.ref(model), opt=self.optimizer and weakref.ref(self.optimizer))
         self.history.start_run()
         try:
             self._find_parameters()
@@ -650,8 +673,8 @@ class Starting:
             lens.loss_fn = loss_fn
             self.lent.append(lens)
         if lens.loss_fn is None: return
-        self.hooks.append(Hook(lens.loss_fn, self._on_loss))
-        self.hooks[-1].lens = lens
+        self.hooks.append(Hook(lens.loss_fn, self._on_loss, keywords=True))
+        self.hooks[-1].lens, self.subject['loss_func'] = lens, lens.loss_fn
 
     def _start(self):
         "A model is watched from here on; what is known of an earlier one stays in the table only."
@@ -660,6 +683,8 @@ class Starting:
         self.steps, self.clip = Steps(self.sampler), ClipNorms(self.lenses, lambda: self.params, self.warn)
         self.phase, self.params, self.pushed, self.silent, self.optimizer = 'train', [], {}, (), None
         self.layers, self.held, self.last_gradients, self.lent = None, {}, {}, []
+        self.subject, self.batch, self.is_due = {}, {}, False   # what is watched, weakly; the batch seen last
+        self.loss_stats.before_fit()
         self.begin_epoch(0)
 
     def detach(self): # the inspector
@@ -702,6 +727,7 @@ class Inspector(Attaching, Starting, Hooking, Forwards, OptimizerSteps, Numbers,
         self.labels = dict(train=train_loss_str, valid=non_train_loss_str)
         self.is_active_fn, self.master_rank, self.weighted = activity(is_active_fn), master_rank, weighted
         self.every, self.budget, self.history = every, budget, History(max_bytes=max_bytes)
+        self.loss_stats = LossStats()
         self.tables = [self.history.add_table(o) for o in tables_for(self.lenses)]
         self.model, self.layers, self.hooks, self.handles, self.lent = None, None, [], [], []
         self._start()
@@ -718,8 +744,8 @@ class InspectorCB(Callback):
         lenses=None, # list of lenses; default as for `Inspector`
         **kw         # for `Inspector`
     ): self.inspector, self._state = Inspector(lenses, **kw), None
-    lenses, history, visualizer = (property(lambda self, nm=nm: getattr(self.inspector, nm))
-                                   for nm in ('lenses', 'history', 'visualizer'))
+    lenses, history, visualizer, loss_stats = (property(lambda self, nm=nm: getattr(self.inspector, nm))
+                                               for nm in ('lenses', 'history', 'visualizer', 'loss_stats'))
 
     def before_fit(self, learn):
         if getattr(learn, 'trial', False): return   # `lr_find` takes its steps back
@@ -734,7 +760,10 @@ class InspectorCB(Callback):
         if self._on(learn): self.inspector.set_step('train' if learn.training else 'valid', learn.n_steps)
 
     def after_loss(self, learn):
-        if self._on(learn): self.inspector.push_loss(learn.loss.detach(), train=learn.training)
+        if not self._on(learn): return
+        targets = learn.batch[-1] if isinstance(learn.batch, (tuple, list)) else None
+        about = dict(train=learn.training, preds=learn.preds, targets=targets)
+        self.inspector.push_loss(learn.loss.detach(), **about)
 
     def after_epoch(self, learn):
         if self._on(learn) and not learn.training: self.inspector.tick_epoch()

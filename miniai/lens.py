@@ -457,6 +457,7 @@ class ParameterCond(Lens):
 
 # %% ../nbs/43_lens.ipynb #20719d92
 def default_lenses() -> list: # of lenses
-    "Make the lenses that rules and reports need."
-    return [LossMetrics(), OutputStats(), OutputActivation(), OutputNorm(), ParameterGradientGeometry(),
-            ParameterGradientActivation(), ParameterUpdateGeometry(), ParameterNorm()]
+    "Make the lenses that rules and reports need; they keep each step."
+    each = (OutputStats, OutputActivation, OutputNorm, ParameterGradientGeometry, ParameterGradientActivation,
+            ParameterUpdateGeometry)
+    return [LossMetrics(loss_fn_inplace=False), *(o(inplace=False) for o in each), ParameterNorm()]
