@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from .callback import Callback, CancelFitException, as_cbs
-from .device import batch_size, rng_state, set_rng_state, to_cpu
+from .device import batch_size, to_cpu
 from .history import History
 from .hooks import Hooks, named_tensors, select_modules, unwrap
 from .init import BatchTransformCB, undisturbed
@@ -53,12 +53,10 @@ def own_history(learn):
 
 def on_first_batch(learn, f, cbs=None):
     "What `f(learn)` returns when the first training batch is ready; then all is put back."
-    first,rng = _FirstBatch(f),rng_state(learn.dls)
-    try:
-        with own_history(learn), undisturbed(learn.model):
-            learn.trial,learn.opt_func,learn.opt = True,None,learn.opt or _NoOpt()
-            learn.fit(1, valid=False, cbs=[*as_cbs(cbs), first])
-    finally: set_rng_state(rng)
+    first = _FirstBatch(f)
+    with own_history(learn), undisturbed(learn.model, learn.dls):
+        learn.trial,learn.opt_func,learn.opt = True,None,learn.opt or _NoOpt()
+        learn.fit(1, valid=False, cbs=[*as_cbs(cbs), first])
     if hasattr(first, 'result'): return first.result
     raise RuntimeError('a callback ended the fit before its first batch was ready; leave it out')
 

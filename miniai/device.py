@@ -107,10 +107,11 @@ def generators(dl):
     return [o for o in found if isinstance(o, torch.Generator)]
 
 def rng_state(
-    dls=None # object with the loaders `.train` and `.valid`, whose generators count too
+    dls=None # a loader, or an object with `.train` and `.valid`, whose generators count too
 ) -> tuple: # Python's, NumPy's, PyTorch's on the CPU and on CUDA, pairs of a loader's generator and its state
     "All random states that a fit draws from."
-    found = [g for nm in ('train', 'valid') for g in generators(getattr(dls, nm, None))]
+    loaders = dls, getattr(dls, 'train', None), getattr(dls, 'valid', None)
+    found = [g for dl in loaders for g in generators(dl)]
     return (random.getstate(), np.random.get_state(), torch.get_rng_state(),
             torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None,
             [(g, g.get_state()) for g in {id(g): g for g in found}.values()])

@@ -151,10 +151,10 @@ def init_weights(
 
 # %% ../nbs/30_init.ipynb #f7c298cf
 @contextmanager
-def undisturbed(model):
+def undisturbed(model, dls=None): # dls: a loader, or an object with `.train` and `.valid`; for their generators
     "No gradients inside; afterwards modes, buffers, attributes and random states are as before."
     kept = [(m, dict(vars(m)), {k: cloned(o) for k,o in m._buffers.items()}) for m in model.modules()]
-    rng = rng_state()
+    rng = rng_state(dls)
     try:
         with torch.no_grad(): yield
     finally:

@@ -53,14 +53,11 @@ def subplots(
 # %% ../nbs/01_plots.ipynb #4b879635
 def _grid_shape(n, nrows, ncols):
     "Rows and columns with room for `n` cells, as near to a square as what is given allows."
-    for nm,o in (('n',n), ('nrows',nrows), ('ncols',ncols)):
-        if o is not None and o < 1: raise ValueError(f'get_grid: {nm} is {o}; it must be 1 or more')
-    if nrows is None and ncols is None: nrows = math.isqrt(n)
-    if nrows is None: nrows = math.ceil(n/ncols)
-    if ncols is None: ncols = math.ceil(n/nrows)
-    if nrows*ncols >= n: return nrows,ncols
-    raise ValueError(f'get_grid: {nrows} rows of {ncols} have {nrows*ncols} cells, '
-                     f'too few for n={n}; give one of the two')
+    if n > 0 and nrows is None: nrows = -(-n//ncols) if ncols else math.isqrt(n)
+    if n > 0 and ncols is None and nrows: ncols = -(-n//nrows)
+    if n > 0 and nrows > 0 and ncols > 0 and nrows*ncols >= n: return nrows,ncols
+    raise ValueError(f'get_grid: n is {n}, nrows {nrows} and ncols {ncols}; each must be 1 or more, and the '
+                     'cells enough for n: give one of the two')
 
 def get_grid(
     n:int, # number of cells that are needed
@@ -129,6 +126,15 @@ def show_images(
     for im,title,ax in zip_longest(ims, [] if titles is None else titles, axs.flat[:len(ims)]):
         show_image(im, ax=ax, title=title, **color)
 
+# %% ../nbs/01_plots.ipynb #5803486a
+def short_name(name, most=26):
+    "Shorten a dotted name: its first parts to their initials, then what is left to its end."
+    parts = name.split('.')
+    for i,part in enumerate(parts[:-1]):
+        if len('.'.join(parts)) > most and not part.isdigit(): parts[i] = part[:1]
+    name = '.'.join(parts)
+    return name if len(name) <= most else '…' + name[1-most:]
+
 # %% ../nbs/01_plots.ipynb #a32f628e
 def _array(values):
     "A float array of tensors, lists or arrays."
@@ -173,17 +179,11 @@ def plot_lines(
     _label(ax, title=title, xlabel=xlabel, ylabel=ylabel)
     return ax
 
-# %% ../nbs/01_plots.ipynb #5e109b5e
-def smoothed(
-    values, # [n]
-    beta:float=0.95 # how much of the mean so far stays at each step
-): # array [n]
-    "The running mean of `values` in which each is forgotten by `beta` a step."
-    res,mean = [],0.
-    for i,v in enumerate(values):
-        mean = beta*mean + (1-beta)*v
-        res.append(mean/(1-beta**(i+1)))
-    return np.array(res)
+# %% ../nbs/01_plots.ipynb #ea6a375c
+def smoothed(values, beta=.95):
+    "Compute the running mean of `values` [n] in which each is forgotten by `beta` a step."
+    import pandas as pd
+    return pd.Series(values).ewm(alpha=1-beta).mean().to_numpy()
 
 # %% ../nbs/01_plots.ipynb #2caa1a60
 def _edges(x):

