@@ -182,12 +182,15 @@ class Listener:
     def attach(self, modules, leaves=()):
         "Choose modules, [(name, module)]; `leaves` are the same of the whole model."
         self.detach()
-        mine = {id(m) for _,m in modules}
-        self.hooks = Hooks(modules, self._on_output)
-        self.others = Hooks([o for o in leaves if id(o[1]) not in mine], self._pass)
+        self.hooks, self.others = self._hook(modules, leaves)
         self.kinds.update({o.name: type(o.m).__name__ for o in self.hooks})
         self.live = True
         self.listen(False)
+
+    def _hook(self, modules, leaves):
+        mine = {id(m) for _,m in modules}
+        others = [o for o in leaves if id(o[1]) not in mine]
+        return Hooks(modules, self._on_output), Hooks(others, self._pass)
 
     def listen(self, on):
         "Hook the modules, or take the hooks off: in a step that is not sampled nothing of this is called."
@@ -396,6 +399,21 @@ class CallTap(TensorTap):
     def _again(self, hook, outp):
         for source,a in named_tensors(outp, hook.name) if self.of_grad else ():
             if source in self.axes: self._add(hook, source, a, self.axes[source])
+
+# %% ../nbs/16_collect.ipynb #bf7874b8
+class Inputs:
+    "Takes what modules are given instead of what they return."
+    def _hook(self, modules, leaves):
+        return Hooks(modules, self._on_input, before=True, keywords=True), Hooks(leaves, self._pass)
+
+    def _on_input(self, hook, mod, inp, kwargs):
+        given = dict(enumerate(inp)) | kwargs
+        self._on_output(hook, mod, inp, next(iter(given.values())) if len(given) == 1 else given)
+
+class InputTap(Inputs, OutputTap):
+    "Adds the inputs of modules to rows of sums."
+class InputCallTap(Inputs, CallTap):
+    "Calls a function with each input of modules."
 
 # %% ../nbs/16_collect.ipynb #c67a4129
 def _by_unit(a):   # the entries of a bias are its units

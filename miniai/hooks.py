@@ -8,6 +8,7 @@ __all__ = ['Hook', 'Hooks', 'count_hooks', 'unwrap', 'select_modules', 'named_te
 # %% ../nbs/02_hooks.ipynb #55cdc4c4
 import warnings
 from collections.abc import Mapping, MutableSequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -23,14 +24,14 @@ def _call(f, *args): f(*args)
 
 class _Tap:
     "What hangs on the module: calls `f(hook, mod, inp, ...)` and returns None; inert in copies and pickles."
-    def __init__(self, f=None, hook=None): self.f, self.hook = f, hook
+    def __init__(self, f, hook): self.f, self.hook = f, hook
     def __call__(self, mod, inp, *rest):   # keywords, where they are asked for, and the output
-        if self.f is None: return
         rest = rest or (None,)
         if torch.compiler.is_compiling(): _call(self.f, self.hook, mod, inp, *rest)
         else: self.f(self.hook, mod, inp, *rest)   # `_call` would take as long as what most hooks do
-    def __deepcopy__(self, memo): return _Tap()
-    def __reduce__(self): return _Tap, ()
+    # a copy has a function of Python's own that takes anything and returns None, so miniai is not needed to load it
+    def __deepcopy__(self, memo): return nullcontext().__exit__
+    def __reduce__(self): return getattr, (nullcontext(), '__exit__')
 
 # %% ../nbs/02_hooks.ipynb #cb937b96
 class Hook:
@@ -70,11 +71,14 @@ class Hooks(MutableSequence):
     "Hooks on modules `ms`; each is removed when it leaves the list, all on `remove` or at the end of `with`."
     def __init__(self,
         ms, # modules, or (name, module) pairs as `select_modules` gives them
-        f   # as for `Hook`
+        f,  # as for `Hook`, as are `before` and `keywords`
+        **kw
     ):
         self.items = []
         try:
-            for o in ms: self.items.append(Hook(o[1], f, o[0]) if isinstance(o, tuple) else Hook(o, f))
+            for o in ms:
+                name, m = o if isinstance(o, tuple) else ('', o)
+                self.items.append(Hook(m, f, name, **kw))
         except BaseException: self.remove(); raise
 
     def remove(self):
@@ -128,7 +132,7 @@ def _named_modules(model):
     "As `model.named_modules()`, without compiled wrappers and parts that are never called by themselves."
     found = list(model.named_modules())
     parts = {id(o) for _,m in found if isinstance(m, _no_parts) for o in m.modules() if o is not m}
-    return [(name.replace('_orig_mod.', '') or type(model).__name__, m) for name,m in found
+    return [(f'.{name}'.replace('._orig_mod', '')[1:] or type(model).__name__, m) for name,m in found
             if id(m) not in parts and not hasattr(m, '_orig_mod')]
 
 def _leaves(model, named):
@@ -176,15 +180,17 @@ def named_tensors(
     return [o for part,v in parts for o in named_tensors(v, part)]
 
 # %% ../nbs/02_hooks.ipynb #a517e90f
-def warn_if_compiled(model, name='hooks') -> bool:
+def compiled_modules(model):
+    "List the modules of a model that `torch.compile` has compiled."
+    return [m for m in model.modules()
+            if hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None]
+
+def warn_if_compiled(model, name='hooks'):
     "Warn that hooks attached to a compiled model may never fire."
-    compiled = [m for m in model.modules()
-                if hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None]
-    if compiled:
-        warnings.warn(f'{name}: {type(unwrap(compiled[0])).__name__} is already compiled, so hooks attached '
-                      'now may never be called. Attach before torch.compile, or call torch._dynamo.reset() '
-                      'after attaching.', stacklevel=3)
-    return bool(compiled)
+    for m in compiled_modules(model)[:1]:
+        warnings.warn(f'{name}: {type(unwrap(m)).__name__} is already compiled, so hooks attached now may never '
+                      'be called. Attach before torch.compile, or call torch._dynamo.reset() after attaching.',
+                      stacklevel=3)
 
 # %% ../nbs/02_hooks.ipynb #08f3efce
 def _kind(name): return 'bias' if 'bias' in name.rsplit('.', 1)[-1] else 'weight'

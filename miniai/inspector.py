@@ -24,7 +24,8 @@ from .history import History
 from .hooks import (Hook, choose_parameters, find_parameters, named_tensors, select_modules, unwrap,
                           warn_if_compiled)
 from .kernels import add_to_row, empty_row
-from .lens import OutputStats, aggregates, checked_loss, default_lenses, row_stat, summary
+from .lens import (OutputStats, aggregates, checked_loss, default_lenses, epoch_taps, layer_taps,
+                         row_stat, summary)
 from .loss_stats import LossStats, first_tensor, loss_parts
 from .rows import to_host
 from .stats import Sums, grad_bins, unit_view
@@ -56,10 +57,10 @@ class Readings:
     def _sources(self, lens, keys):
         names = [o.name for o in choose_parameters(self.params, lens.parameters)]
         if lens.tap == 'loss': names = self.pushed
-        if lens.tap.startswith('output'): names = self.layers.sources_of(lens) if self.layers else ()
+        if lens.tap in layer_taps: names = self.layers.sources_of(lens) if self.layers else ()
         stats = {row_stat(stat, how) for stat in lens.stats for how in (*aggregates, None)}
-        found = {source for _,source,stat in keys if lens.tap == 'loss' or stat in stats}
-        return tuple(nm for nm in names if nm in found)
+        found = {source: None for _,source,stat in keys if lens.tap == 'loss' or stat in stats}
+        return tuple(found) if lens.tap == 'state' else tuple(nm for nm in names if nm in found)
 
     def recording(self):
         "Give what a visualizer draws of this run: a `Recording`."
@@ -231,7 +232,7 @@ class Computing:
 
     def compute(self, lens, source, a, axis, raw):
         "Ask the functions of a lens for the numbers of a tensor, in full precision, and keep them."
-        phase = 'valid' if raw in lens.phases('valid') and lens.tap == 'output' else 'train'
+        phase = 'valid' if raw in lens.phases('valid') and lens.tap != 'output_grad' else 'train'
         for stat in lens.functions:
             try:
                 with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
@@ -361,7 +362,7 @@ class Processes:
     "Puts together what several processes have seen."
     def _gather(self, values):
         "Take in what the other processes have seen; values of the epoch, of all of them."
-        tables = [o for o in self.tables if o.tap in ('output', 'output_grad')]
+        tables = [o for o in self.tables if o.tap in layer_taps]
         same = {key: o for key,o in values.items() if self.lenses[key[1]].tap in ('grad', 'update')}
         own = {key: o for key,o in values.items() if key not in same}
         # waits for the device and for the others
@@ -382,7 +383,7 @@ class Parameters:
         found = find_parameters(self.model)
         if found == self.params: return
         self.params, self.held = found, {}
-        for lens in (o for o in self.lenses if o.tap in ('grad', 'update', 'parameter')):
+        for lens in (o for o in self.lenses if o.tap in ('grad', 'update', *epoch_taps)):
             chosen = {o.name for o in choose_parameters(self.params, lens.parameters, type(lens).__name__)}
             for rows in self.tables:
                 if lens in rows.lenses: rows.chosen[id(lens)] |= chosen
@@ -390,23 +391,30 @@ class Parameters:
     def _read_parameters(self):
         self._find_parameters()
         for lens in self.lenses:
-            if lens.tap == 'parameter': self._guard('the parameters', self._read_lens, lens)
+            if lens.tap in epoch_taps: self._guard('the parameters', self._read_lens, lens)
 
     def _read_lens(self, lens):
         params = [o for o in choose_parameters(self.params, lens.parameters)
                   if not isinstance(o.p, nn.parameter.UninitializedParameter)]
-        found = np.array([[self._statistic(lens, stat, o) for o in params] for stat in lens.stats])
-        self._record_all([o.name for o in params], lens.stats, found, 'train')
+        read = [(o.name, o.p.detach(), o.axis()) for o in params]
+        if lens.tap == 'state': read = [o for p in params for o in self._states(p)]
+        found = np.array([[self._statistic(lens, stat, *o) for o in read] for stat in lens.stats])
+        self._record_all([nm for nm,*_ in read], lens.stats, found, 'train')
 
-    def _statistic(self, lens, stat, o):
-        a, axis = o.p.detach(), o.axis()
+    def _states(self, o):
+        "What optimizers keep for a parameter, in its shape: [('0.weight exp_avg', tensor, axis)]."
+        states = [held.ref().state.get(o.p, {}) for held in self.held.values() if held.ref()]
+        return [(f'{o.name} {nm}', a.detach(), o.axis()) for state in states for nm,a in state.items()
+                if isinstance(a, torch.Tensor) and a.shape == o.p.shape]
+
+    def _statistic(self, lens, stat, name, a, axis):
         try:
             if stat in lens.functions: return float(lens.compute(stat, a, axis))
             row = empty_row(grad_bins, unit_view(a.shape, axis)[2], a.device)
             add_to_row(row, a, axis, grad_bins, 3)
             # waits for the device
             return float(lens.values(stat, Sums.of(to_host([row])[0], grad_bins))[0])
-        except Exception as e: self._failed(lens, o.name, e)
+        except Exception as e: self._failed(lens, name, e)
         return np.nan
 
 # %% ../nbs/46_inspector.ipynb #95b9c3b3
@@ -446,6 +454,7 @@ class Forwards:
     def _begin_forward(self, mod, inp, kwargs):
         inp = inp or tuple(kwargs.values())
         self.samples, raw = batch_size(inp), self._enter(mod)
+        self.loss_stats.count('forward', mod.training, torch.is_grad_enabled())
         self.is_due = self.loss_stats.is_next_due(self.phase)
         if self.is_due and (a := first_tensor(inp)) is not None: self.batch = dict(inputs=a.detach())
         self.seen.batches[self.phase][self.samples] += 1
@@ -475,7 +484,9 @@ class Forwards:
     def _end(self, hook, mod, inp, outp):
         if not self.active or in_backward(): return
         self.layers.each('end')
-        if self.is_due and (a := first_tensor(outp)) is not None: self.batch['predictions'] = a.detach()
+        if self.is_due and (a := first_tensor(outp)) is not None:
+            self.batch['predictions'] = a.detach()
+            self.loss_stats.count('output', a, [o.p for o in self.params])
         if self.steps.sampled and self.clip.lenses: self._guard('the gradients', self.clip.ask, outp)
         if self.phase == 'valid' or self.steps.n_stepped: return
         note = lambda grad, steps=self.steps: setattr(steps, 'backward_ran', True)
@@ -500,6 +511,7 @@ class OptimizerSteps:
         held = self._held_by(optimizer)
         if not held.params or not self.steps.before(optimizer): return
         self.seen.fresh = True
+        self.loss_stats.count('before_step', optimizer, [o.p for o in held.params])
         if not self.steps.sampled: return
         self.sampler.begin_watch()
         where, samples = (self.history.run, self.steps.current, self.epoch), self.steps.samples or 1
@@ -511,8 +523,10 @@ class OptimizerSteps:
 
     def _after_step(self, optimizer):
         if not self.active or not self.steps.after(optimizer): return
+        held = self._held_by(optimizer)
+        self.loss_stats.count('after_step', optimizer, [o.p for o in held.params])
         self.sampler.begin_watch()
-        self._guard('the updates', self._held_by(optimizer).after, self.compute)
+        self._guard('the updates', held.after, self.compute)
         self.sampler.end_watch()
         for o in self.tables: o.close()
 
@@ -693,6 +707,7 @@ class Starting:
         for o in self.hooks: o.remove()
         let_go(self.handles)
         self.hooks, self.handles = [], []
+        self.loss_stats.ledger.end()
         # other processes may be gone, after an error
         if self.attached and self.seen.fresh: self._tick(everywhere=False)
         self.sampler.stop()

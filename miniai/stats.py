@@ -318,7 +318,7 @@ for _name, _f, _caption, _drawn in (
 
 # %% ../nbs/10_stats.ipynb #c105da94
 taps = dict(output='', input='input_', output_grad='output_grad_', grad='grad_', update='update_',
-            parameter='param_')
+            parameter='param_', state='state_')
 
 def stat_name(tap, base):
     "Name a statistic of a tap in tables."

@@ -12,8 +12,9 @@ from enum import Enum
 import numpy as np
 import torch
 
-from .collect import CallTap, OutputGradTap, OutputTap, ParameterTap
+from .collect import CallTap, InputCallTap, InputTap, OutputGradTap, OutputTap, ParameterTap
 from .hooks import named_tensors, select_modules
+from .lens import layer_taps
 from .rows import Rows, joined
 from .stats import grad_bins, output_bins, statistics, unit_axis, widen
 
@@ -140,10 +141,10 @@ def tables_for(lenses):
     "A table for each tap; of outputs, one for each place of the units and each kind of histogram."
     groups, res = {}, []
     for o in lenses:
-        if o.tap in ('grad', 'update') or o.tap in ('output', 'output_grad') and o.named:
+        if o.tap in ('grad', 'update') or o.tap in layer_taps and o.named:
             groups.setdefault((o.tap, o.channel_last), []).append(o)
     for (tap,_),group in groups.items():
-        usual = output_bins if tap == 'output' else grad_bins
+        usual = output_bins if tap in ('input', 'output') else grad_bins
         kinds = list(dict.fromkeys(o.bins for o in group if o.bins)) or [usual]
         res += [LensRows(tap, [o for o in group if (o.bins or kinds[0]) == bins], bins) for bins in kinds]
     return res
@@ -158,18 +159,19 @@ class LayerTaps:
         self.kinds = {name: type(m).__name__ for name,m in layers}
         self.fired, self.heard, self.taps, self.raw = {}, False, [], 'train'
         about = inspector.sampler, inspector.warn
-        lenses = [o for o in lenses if o.tap in ('output', 'output_grad')]
+        lenses = [o for o in lenses if o.tap in layer_taps]
         self.chosen = {id(o): self._chosen(o) for o in lenses}
-        for rows in (o for o in tables if o.tap in ('output', 'output_grad')):
+        for rows in (o for o in tables if o.tap in layer_taps):
             for o in rows.lenses: rows.chosen[id(o)] |= {nm for nm,_ in self.chosen[id(o)]}
             axis = _last_axis if rows.lenses[0].channel_last else unit_axis
-            if rows.tap == 'output': tap = OutputTap(rows, *about, axis, rows.what)
-            else: tap = OutputGradTap(rows, *about, axis, rows.pairs, rows.what)
+            if rows.tap == 'output_grad': tap = OutputGradTap(rows, *about, axis, rows.pairs, rows.what)
+            else: tap = (InputTap if rows.tap == 'input' else OutputTap)(rows, *about, axis, rows.what)
             self._add(tap, rows.lenses, rows.sources)
         for o in (o for o in lenses if o.functions):
             call = lambda source, a, axis, o=o: inspector.compute(o, source, a, axis, self.raw)
             axis = _last_axis if o.channel_last else unit_axis
-            self._add(CallTap(call, *about, axis, o.tap == 'output_grad'), [o], {})
+            make = InputCallTap if o.tap == 'input' else CallTap
+            self._add(make(call, *about, axis, o.tap == 'output_grad'), [o], {})
 
     def _chosen(self, lens):
         if lens.modules is None: return [o for o in self.layers if lens.chooses(o[1])]

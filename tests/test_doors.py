@@ -16,7 +16,9 @@ from miniai.actfns import measure_number_dead_neurons
 from miniai.datasets import DataLoaders
 from miniai.gradients import GradientStats, UpdateStats
 from miniai.hooks import select_modules
+from miniai.inspector import Inspector, InspectorCB
 from miniai.learner import DeviceCB, Learner, TrainCB
+from miniai.lens import Lens
 import miniai.watch  # noqa: F401 (`learn.watch`)
 from miniai.stats import Sums, grad_bins, measure, output_bins, stat_name, statistics, unit_axis
 
@@ -70,7 +72,7 @@ class Reference:
         opt = torch.optim.SGD(net.parameters(), lr)
         for nm,m in select_modules(net): m.register_forward_hook(partial(self.keep, nm))
         for step,parts in enumerate([data[i:i+accumulate] for i in range(0, len(data), accumulate)]):
-            self.outputs, n = {}, sum(len(x) for x,_ in parts)
+            self.outputs, self.inputs, n = {}, {}, sum(len(x) for x,_ in parts)
             for x,y in parts:
                 self.inside, self.calls, self.last = True, {}, None
                 preds = net(x)
@@ -83,17 +85,23 @@ class Reference:
             if step % every: continue
             for nm,outs in self.outputs.items():
                 self.add('output', nm, measure(torch.cat(outs), self.axes[nm]))
+                self.add('input', nm, measure(torch.cat(self.inputs[nm]), self.axes['input', nm]))
             for nm,p in net.named_parameters():
                 grad, now, was = (o[:, None] if o.ndim == 1 else o for o in (grads[nm], p.detach(), start[nm]))
                 self.add('grad', nm, measure(grad, 0, grad_bins, before.get(('grad', nm))))   # a bias has one entry for each unit
-                self.add('update', nm, measure(now, 0, output_bins, before.get(('update', nm)), was))
+                self.add('update', nm, measure(now, 0, grad_bins, before.get(('update', nm)), was))
                 before['grad', nm], before['update', nm] = grad, now - was
 
     def keep(self, nm, m, inp, out):
         if not self.inside: return   # computed again
         call = self.calls[nm] = self.calls.get(nm, 0) + 1
         nm = nm if call == 1 else f'{nm} (call {call})'
-        same = self.last and self.last[0] == tuple(inp[0].shape) == tuple(out.shape)
+        given = inp[0].detach()
+        like = self.last and self.last[0] == tuple(given.shape)
+        axis = unit_axis(m, given.ndim, self.last[1] if like else None)
+        self.axes['input', nm] = self.axes.get(('input', nm), axis)
+        self.inputs.setdefault(nm, []).append(given.clone())
+        same = like and tuple(given.shape) == tuple(out.shape)
         self.axes[nm] = unit_axis(m, out.ndim, self.last[1] if same else None)
         self.last = tuple(out.shape), self.axes[nm]
         self.outputs.setdefault(nm, []).append(out.detach().clone())
@@ -108,7 +116,7 @@ by_counts = 'hist', 'death_rate', 'activation_rate', 'near_zero', 'nan_fraction'
 
 def compare(ref, tap, source, series, skip=()):
     "All statistics of the registry that this tap has."
-    bins = grad_bins if tap == 'grad' else output_bins
+    bins = grad_bins if tap in ('grad', 'update') else output_bins
     sums = Sums.of(torch.stack(ref.rows[tap, source]), bins)
     for nm,f in statistics.items():
         if nm in skip or (f.taps and tap not in f.taps): continue
@@ -142,12 +150,45 @@ def test_the_callbacks_give_all_statistics(name, every, accumulate):
     same(grads.rows('all', 'grad_norm').values, total, 'all')
 
 
+def all_statistics(tap):
+    return {stat_name(tap, nm): nm for nm,f in statistics.items() if not f.taps or tap in f.taps}
+
+def by_hand(net, data, inspector, accumulate, lr=.1):
+    "A loop as people write it, with parts of a batch that weigh by their samples."
+    opt = torch.optim.SGD(net.parameters(), lr)
+    with inspector.attach(net, optimizer=opt):
+        for parts in (data[i:i+accumulate] for i in range(0, len(data), accumulate)):
+            n = sum(len(x) for x,_ in parts)
+            for x,y in parts: (F.cross_entropy(net(x), y)*len(x)/n).backward()
+            opt.step()
+            opt.zero_grad()
+
+@pytest.mark.parametrize('door', ['loop', 'Learner'])
+@pytest.mark.parametrize('name', nets)
+@pytest.mark.parametrize('every,accumulate', [(1, 1), (3, 1), (1, 2), (2, 2)])
+def test_the_inspector_gives_all_statistics(name, every, accumulate, door):
+    data = batches(nets[name][1])
+    ref = Reference(make(name), data, every, accumulate)
+    lenses = [Lens(tap, inplace=False, **all_statistics(tap)) for tap in ('input', 'output', 'grad', 'update')]
+    if door == 'loop': by_hand(make(name), data, inspector := Inspector(lenses, every=every, visualizer=None), accumulate)
+    else:
+        cb = InspectorCB(lenses, every=every, visualizer=None)
+        cbs = [TrainCB(), cb] + [AccumulateCB(accumulate)]*(accumulate > 1)
+        Learner(make(name), DataLoaders(data, data), F.cross_entropy, lr=.1, cbs=cbs).fit(1, valid=False)
+        inspector = cb.inspector
+    for tap,nm in ref.rows:
+        if name == 'tied' and nm == '2.weight': continue   # the same parameter
+        flat = () if tap in ('input', 'output') else ('sample_norm', 'sample_rms')   # a parameter has no samples
+        pairs = () if tap in ('grad', 'update') else ('correlation', 'ratio', 'start_norm')
+        compare(ref, tap, nm, inspector.history.series, skip=(*flat, *pairs))
+
+
 @pytest.mark.parametrize('name', ['MLP', 'CNN', 'Conv1d'])
 def test_the_lab_counts_the_same_dead_units(name):
     net, data = make(name), batches(nets[name][1])
     acts = ActivationStats(on_train=False, on_valid=True)
     Learner(net, DataLoaders(data, data), F.cross_entropy, cbs=[TrainCB(), acts]).fit(1, train=False)
-    table = measure_number_dead_neurons(net, data, progress=False, verbose=False).set_index('layer')
+    table = measure_number_dead_neurons(net, data, verbose=False).set_index('layer')
     for layer,row in table.iterrows():
         always_dead = acts.rows(layer, 'dead_epoch', 'valid').values[0]
         assert np.flatnonzero(always_dead).tolist() == row.indices and len(row.indices) >= 2
