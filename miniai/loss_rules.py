@@ -5,26 +5,25 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/52_loss_rules.ipynb #02021be6
+# %% ../nbs/52_loss_rules.ipynb #74b172e4
 import numpy as np
 
 from .loss_stats import entry_stats
-from .rules import (Missing, at_layers, found, layers_of, needed, needed_loss, rule, steps_chart,
-                          tracks_of)
+from .rules import Missing, found, is_solved, needed_loss, rule, steps_chart, tracks_of, update_ratios
+from .step_rules import last_called
 
 # %% ../nbs/52_loss_rules.ipynb #77569d47
 consequences = 'constant_output', 'at_chance'   # rules that find what many faults lead to
 
-# %% ../nbs/52_loss_rules.ipynb #cece3f49
+# %% ../nbs/52_loss_rules.ipynb #5ae770c2
 _loss_wants = dict(   # name of the loss, small and without _ -> what it wants
     crossentropy='logits', crossentropyloss='logits', bcewithlogitsloss='logits',
     binarycrossentropywithlogits='logits', nllloss='log-probabilities')
 
-def last_called(facts):
-    "The last layer in model order that ran and does something; '' if layers are not known."
-    names = [o for o in facts.layers if o not in facts.silent
-             and not facts.kind(o).startswith(('Identity', 'Dropout', 'Flatten', 'Unflatten'))]
-    return names[-1] if names else ''
+def always_within(evidence, few=10):
+    "Whether the predictions of all steps that were looked at, of `few` at least, are from 0 to 1."
+    both = [evidence.track('predictions', 'entries', phase).values for phase in ('train', 'valid')]
+    return len(both[0]) >= few and all((o[:, 0] >= 0).all() and (o[:, 1] <= 1).all() for o in both if len(o))
 
 @rule(kind='loss_input', before='identical_units')
 def softmax_before_loss(evidence):
@@ -38,18 +37,20 @@ def softmax_before_loss(evidence):
     wants, last = _loss_wants.get(facts.loss.lower().replace('_', '')), last_called(facts)
     ends = facts.kind(last) in ('Softmax', 'Softmax2d', 'Sigmoid') and facts.answers != 'number'
     seen = facts.answers == 'distribution' and not facts.loss.lower().startswith('b')
-    if not wants or not (seen or ends): return
+    within = facts.answers == 'fraction' and always_within(evidence) and wants == 'logits'
+    if not wants or not (seen or ends or within): return
     what = 'softmax' if seen or 'Softmax' in facts.kind(last) else 'sigmoid'
     cause, cure = dict(logits=(f'a {what} in the model, and another one in the loss',
                                f'take the {what} out of the model; apply it after training')).get(
         wants, (f'a {what} without its logarithm', 'a LogSoftmax, or cross entropy of what comes before it'))
-    reason = f'{facts.named(last)} is the last' if ends else 'its last predictions add up to 1'
+    reason = 'its last predictions add up to 1' if seen else 'its predictions are all from 0 to 1'
+    if ends: reason = f'{facts.named(last)} is the last'
     return found(
         evidence, 'error' if facts.answers else 'warning', f'The model ends in a {what} ({reason}), but '
         f'{facts.loss} wants {wants}.', layers=[last] if ends else [], causes=[cause], tries=[cure],
         caveats=[not facts.answers and 'read from the type of the last layer; another one may run last'])
 
-# %% ../nbs/52_loss_rules.ipynb #fad2e2ac
+# %% ../nbs/52_loss_rules.ipynb #8eac777a
 _kinds = dict(crossentropy='classes', nll='classes', bcewithlogits='binary',
               binarycrossentropywithlogits='binary', bce='probabilities', binarycrossentropy='probabilities',
               mse='numbers', l1='numbers', smoothl1='numbers', huber='numbers')
@@ -58,11 +59,24 @@ def loss_kind(evidence):
     "'classes', 'binary' (of logits), 'probabilities' (binary), 'numbers'; '' of other losses."
     return _kinds.get(evidence.facts.loss.lower().replace('_', '').removesuffix('loss'), '')
 
-def entries(evidence, source):
+def entries(evidence, source, phase='train'):
     "Name of a number -> its values [n] in the steps that were taken, and the shape of a batch."
-    values, shape = evidence.track(source, 'entries').values, evidence.facts.shapes.get(source, ((), ''))[0]
-    if not len(values) or not shape: raise Missing('what enters the loss is not known; use `learn.watch()`')
+    values = evidence.track(source, 'entries', phase).values
+    shape = evidence.facts.shapes.get(source, ((), ''))[0]
+    if not len(values) or not shape: raise Missing(f'what enters the loss is not known; {_or}')
     return dict(zip(entry_stats, values.astype(float).T)), shape
+
+def spread(t):
+    "Mean and deviation of all entries, from those of several batches."
+    return np.mean(t['mean']), np.sqrt(np.mean(t['std']**2) + np.var(t['mean']))
+
+def _of_mean(evidence):
+    "The squared error of always answering with the mean of the targets, and words for it."
+    if not evidence.facts.loss.lower().startswith('mse'):
+        raise Missing('what guessing would cost is not known; it is where the loss is cross entropy or MSE')
+    return spread(entries(evidence, 'targets')[0])[1]**2, 'answering with the mean of the targets gives'
+
+_or = 'use `learn.watch()`, or give the loss to `Inspector.attach(model, optimizer, loss_fn)`'
 
 # %% ../nbs/52_loss_rules.ipynb #5a6ba0a7
 @rule(kind='one_unit_softmax', before='exploding_activations',
@@ -79,16 +93,21 @@ def one_unit_softmax(evidence):
     if shape[-1] == 1 and (p['min'] == 1).all() and (p['max'] == 1).all(): return found(
         evidence, 'error', 'The one unit of the head is exactly 1 in every step.', 1., 1.)
 
-# %% ../nbs/52_loss_rules.ipynb #47aea2d1
+# %% ../nbs/52_loss_rules.ipynb #e5895f3f
 @rule(kind=('class_ids_vs_units', 'head_range'), before='exploding_activations',
       causes=['numbers of classes as targets of a single unit'],
       tries=['a unit for each class, CrossEntropyLoss, and class numbers of type int64'])
-def class_ids(evidence):
-    """Targets of 0, 1, 2 and more for the one unit of a loss that knows two classes.
+def class_ids(evidence, *, max_units=3.): # units, in units of the classes that are among the targets
+    """Targets of 0, 1, 2 and more for the one unit of a loss of two classes; or units without a class.
 
-    Source: PyTorch, `BCEWithLogitsLoss`: targets are numbers between 0 and 1."""
+    Source: PyTorch, `BCEWithLogitsLoss`: targets from 0 to 1; `CrossEntropyLoss`: C classes."""
     t, shape = entries(evidence, 'targets')
     high, ids = t['max'].max(), (t['whole'] == 1).all() and t['min'].min() >= 0
+    units = (*entries(evidence, 'predictions')[1], 1)[1] if loss_kind(evidence) == 'classes' else 0
+    many = len(t['max'])*np.prod(shape) > 10*units   # targets that were seen
+    if ids and many and len(shape) < 3 and units > max_units*(high+1): return found(
+        evidence, 'warning', f'The head has {units} units, and no target is above {high:g}.', float(units),
+        max_units*(high+1), causes=['a head for other classes'], tries=['a unit for each class'])
     if loss_kind(evidence) in ('binary', 'probabilities') and ids and high > 1: return found(
         evidence, 'error', f'Targets are whole numbers up to {high:g}, but {evidence.facts.loss} knows '
         'the classes 0 and 1 only.', float(high), 1.)
@@ -101,11 +120,17 @@ def shapes_differ(evidence):
 
     Source: PyTorch, "Broadcasting semantics": [N, 1] - [N] is [N, N]."""
     (_, mine), (_, its) = entries(evidence, 'predictions'), entries(evidence, 'targets')
-    if loss_kind(evidence) != 'numbers' or mine == its or mine[0] != its[0]: return
+    if loss_kind(evidence) != 'numbers' or mine == its or mine[0] != its[0] and mine[0] > 1: return
     return found(evidence, 'error', f'Predictions are {list(mine)}, targets {list(its)}: '
                  f'{evidence.facts.loss} compares each with others than its own.')
 
-# %% ../nbs/52_loss_rules.ipynb #2f851af7
+# %% ../nbs/52_loss_rules.ipynb #64fc706b
+def sums_to_one(evidence):
+    "Whether predictions of several units add up to 1 in all steps."
+    p, shape = entries(evidence, 'predictions')
+    return len(shape) > 1 and shape[1] > 1 and (np.abs([p['sum_min'] - 1, p['sum_max'] - 1]) < .01).all()
+
+# %% ../nbs/52_loss_rules.ipynb #a9c5ed2a
 _bounds = dict(Sigmoid=(0, 1), Softmax=(0, 1), Hardsigmoid=(0, 1), Tanh=(-1, 1), Hardtanh=(-1, 1),
                Softsign=(-1, 1), ReLU=(0, np.inf), ReLU6=(0, 6), Softplus=(0, np.inf))
 
@@ -120,6 +145,11 @@ def head_range(evidence, *, min_beyond=.1): # of the targets' deviation, by whic
     beyond = min_beyond*np.nanmax(t['std'])
     bounds, what = _bounds.get(facts.kind(last), (-np.inf, np.inf)), f'{facts.named(last)} gives'
     if loss_kind(evidence) in ('binary', 'probabilities'): bounds, what = (0, 1), f'{facts.loss} wants'
+    several = (low, high, t['whole'].min()) == (0, 1, 1) and t['sum_max'].max() > 1
+    if several and sums_to_one(evidence): return found(
+        evidence, 'error', 'Predictions of a sample add up to 1, and its targets to as much as '
+        f'{t["sum_max"].max():g}.', causes=['a softmax for classes that do not exclude each other'],
+        kind=('head_range', 'wrong_loss'), tries=['a sigmoid for each class, BCEWithLogitsLoss'])
     if loss_kind(evidence) == 'classes' or not (low < bounds[0]-beyond or high > bounds[1]+beyond): return
     return found(evidence, 'error', f'Targets are from {low:.3g} to {high:.3g}, but {what} numbers from '
                  f'{bounds[0]:g} to {bounds[1]:g}.', float(high if high > bounds[1] else low),
@@ -127,7 +157,7 @@ def head_range(evidence, *, min_beyond=.1): # of the targets' deviation, by whic
                  causes=[f'{what} no others', 'targets that are not scaled'],
                  kind=('head_range', 'wrong_loss' if 'wants' in what else 'target_scale'))
 
-# %% ../nbs/52_loss_rules.ipynb #e7271a00
+# %% ../nbs/52_loss_rules.ipynb #b5939eb5
 @rule(kind='loss_input', before='exploding_activations')
 def loss_input(evidence):
     """Predictions that the loss is not made for: after a ReLU, outside of 0 to 1, or a loss below zero.
@@ -146,11 +176,17 @@ def loss_input(evidence):
         f'{facts.loss} ignores by how much they are beyond 0 and 1.',
         causes=['logits for a loss of probabilities'],
         tries=['a Sigmoid or Softmax at the end of the model', 'BCEWithLogitsLoss, or CrossEntropyLoss'])
+    off = np.abs([p.get('lse_min', 0.), p.get('lse_max', 0.)]).max()   # of log-probabilities it is 0
+    if facts.loss.lower().startswith('nll') and off > .1: return found(
+        evidence, 'error', f'{facts.loss} wants log-probabilities, but those of a sample do not add up to 1.',
+        float(off), .1, causes=['no LogSoftmax, or one over another axis than that of the classes'],
+        tries=['LogSoftmax over axis 1, or CrossEntropyLoss of what comes before it'])
     if kind in ('classes', 'probabilities', 'binary') and loss.late < 0: return found(
         evidence, 'error', f'{facts.loss} ends at {loss.late:.3g}: below zero.', loss.late, 0.,
         dict(loss=loss), causes=['numbers that are no log-probabilities', 'targets outside of 0 to 1'],
         tries=['LogSoftmax before NLLLoss, or CrossEntropyLoss'])
 
+# %% ../nbs/52_loss_rules.ipynb #b0751fd4
 @rule(kind=('wrong_loss', 'loss_input'), before='identical_units',
       causes=['a binary loss for each of several classes'],
       tries=['CrossEntropyLoss, with the numbers of the classes as targets'])
@@ -165,10 +201,13 @@ def exclusive_classes(evidence):
         evidence, 'warning', f'Every sample has exactly one of {shape[1]} classes, and {evidence.facts.loss} '
         'judges each class by itself.', float(shape[1]), 1.)
 
-# %% ../nbs/52_loss_rules.ipynb #8a51362a
+# %% ../nbs/52_loss_rules.ipynb #41bcf574
 @rule(kind='input_scale', before='dead_units', causes=['inputs that are not scaled'],
       tries=['subtract the mean of the training data, divide by its deviation', 'BatchNorm as a first layer'])
-def input_scale(evidence, *, max_size=30.): # largest mean or deviation of the inputs
+def input_scale(evidence,
+    *, max_size=30., # largest mean or deviation of the inputs
+    min_input=.01    # smallest deviation
+):
     """Inputs whose mean or deviation is far from 1, before a layer that does not normalise.
 
     Source: LeCun and others, "Efficient backprop" (1998), 4.3: mean 0, equal variances."""
@@ -176,9 +215,12 @@ def input_scale(evidence, *, max_size=30.): # largest mean or deviation of the i
     first = next((o for o in facts.layers.values() if o not in ('Flatten', 'Identity', 'Dropout')), '')
     whole = facts.shapes['inputs'][1].startswith(('int', 'uint', 'bool'))
     size = float(max(np.nanmax(np.abs(x['mean'])), np.nanmax(x['std'])))
-    if whole or not first.startswith(('Linear', 'Conv', 'LSTM', 'GRU', 'RNN')) or not size > max_size: return
-    return found(evidence, 'warning', f'Inputs go from {x["min"].min():.3g} to {x["max"].max():.3g} (mean '
-                 f'{x["mean"].mean():.3g}, deviation {x["std"].mean():.3g}).', size, max_size)
+    small = 0 < np.nanmax(x['std']) < min_input
+    if whole or not first.startswith(('Linear', 'Conv', 'LSTM', 'GRU', 'RNN')): return
+    if size > max_size or small: return found(
+        evidence, 'warning', f'Inputs go from {x["min"].min():.3g} to {x["max"].max():.3g} (mean '
+        f'{x["mean"].mean():.3g}, deviation {x["std"].mean():.3g}).', size, min_input if small else max_size,
+        causes=['inputs that were scaled twice'] if small else [])
 
 @rule(kind='target_scale', before='dead_units', causes=['targets that are not scaled'],
       tries=['subtract their mean and divide by their deviation; undo it for predictions'])
@@ -197,6 +239,7 @@ def target_scale(evidence,
         evidence, 'warning', f'Targets go from {t["min"].min():.3g} to {t["max"].max():.3g}; the loss ends '
         f'at {loss.late/square:.0%} of their mean square.', size, max_size, dict(loss=loss))
 
+# %% ../nbs/52_loss_rules.ipynb #7dcd0de5
 @rule(kind='no_nonlinearity', before='dead_units', causes=['no activation between the layers'],
       tries=['a ReLU after each layer but the last'])
 def no_nonlinearity(evidence):
@@ -207,24 +250,7 @@ def no_nonlinearity(evidence):
     if evidence.facts.affine: return found(
         evidence, 'warning', 'The model is an affine function: its layers are worth one.')
 
-# %% ../nbs/52_loss_rules.ipynb #5da6334a
-@rule(kind='ledger', before='softmax_before_loss',
-      causes=['`opt.step()` is not called, or is that of another optimizer', 'a learning rate of 0 for them',
-              'weights that something puts back after each step'],
-      tries=['compare a weight before and after `opt.step()`'])
-def unchanged(evidence):
-    """Parameters that are trained, have a gradient, and are the same after every step.
-
-    Source: PyTorch, `torch.optim`: a step changes every parameter with a gradient."""
-    names = needed(evidence, 'update_ratio')
-    grads, params = evidence.sources('grad_norm'), evidence.facts.params
-    moved = lambda nm: nm not in grads or evidence.track(nm, 'grad_norm').usual > 0
-    sizes = {nm: evidence.track(nm, 'update_ratio').finite for nm in names}
-    still = [nm for nm,o in sizes.items() if len(o) and not o.any() and moved(nm) and nm in params
-             and params[nm].trained and params[nm].held is not False]
-    return at_layers(evidence, 'error' if len(still) == len(names) else 'warning',
-                     'No step changes a weight of {}, though it has a gradient.', layers_of(still))
-
+# %% ../nbs/52_loss_rules.ipynb #074ac3ca
 @rule(kind='too_few_updates', causes=['too few epochs, or too few batches in one'],
       tries=['more epochs', 'smaller batches', 'a higher learning rate'])
 def stopped_early(evidence,
@@ -243,6 +269,108 @@ def stopped_early(evidence,
         evidence, 'warning', f'The run has {n} updates, and its loss still falls: {first:.3g}, {before:.3g}, '
         f'{late:.3g} in its thirds.', float(n), float(min_updates), dict(loss=loss))
 
+# %% ../nbs/52_loss_rules.ipynb #6be2129c
+@rule(kind='split_mismatch', before='dead_units', tries=['compare a batch of each by eye'],
+      causes=['a transform or a scale for one of the two only', 'data that was sorted when it was split'])
+def split_mismatch(evidence,
+    *, max_shift=.5, # between the means, in units of the deviation in training
+    max_ratio=2.     # between the deviations
+):
+    """Inputs or targets of validation that are spread unlike those of training.
+
+    Source: Breck and others, "Data validation for machine learning" (2019): skew between training and use."""
+    for what in ('inputs', 'targets'):
+        (mean, std), (its, wide) = (spread(entries(evidence, what, phase)[0]) for phase in ('train', 'valid'))
+        if what == 'inputs' and evidence.facts.shapes[what][1].startswith(('int', 'uint')): continue
+        by_chance = 3/np.sqrt(max(1, np.median(evidence.track(what, 'entries', 'valid').samples)))
+        shift, ratio = abs(its - mean)/max(std, 1e-9), max(wide, 1e-9)/max(std, 1e-9)
+        if shift > max_shift + by_chance or max(ratio, 1/ratio) > max_ratio + by_chance: return found(
+            evidence, 'warning', f'{what.title()} of training have mean {mean:.3g} and deviation {std:.3g}, '
+            f'those of validation {its:.3g} and {wide:.3g}.', float(shift), max_shift)
+
+@rule(kind='shuffle', before='dead_units', causes=['data that is sorted by class, and not shuffled'],
+      tries=['`shuffle=True` for the loader of training'])
+def sorted_batches(evidence, *, max_between=.5): # fraction of the variance of targets that is between batches
+    """Batches whose targets are alike, though those of other batches are different.
+
+    Source: Bottou, "Stochastic gradient descent tricks" (2012), 4.1: shuffle the examples."""
+    t, n = entries(evidence, 'targets')[0], np.median(evidence.track('targets', 'entries').samples)
+    std = spread(t)[1]
+    between = 1 - np.mean(t['std']**2)/std**2 if std > 0 else 0.
+    if (t['whole'] == 1).all() and len(t['std']) > 5 and n >= 8 and between > max_between: return found(
+        evidence, 'warning', f'{between:.0%} of the variance of targets is between batches: those of one '
+        'batch are nearly alike.', float(between), max_between)
+
+# %% ../nbs/52_loss_rules.ipynb #0835b6f2
+@rule(kind=('leakage', 'shuffle'), before='dead_units', causes=['rows that are in the data more than once'],
+      tries=['look for duplicates before the data is split'])
+def repeated_samples(evidence, *, max_repeats=.15): # fraction of a batch that has a twin in it
+    """Samples that are more than once in a batch, entry by entry.
+
+    Source: Kapoor and Narayanan, "Leakage and the reproducibility crisis" (2023), L1.3: duplicates."""
+    x, shape = entries(evidence, 'inputs')
+    repeats = float(np.nanmean(x.get('repeats', 0.)))
+    if repeats > max_repeats and np.prod(shape[1:]) >= 4 and x['whole'].max() < 1: return found(
+        evidence, 'warning', f'{repeats:.0%} of the samples of a batch are in it more than once.', repeats,
+        max_repeats)
+
+@rule(kind=('data_no_information', 'misaligned_labels'), before='dead_units',
+      causes=['targets that were cast or scaled to one value'], tries=['print the targets of a batch'])
+def one_target(evidence, *, min_batches=5):
+    """Targets that are one and the same number in all batches, so that the loss falls to nothing.
+
+    Source: Karpathy, "A recipe for training neural networks" (2019): become one with the data."""
+    t = entries(evidence, 'targets')[0]
+    same = len(t['min']) >= min_batches and np.ptp([t['min'], t['max']]) == 0
+    if same and is_solved(evidence, .05): return found(
+        evidence, 'error', f'All targets are {t["min"][0]:g}, and the loss has fallen to nothing.')
+
+# %% ../nbs/52_loss_rules.ipynb #daa8ae3b
+@rule(kind='init', before='saturated', causes=['weights that are too large at the start'],
+      tries=["PyTorch's own initialisation, or Kaiming's"])
+def first_loss_high(evidence, *, max_first=10.): # first loss, in units of that of guessing
+    """A first loss far above that of guessing, though inputs and targets are of usual size.
+
+    Source: Karpathy, "A recipe for training neural networks" (2019): verify the loss at initialisation."""
+    loss, n = needed_loss(evidence), evidence.facts.n_classes
+    chance = np.log(n) if n else _of_mean(evidence)[0] + np.mean(entries(evidence, 'targets')[0]['mean'])**2
+    x = entries(evidence, 'inputs')[0]
+    usual = max(np.abs(x['mean']).max(), x['std'].max()) < 10 and not evidence.facts.summed
+    if usual and loss.first > max_first*chance > 0: return found(
+        evidence, 'warning', f'The first loss is {loss.first:.3g}; guessing gives {chance:.3g}.',
+        float(loss.first/chance), max_first, dict(loss=loss), slice(1))
+
+@rule(kind=('wrong_loss', 'loss_input'), before='exploding_activations',
+      causes=['a loss with the wrong sign', 'predictions or targets that the loss is not made for'])
+def loss_without_end(evidence, *, max_fall=10.): # how far it falls below zero, in units of the first loss
+    """A loss that falls far below zero, faster and faster: it has no minimum.
+
+    Source: PyTorch, "Loss functions": those of classes and of squares are 0 or more."""
+    loss = needed_loss(evidence)
+    third, first = max(1, len(loss)//3), abs(loss.first) + 1
+    early, late = (loss[a].usual - loss[b].usual for a,b in ((slice(third), slice(third, 2*third)),
+                                                             (slice(third, 2*third), slice(-third, None))))
+    if loss.late < -max_fall*first and late > early > 0: return found(
+        evidence, 'error', f'The loss falls from {loss.first:.3g} to {loss.late:.3g}, faster and faster.',
+        loss.late, -max_fall*first, dict(loss=loss))
+
+# %% ../nbs/52_loss_rules.ipynb #62f63615
+@rule(kind=('reduction', 'lr_high'), before='learning_rate_high', causes=["reduction='sum', or `.sum()`"],
+      tries=["reduction='mean', or `.mean()`"])
+def summed_loss(evidence, *, max_ratio=.1): # update:weight ratio from which on it does harm
+    """A loss that is a sum over the batch, with steps that are too large: gradients grow with the batch.
+
+    Source: Goyal and others, "Accurate, large minibatch SGD" (2017), section 3: common pitfalls."""
+    loss = needed_loss(evidence)
+    if evidence.facts.summed is None: raise Missing('the loss function, or its last inputs, are not known')
+    ratios = update_ratios(evidence) if evidence.sources('update_ratio') else {}
+    high = max((float(o.finite.max()) for o in ratios.values()), default=0.)
+    bad = not np.isfinite(loss.values[-1]) or loss.late > loss.first or high > max_ratio
+    if evidence.facts.summed: return found(
+        evidence, 'error' if not np.isfinite(loss.values[-1]) else 'warning' if bad else 'note',
+        'The loss is a sum over the batch: twice the samples, twice the loss.', high, max_ratio,
+        dict(loss=loss))
+
 # %% ../nbs/52_loss_rules.ipynb #0587a199
 @rule(kind='constant_output', before='learning_rate_low', tries=['print a batch of inputs'],
       causes=['{decay}', 'layers that are dead or saturated', 'too high a learning rate', 'constant inputs'])
@@ -260,7 +388,7 @@ def constant_output(evidence):
                  layers=flat, steps=track[-1:].span(), caveats=[constant and 'read from the last batch only'],
                  chart=steps_chart('Deviation of the last output', tracks_of(evidence, names[-1:], 'std')))
 
-# %% ../nbs/52_loss_rules.ipynb #714de948
+# %% ../nbs/52_loss_rules.ipynb #e5e8fcd9
 @rule(kind='not_learning', causes=['{decay}', 'targets that do not belong to their inputs (shuffled apart?)',
                                    'too high or too low a learning rate'],
       tries=['print inputs and targets of a batch', 'train on one batch: its loss must go to 0', '{find}'])
@@ -268,17 +396,17 @@ def at_chance(evidence,
     *, min_gain=.03, # by which fraction the loss must be below that of guessing
     min_steps=50     # before that it is only a note
 ):
-    """A training loss that is no better than guessing: log(C) for C classes by cross entropy.
+    """A training loss that is no better than guessing: log(C) for C classes, the variance of numbers.
 
     Source: CS231n, "Neural networks 3", sanity checks: the correct loss at chance performance."""
     loss, n, steps = needed_loss(evidence), evidence.facts.n_classes, evidence.n_steps()
-    if not n: raise Missing('the number of classes is not known; a Learner with cross entropy knows it')
-    chance, early = float(np.log(n)), steps < min_steps
+    chance, how = (np.log(n), f'guessing among {n} classes gives') if n else _of_mean(evidence)
+    early = steps < min_steps
     if loss.late > chance*(1-min_gain): return found(
         evidence, 'note' if early else 'error',
-        f'The training loss ends at {loss.late:.3f}; guessing among {n} classes gives {chance:.3f}.',
-        loss.late, chance*(1-min_gain), dict(loss=loss), chart='Training loss', caveats=[
-            early and f'only {steps} steps so far', 'with unequal classes guessing does better than this'])
+        f'The training loss ends at {loss.late:.3g}; {how} {chance:.3g}.',
+        loss.late, float(chance*(1-min_gain)), dict(loss=loss), chart='Training loss', caveats=[
+            early and f'only {steps} steps so far', n and 'with unequal classes guessing is better'])
 
 # %% ../nbs/52_loss_rules.ipynb #ec49df6a
 @rule(kind='metric', tries=['compute it by hand for one batch'],

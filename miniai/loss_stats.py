@@ -11,12 +11,23 @@ import torch
 from .callback import Callback
 from .collect import Told
 from .history import History
+from .hooks import unwrap
+from .ledger import Ledger, is_due
 
 # %% ../nbs/39_loss_stats.ipynb #cff62249
 loss_parts = 'inputs', 'predictions', 'targets'
-entry_stats = 'min', 'max', 'mean', 'std', 'zeros', 'whole', 'sum_min', 'sum_max'
+entry_stats = ('min', 'max', 'mean', 'std', 'zeros', 'whole', 'sum_min', 'sum_max', 'lse_min', 'lse_max',
+               'repeats')
 
 # %% ../nbs/39_loss_stats.ipynb #c7b0f7e6
+def repeats_of(a):
+    "The fraction of samples of a tensor [B, entries] or more that are in it once more."
+    rows = a[:1024].flatten(1)
+    rows = rows[:, ::max(1, rows.shape[1]//64)].double() if a.device.type != 'mps' else rows.float()
+    mixed = (rows*torch.arange(1, 1+rows.shape[1], device=a.device).sin()).sum(1).sort().values
+    same = mixed[1:] == mixed[:-1]
+    return same.float().mean() if len(same) else same.new_zeros((), dtype=torch.float32)
+
 def entries_of(a):
     "The numbers `entry_stats` of a tensor [B, units, ...], on its device."
     a = a.detach()
@@ -25,27 +36,44 @@ def entries_of(a):
     units = units[::max(1, units.numel()//2**13)].float()         # some 10,000 entries will do
     std, mean = torch.std_mean(units, correction=0)
     zeros, whole = ((o == 0).float().mean() for o in (units, units.frac()))
-    return torch.stack([*units.aminmax(), mean, std, zeros, whole, *units.sum(1).aminmax()])
+    ends = *units.sum(1).aminmax(), *units.logsumexp(1).aminmax()
+    return torch.stack([*units.aminmax(), mean, std, zeros, whole, *ends, repeats_of(a)])
 
 # %% ../nbs/39_loss_stats.ipynb #00895371
-def is_due(n, often=4):
-    "Whether step `n` of a phase is one of the first, or of `often` in every doubling."
-    return n < often or n % (1 << (n//often).bit_length() - 1) == 0
-
 def first_tensor(o):
     "Of a tensor, a tuple, a list or a dictionary; None where there is none."
     if isinstance(o, torch.Tensor): return o if o.ndim and o.numel() and not o.is_complex() else None
     parts = o.values() if isinstance(o, dict) else o if isinstance(o, (tuple, list)) else ()
     return next((t for part in parts if (t := first_tensor(part)) is not None), None)
 
-# %% ../nbs/39_loss_stats.ipynb #18a47504
-class LossStats(Callback):
-    "Records numbers of the inputs, the predictions and the targets of a few steps; `history` has them."
+# %% ../nbs/39_loss_stats.ipynb #c07a15e1
+class CountsSteps(Callback):
+    "Tells a `Ledger` what happens in a fit."
     in_trial = False
-    def __init__(self): self.history, self.shapes, self.seen, self.warn = History(), {}, {}, Told('LossStats')
+    def __init__(self):
+        self.history, self.shapes, self.seen, self.warn = History(), {}, {}, Told('LossStats')
+        self.ledger, self.params = Ledger(), []
 
-    def before_fit(self, learn=None): self.seen, self.shapes, _ = {}, {}, self.history.start_run()
+    def before_fit(self, learn=None):
+        self.ledger.end()
+        self.seen, self.shapes, self.ledger, _ = {}, {}, Ledger(), self.history.start_run()
+        self.params = [] if learn is None else list(unwrap(learn.model).parameters())
 
+    def count(self, event, *args):
+        "Tell the ledger of an `event`; an error becomes a warning, once."
+        try: getattr(self.ledger, event)(*args)
+        except Exception as e: self.warn.failed('the steps', e)
+
+    def after_backward(self, learn): self.count('before_step', learn.opt, self.params)
+    def after_step(self, learn): self.count('after_step', learn.opt, self.params)
+    def cleanup_fit(self, learn): self.ledger.end()
+    def after_predict(self, learn):
+        self.count('forward', learn.model.training, learn.training)
+        if learn.training: self.count('output', first_tensor(learn.preds), self.params)
+
+# %% ../nbs/39_loss_stats.ipynb #18a47504
+class LossStats(CountsSteps):
+    "Records numbers of the inputs, the predictions and the targets of a few steps; `history` has them."
     def after_loss(self, learn):
         if not self.is_next_due(learn.phase): return
         n_inp = next((cb.n_inp for cb in learn.cbs if isinstance(getattr(cb, 'n_inp', None), int)), 1)
@@ -71,15 +99,14 @@ class LossStats(Callback):
             self.shapes.setdefault(nm, (tuple(a.shape), str(a.dtype).removeprefix('torch.')))
 
     def facts(self) -> dict: # shapes
-        "Give the shapes and types of the first of them."
-        return dict(shapes=dict(self.shapes))
+        "Give the shapes and types of the first of them, and what was counted of the steps."
+        return dict(shapes=dict(self.shapes), **self.ledger.facts())
 
     def report(self):
         "Name what was recorded."
         parts = [f'{nm} {list(shape)} {kind}' for nm,(shape,kind) in self.shapes.items()]
         return ', '.join(parts) or 'nothing yet'
-
-    def __getstate__(self): return {**vars(self), 'learn': None}
+    def __getstate__(self): return {**vars(self), 'learn': None, 'ledger': Ledger(), 'params': []}
     def state_dict(self): return dict(history=self.history.state_dict(), shapes=self.shapes, seen=self.seen)
     def load_state_dict(self, state):
         self.history.load_state_dict(state['history'])
@@ -101,6 +128,14 @@ def is_affine(model, x):
     finally:
         for m,training in modes: m.training = training
         torch.random.set_rng_state(rng)
+
+@torch.no_grad()
+def is_summed(loss_func, preds, targets):
+    "Whether the loss of a batch that is there twice is twice that of the batch; None where that fails."
+    if not all(isinstance(o, torch.Tensor) and o.ndim for o in (preds, targets)): return None
+    try: one, two = (float(loss_func(*(torch.cat([o]*n) for o in (preds, targets)))) for n in (1, 2))
+    except Exception: return None   # a loss that wants more
+    return one != 0 and abs(two/one - 2) < 1e-3
 
 @torch.no_grad()
 def is_clipped(loss_func, preds, targets):
