@@ -1,5 +1,5 @@
 "The inspector in loops as people write them: oracles for every lens, odd loops, views, cost of a step in host reads."
-import copy, gc, io, math, pickle, warnings, weakref
+import contextlib, copy, gc, io, math, pickle, warnings, weakref
 
 import numpy as np
 import pytest
@@ -11,6 +11,8 @@ from torch import nn, optim
 from shared import CountReads
 
 from miniai.activations import ActivationStats
+from miniai.callback import Callback
+from miniai.checkpoint import CheckpointCB
 from miniai.datasets import DataLoaders
 from miniai.hooks import count_hooks
 from miniai.inspector import Inspector, InspectorCB, PyTorchInspector
@@ -1128,22 +1130,73 @@ def test_attach_refuses_a_function_as_the_loss():
         Inspector([LossMetrics()], visualizer=None).attach(small_net(), loss_fn=F.cross_entropy)
 
 def test_a_learner_resumes_with_its_table(tmp_path):
-    "A checkpoint keeps the rows, and the last gradients, to compare with."
-    def fit(n, folder, resume=None):
+    "A fit that is cut off in mid-epoch goes on from its checkpoint, in all lenses to the same bits."
+    def fit(folder, stop=None, resume=None):
         cb = InspectorCB(all_lenses(), visualizer=None)
-        learn = Learner(seeded(small_net), DataLoaders(batches(), batches(2, seed=9)), nn.CrossEntropyLoss(), lr=.1, cbs=[TrainCB(), cb])
-        return learn, cb
-    learn, whole = fit(4, tmp_path)
-    learn.fit(4)
-    learn, cb = fit(2, tmp_path)
-    learn.fit(2)
-    state = cb.state_dict()
-    later, other = fit(2, tmp_path)
-    later.model.load_state_dict(learn.model.state_dict())
-    other.load_state_dict(state)
-    later.n_steps, later.epochs_done = 8, 2
-    later.fit(1)
-    assert other.history.series('1', 'norm').steps.tolist()[:8] == list(range(8)) and len(values(other, '1', 'norm')) == 12
+        cbs = [TrainCB(), cb, CheckpointCB(folder, every=1), *([Stop(stop)] if stop else [])]
+        data = DataLoaders(batches(), batches(2, seed=9))
+        learn = Learner(seeded(small_net), data, nn.CrossEntropyLoss(), lr=.1, opt_func=optim.Adam, cbs=cbs)
+        with contextlib.suppress(KeyError): learn.fit(3, resume=folder if resume else None)
+        return cb.inspector
+    whole, _, resumed = fit(tmp_path/'a'), fit(tmp_path/'b', stop=6), fit(tmp_path/'b', resume=True)
+    assert len(whole.frame()) > 200
+    sort = lambda o: o.frame().assign(run=0, value=lambda f: f.value.map(np.asarray)).sort_values(
+        ['phase', 'source', 'stat', 'step', 'epoch'], ignore_index=True)
+    one, two = sort(whole), sort(resumed)
+    rows = ['phase', 'source', 'stat', 'step', 'epoch', 'samples', 'call']
+    assert one[rows].equals(two[rows])
+    assert all(np.array_equal(a, b, equal_nan=True) for a,b in zip(one.value, two.value))
+
+class Stop(Callback):
+    "An error in the middle of a fit."
+    order = 1000
+    def __init__(self, step): self.step = step
+    def after_batch(self, learn):
+        if learn.n_steps == self.step: raise KeyError('stop')
+
+@pytest.mark.parametrize('part', [False, True])
+def test_optimizers_that_step_inside_backward(part):
+    "Each step of the loop is one, all gradients and updates are there, and nothing is said to be left out."
+    def fit(fused):
+        model, loss_fn = seeded(small_net), nn.CrossEntropyLoss()
+        early = list(model.parameters())[:2 if part else None] if fused else []
+        rest = [p for p in model.parameters() if not any(p is o for o in early)]
+        opts = {p: optim.SGD([p], .1) for p in early}
+        def step(p): opts[p].step(); opts[p].zero_grad()
+        for p in early: p.register_post_accumulate_grad_hook(step)
+        last = optim.SGD(rest, .1) if rest else None
+        inspector = Inspector(all_lenses(loss_fn), visualizer=None).attach(model)
+        for xb,yb in batches():
+            loss_fn(model(xb), yb).backward()
+            if last: last.step(); last.zero_grad()
+        inspector.tick_epoch()
+        return inspector.detach()
+    plain, fused = fit(False), fit(True)
+    assert plain.step == fused.step == 4 and fused.facts()['unreached'] == ()
+    for nm in ('0.weight', '0.bias', '2.weight', '2.bias'):
+        for stat in ('grad_norm', 'grad_correlation', 'update_norm', 'update_ratio'):
+            a, b = (o.history.series(nm, stat) for o in (plain, fused))
+            assert np.array_equal(a.steps, b.steps) and np.allclose(a.values, b.values, rtol=1e-5, equal_nan=True)
+
+def test_closures_count_as_one_step():
+    model, loss_fn = seeded(small_net), nn.CrossEntropyLoss()
+    opt, (xb, yb) = optim.LBFGS(model.parameters(), max_iter=4), batches()[0]
+    inspector = Inspector(all_lenses(loss_fn), visualizer=None).attach(model, optimizer=opt)
+    def closure():
+        opt.zero_grad()
+        loss = loss_fn(model(xb), yb)
+        loss.backward()
+        return loss
+    for _ in range(4): opt.step(closure)
+    inspector.tick_epoch()
+    assert inspector.step == 4 and len(values(inspector, '0.weight', 'update_ratio')) == 4
+    inspector.detach()
+
+def test_a_loss_that_is_called_by_keyword_weighs_by_its_samples():
+    loss_fn, model = nn.MSELoss(), nn.Linear(1, 1)
+    with Inspector([LossMetrics(loss_fn=loss_fn)], module=model, visualizer=None) as inspector:
+        for n,target in ((1, 3.), (99, 1.)): loss_fn(target=torch.full((n, 1), target), input=0*model(torch.ones(n, 1)))
+    assert values(inspector, 'loss', 'loss mean') == pytest.approx([(9 + 99)/100])
 
 def test_a_second_inspector_takes_the_first_one_off():
     "As when a notebook cell runs again; and it says so."
