@@ -102,9 +102,10 @@ class Facts:
                     unreached=unreached, **self.loss_stats.facts())
 
     def asked(self):
-        "Give model, optimizer, loss function (None where they are gone) and the last batch, to ask again."
+        "Give model and loss function (None where they are gone), optimizers and last batch, to ask again."
         found = {nm: o() if isinstance(o, weakref.ref) else o for nm,o in self.subject.items()}
-        return dict.fromkeys(('model', 'opt', 'loss_func', *loss_parts)) | found | self.batch
+        opts = [o for ref in self.opts if (o := ref()) is not None]
+        return dict.fromkeys(('model', 'loss_func', *loss_parts)) | found | self.batch | dict(opts=opts)
 
     def measured(self): # pandas.DataFrame: source, stat, phase, epochs, why
         "Say what of this run was measured, in how many epochs; and why there is a gap, where that is known."
@@ -502,7 +503,7 @@ class OptimizerSteps:
         if held is None or not held.is_of(optimizer):
             params = self.params if self.optimizer in (None, optimizer) else []
             held = self.held[id(optimizer)] = OptimizerTaps(optimizer, params, self.tables, self.warn)
-            if held.params: self.subject['opt'] = self.subject.get('opt') or held.ref
+            if held.params and held.ref not in self.opts: self.opts.append(held.ref)
             for nm,tap in held.taps.items(): tap.before.update(self.last_gradients.get(nm, {}))
         return held
 
@@ -669,7 +670,8 @@ class Attaching:
             self.warn(type(model).__name__, 'was watched by another Inspector, which is detached now')
         watched[model] = weakref.ref(self)
         self.model, self.optimizer = model, plain_optimizer(optimizer)
-        self.subject = dict(model=weakref.ref(model), opt=self.optimizer and weakref.ref(self.optimizer))
+        self.subject = dict(model=weakref.ref(model))
+        if self.optimizer is not None: self.opts.append(weakref.ref(self.optimizer))
         self.history.start_run()
         try:
             self._find_parameters()
@@ -697,7 +699,8 @@ class Starting:
         self.steps, self.clip = Steps(self.sampler), ClipNorms(self.lenses, lambda: self.params, self.warn)
         self.phase, self.params, self.pushed, self.silent, self.optimizer = 'train', [], {}, (), None
         self.layers, self.held, self.last_gradients, self.lent = None, {}, {}, []
-        self.subject, self.batch, self.is_due = {}, {}, False   # what is watched, weakly; the batch seen last
+        self.subject, self.opts, self.batch = {}, [], {}   # what is watched, weakly; the batch seen last
+        self.is_due = False
         self.loss_stats.before_fit()
         self.begin_epoch(0)
 
