@@ -32,7 +32,7 @@ from .stats import Sums, empty_row, measure, output_bins, statistics, unit_axis,
 
 # %% ../nbs/60_actfns.ipynb #254e2d3a
 class ActivationFunction(nn.Module):
-    "A function of each entry, as a layer; `name` is for people, `config` is saved with a model."
+    "Computes a function of each entry; `name` is for people, `config` is saved with a model."
     def __init__(self):
         super().__init__()
         self.name = type(self).__name__
@@ -73,7 +73,7 @@ class Swish(ActivationFunction):
 
 # %% ../nbs/60_actfns.ipynb #6ceed6f8
 class _Function(ActivationFunction):
-    "A plain function as a layer; without a name it is not made again of its config, lest it be a namesake."
+    "Makes a layer of a function; without a name it is not made again of its config, lest it be a namesake."
     def __init__(self, f, name=None):
         super().__init__()
         self.f, self.name = f, name or getattr(f, '__name__', type(f).__name__)
@@ -81,7 +81,7 @@ class _Function(ActivationFunction):
     def forward(self, x): return self.f(x)
 
 class _ByName(dict):
-    "Lower-case names to what makes the function; an unknown name is answered with the known ones."
+    "Maps lower-case names to what makes the function; an unknown name is answered with the known ones."
     def __missing__(self, key):
         if isinstance(key, str) and key.lower() in self: return self[key.lower()]
         raise KeyError(f'no activation function is called {key!r}; known are {", ".join(self)}')
@@ -106,7 +106,6 @@ def get_act_fn(
 def _act_name(o): return str(o).removesuffix('()')   # with the options, if it has any
 
 def _as_list(o):
-    "One or many, as a list."
     one = isinstance(o, (str, nn.Module)) or callable(o) or not hasattr(o, '__iter__')
     return [o] if one else list(o)
 
@@ -124,14 +123,12 @@ def get_grads(
 # %% ../nbs/60_actfns.ipynb #41556f8f
 def plot_act_fns(
     act_fns=six_act_fns, # names, classes, modules or functions; one or several
-    x_range=(-5, 5),     # where to draw
-    ncols=3,             # plots in a row
-    imsize=2.4           # side of a plot in inches
+    x_range=(-5, 5)      # where to draw
 ): # the figure
     "Draw values and derivatives of activation functions, a plot for each."
     from miniai.plots import get_grid, plot_lines
     act_fns, x = _as_list(act_fns), torch.linspace(*x_range, 1001)
-    fig, axs = get_grid(len(act_fns), ncols=min(ncols, len(act_fns)), imsize=imsize)
+    fig, axs = get_grid(len(act_fns), ncols=min(3, len(act_fns)), imsize=2.4)
     for act_fn,ax in zip(map(get_act_fn, act_fns), axs.flat):
         with torch.no_grad(): lines = {'value': act_fn(x), 'derivative': get_grads(act_fn, x)}
         plot_lines(ax, x, lines, title=_act_name(act_fn).replace('(', '\n('), legend=False)
@@ -140,7 +137,7 @@ def plot_act_fns(
 
 # %% ../nbs/60_actfns.ipynb #0fd18f95
 class BaseNetwork(nn.Module):
-    "Linear layers with an activation function between them; takes inputs of any shape and flattens them."
+    "Has linear layers with an activation function between them; flattens inputs of any shape."
     def __init__(self,
         act_fn,         # as for `get_act_fn`; copied for each layer
         input_size=784, # numbers in one input
@@ -160,9 +157,9 @@ class BaseNetwork(nn.Module):
 
 # %% ../nbs/60_actfns.ipynb #69a37a27
 def _batches(o, net, n_inp, caller):
-    """The (inputs, targets) of each batch, on the device of the model.
+    """Give the (inputs, targets) of each batch, on the device of the model.
 
-    One batch is a tensor, a tuple, or a list of tensors that are as long, but not alike; the rest are loaders."""
+    One batch is a tensor, a tuple, or a list of tensors as long, but not alike; the rest are loaders."""
     one = isinstance(o, torch.Tensor) or isinstance(o, tuple) and isinstance(o[0], torch.Tensor)
     if isinstance(o, list) and all(isinstance(a, torch.Tensor) and a.ndim for a in o):
         one = len({len(a) for a in o}) == 1 < len({(a.shape[1:], a.dtype) for a in o})
@@ -200,11 +197,11 @@ def save_model(
 
 # %% ../nbs/60_actfns.ipynb #f187b596
 def _weights_file(folder, nm):
-    "The file with the weights, ours before a .tar; None if there is none."
+    "Find the file with the weights, ours before a .tar; None if there is none."
     return next((o for o in (folder/f'{nm}.safetensors', folder/f'{nm}.tar') if o.is_file()), None)
 
 def _read_weights(path):
-    "State dict and notes; a .tar has no notes, and nothing but its tensors is read."
+    "Read state dict and notes; a .tar has no notes, and nothing but its tensors is read."
     try:
         if path.suffix == '.safetensors':
             with safetensors.safe_open(path, 'pt') as file:
@@ -217,7 +214,7 @@ def _read_weights(path):
 
 # %% ../nbs/60_actfns.ipynb #0f13e849
 def _net_from(text, path):
-    "The network that a config describes, not yet with its weights."
+    "Make the network that a config describes, not yet with its weights."
     try:
         config = json.loads(text)
         options = dict(config.pop('act_fn'))
@@ -264,12 +261,12 @@ _exact_zeros = 'relu', 'relu6', 'hardswish', 'hardsigmoid', 'hardshrink', 'softs
 def _kind(module): return getattr(module, 'name', type(module).__name__).lower()
 
 def _limits_of(module):
-    "Where the function settles, (left, right); None if that is not known."
+    "Find where the function settles, (left, right); None if that is not known."
     if isinstance(module, (nn.ELU, nn.CELU)): return -module.alpha, None
     return getattr(module, 'limits', _limits.get(_kind(module)))
 
 def _saturated(x, y, limits):
-    "How many entries of `y`, the function of `x`, are saturated; NaN where that can't be told."
+    "Count entries of `y`, the function of `x`, that are saturated; NaN where that is not known."
     if limits is None or x is None: return torch.nan
     flat = torch.zeros_like(y, dtype=torch.bool)
     for limit,side in zip(limits, (x < -.5, x > .5)):
@@ -283,18 +280,18 @@ _torch_acts = tuple(getattr(nn.modules.activation, nm) for nm in nn.modules.acti
 def _is_act(m): return isinstance(m, (ActivationFunction, *_torch_acts))
 
 def _act_layers(net):
-    "The activation functions of a model, [(name, module)]; may be none."
+    "List the activation functions of a model, [(name, module)]; may be none."
     return select_modules(net, _is_act) if any(map(_is_act, net.modules())) else []
 
 def _has_matrix(m): return not _is_act(m) and any(p.ndim > 1 for p in m.parameters(recurse=False))
 
 def _sample(a, most=100_000):
-    "At most `most` evenly spaced entries of `a`, copied, as an array."
+    "Copy at most `most` evenly spaced entries of `a` into an array."
     flat = a.detach().reshape(-1)
     return flat[::-(-len(flat)//most) or 1].to('cpu', torch.float32, copy=True).numpy()
 
 def _input(inp, a):
-    "The input of the same shape; None if there is none, or if it was overwritten in place."
+    "Find the input of the same shape; None if there is none, or if it was overwritten in place."
     x = inp[0] if inp and isinstance(inp[0], torch.Tensor) and inp[0].shape == a.shape else None
     return None if x is None or x.data_ptr() == a.data_ptr() else x.detach()
 
@@ -321,7 +318,7 @@ class _Outputs(_Fed):
         self.caller, self.samples, self.noted = caller, samples, {}
 
     def run(self, net, layers, batches):
-        "Run the model, hooked meanwhile and in evaluation mode, on batches of inputs; what it says to the last."
+        "Run the model in evaluation mode, hooked meanwhile, on batches of inputs; give the last output."
         warn_if_compiled(net, 'activation functions')
         self.attach(layers, select_modules(net))
         self.listen(True)
@@ -344,20 +341,20 @@ class _Outputs(_Fed):
         if self.samples: o.values = _sample(a)
 
     def rows(self):
-        "Numbers of each output, in the order of the first call; this waits for the device."
+        "Describe each output, in the order of the first call; this waits for the device."
         return [_output_row(self, nm, o) for nm,o in self.noted.items()]
 
 # %% ../nbs/60_actfns.ipynb #49d43494
 def _numbers(sums):
-    "Statistics of one row of sums, as every table of the library has them."
+    "Compute statistics of one row of sums, as every table of the library has them."
     found = [float(statistics[nm](sums)[0]) for nm in ('std', 'norm', 'activation_rate', 'death_rate')]
     return dict(entries=int(sums.n[0]), std=found[0], norm=found[1], zeros=1-found[2], dead=found[3])
 
 def _output_row(outputs, source, o):
     (n, row), *others = o.rows.items()
     if others:
-        raise ValueError(f'{outputs.caller}: layer {source!r} had {n} units and now has {others[0][0]} on axis '
-                         f'{outputs.axes[source]}; say with axis= which counts them')
+        raise ValueError(f'{outputs.caller}: layer {source!r} had {n} units and now has {others[0][0]} on '
+                         f'axis {outputs.axes[source]}; say with axis= which counts them')
     sums, limits = Sums.of(row), _limits_of(o.module)
     name = _act_name(o.module) if _is_act(o.module) else type(o.module).__name__
     return dict(_numbers(sums), layer=source, function=name, units=n, samples=int(sums.samples[0]),
@@ -371,7 +368,7 @@ def _table(rows, columns):
 
 # %% ../nbs/60_actfns.ipynb #1623bed4
 def _grad_row(name, grad):
-    "Numbers of the gradient of one parameter; one that has none is a gap."
+    "Describe the gradient of one parameter; one that has none is a gap."
     row = dict(layer=name, owner=name.rpartition('.')[0], entries=0, std=np.nan, norm=np.nan, zeros=np.nan,
                values=np.zeros(0))
     if grad is None: return row
@@ -379,7 +376,7 @@ def _grad_row(name, grad):
     return {**row, **_numbers(Sums.of(measure(grad))), 'values': _sample(grad)}
 
 def _gradients(net, loss, pattern, outputs, caller):
-    "A row for each parameter that `pattern` means, with the saturated fraction of what its layer feeds."
+    "Make a row for each parameter that `pattern` means, with the saturated fraction of what it feeds."
     named = dict(unwrap(net).named_parameters())
     params = {nm: p for nm,p in named.items() if fnmatchcase(nm, pattern)}
     wanted = {nm: p for nm,p in params.items() if p.requires_grad}
@@ -391,7 +388,7 @@ def _gradients(net, loss, pattern, outputs, caller):
     return [dict(o, saturated=fed.get(o['owner'], np.nan)) for o in rows]
 
 def _one_batch(net, batch_or_dl, caller, layers, params=None, loss_func=None, n_inp=1):
-    "Rows of the outputs, and with `params` those of the gradients, on one batch."
+    "Make rows of the outputs, and with `params` those of the gradients, on one batch."
     grad = params is not None
     with undisturbed(net, batch_or_dl), torch.inference_mode(False), torch.set_grad_enabled(grad):
         inputs, targets = _first_batch(batch_or_dl, net, n_inp, caller)
@@ -403,14 +400,14 @@ def _one_batch(net, batch_or_dl, caller, layers, params=None, loss_func=None, n_
 
 # %% ../nbs/60_actfns.ipynb #1be3c226
 def _density(values, least=0, n=1000):
-    "The density of `values`, as a function of an array of places; the kernel is at least `least` wide."
+    "Estimate the density of `values`, a function of an array; the kernel is at least `least` wide."
     from matplotlib.mlab import GaussianKDE
     points = np.quantile(values, (np.arange(n)+.5)/n)
     width = min(points.std(), np.ptp(np.quantile(points, [.25, .75]))/1.34)
     return GaussianKDE(points, max(.9*width*n**-.2, least)/points.std())
 
-def _draw_distribution(ax, values, color, bins):
-    "Histogram and density of what is finite and not zero, without the outermost thousandths."
+def _draw_distribution(ax, values, color, bins=40):
+    "Draw histogram and density of what is finite and not zero, without the outermost thousandths."
     ax.set_yticks([])
     values = np.sort(values[np.isfinite(values) & (values != 0)].astype(float))
     values = values[len(values)//1000:len(values)-len(values)//1000]
@@ -423,8 +420,8 @@ def _draw_distribution(ax, values, color, bins):
     ax.ticklabel_format(axis='x', style='sci', scilimits=(-2, 3), useMathText=True)
     ax.locator_params(axis='x', nbins=4)
 
-def _draw_distributions(rows, color, bins, title, outputs, text):
-    "A plot for each row; the functions of `outputs` are named in the title if they are few."
+def _draw_distributions(rows, color, title, outputs, text):
+    "Draw a plot for each row; the functions of `outputs` are named in the title if they are few."
     from miniai.plots import caption, get_grid
     fig, axs = get_grid(len(rows), ncols=min(len(rows), 5), imsize=2.2)
     named = list(dict.fromkeys(o['function'] for o in outputs))
@@ -432,7 +429,7 @@ def _draw_distributions(rows, color, bins, title, outputs, text):
     for row,ax in zip(rows, axs.flat):
         zeros = f', {row["zeros"]:.0%} zero' if row['zeros'] > 0 else ''
         ax.set_title(f'{row["layer"]}\nstd {row["std"]:.2g}{zeros}', fontsize=9)
-        _draw_distribution(ax, row['values'], color, bins)
+        _draw_distribution(ax, row['values'], color)
     caption(fig, text + ' Heights are densities, axes differ; exact zeros and the outermost 0.1% on each '
                  'side are not drawn.', size=9)
     return fig
@@ -443,7 +440,6 @@ def visualize_gradients(
     batch_or_dl,        # batch (inputs, targets), or a loader, whose first batch is taken
     loss_func=F.cross_entropy, # called with predictions and targets
     color='C0',         # of the plots
-    bins=40,            # of the histograms
     params='*weight*',  # pattern for the names of the parameters to show
     n_inp=1             # how many parts of the batch are inputs
 ): # (figure, table): layer, entries, std, norm, zeros, saturated; gaps (NaN) where there is no gradient
@@ -453,7 +449,7 @@ def visualize_gradients(
     of the function behind the weight's layer. Gradients, modes and random states stay as they were."""
     caller, layers = 'visualize_gradients', _act_layers(net)
     outputs, rows = _one_batch(net, batch_or_dl, caller, layers, params, loss_func, n_inp)
-    fig = _draw_distributions(rows, color, bins, 'Gradients of the weights', outputs,
+    fig = _draw_distributions(rows, color, 'Gradients of the weights', outputs,
                               'Gradient of the loss of one batch, for each weight.')
     return fig, _table(rows, 'layer entries std norm zeros saturated')
 
@@ -462,7 +458,6 @@ def visualize_activations(
     net,         # any model
     batch_or_dl, # batch (inputs, targets), inputs alone, or a loader, whose first batch is taken
     color='C0',  # of the plots
-    bins=40,     # of the histograms
     what=None,   # layers as for `select_modules`; default: activation functions, all leaves if there are none
     n_inp=1      # how many parts of the batch are inputs
 ): # (figure, table): layer, function, entries, std, zeros, saturated, dead
@@ -473,13 +468,13 @@ def visualize_activations(
     caller, layers = 'visualize_activations', _act_layers(net) if what is None else []
     rows, _ = _one_batch(net, batch_or_dl, caller, layers or select_modules(net, what), n_inp=n_inp)
     if not rows: raise ValueError(f'{caller}: no layer of {type(net).__name__} put out a tensor')
-    fig = _draw_distributions(rows, color, bins, 'Activations', rows,
+    fig = _draw_distributions(rows, color, 'Activations', rows,
                               f'Outputs on one batch of {rows[0]["samples"]} samples.')
     return fig, _table(rows, 'layer function entries std zeros saturated dead')
 
 # %% ../nbs/60_actfns.ipynb #ff009bdc
 def _by_depth(name, net, outputs, grads):
-    "A row for each layer with a matrix, and the activation function behind it."
+    "Make a row for each layer with a matrix and the activation function behind it."
     first = {o['owner']: o for o in reversed(grads)}   # of several parameters of a layer
     pairs = [(o, first[nm]) for nm,m in unwrap(net).named_modules() if nm in first and _has_matrix(m)
              for o in [o for o in outputs if o['fed_by'] == nm] or [{}]]
@@ -492,7 +487,7 @@ _curves = (('signal: std', 'log', {'std': 'C0'}), ('gradient: norm', 'log', {'gr
            ('fraction', 'linear', {'dead': 'C0', 'saturated': 'C3'}))
 
 def _draw_by_depth(tables):
-    "A column for each table: signal, gradient, dead and saturated, one under the other."
+    "Draw a column for each table: signal, gradient, dead and saturated, one under the other."
     from miniai.plots import caption, plot_lines, subplots
     n = len(tables)
     fig, axs = subplots(3, n, figsize=(1+1.45*n, 5.4), sharex=True, sharey='row', squeeze=False)
@@ -561,8 +556,8 @@ def measure_number_dead_neurons(
     caller = 'measure_number_dead_neurons'
     layers = _act_layers(net) if what is None else select_modules(net, what)
     if not layers:
-        raise ValueError(f'{caller}: {type(net).__name__} has no activation function as a layer. Put nn.ReLU() '
-                         'and the like in the place of F.relu in forward, or choose layers with what=')
+        raise ValueError(f'{caller}: {type(net).__name__} has no activation function as a layer. Put '
+                         'nn.ReLU() in the place of F.relu in forward, or choose layers with what=')
     outputs = _Outputs(caller, axis)
     with undisturbed(net, dl):
         outputs.run(net, layers, (inputs for inputs,_ in _batches(dl, net, n_inp, caller)))
@@ -578,13 +573,11 @@ def measure_number_dead_neurons(
 # %% ../nbs/60_actfns.ipynb #68bf5e4b
 def fashion_splits(
     source='auto',     # as for `fashion_mnist`
-    bs=256,            # samples in a training batch; a smaller last one is left out
-    split_seed=42,     # of the split
-    device=None        # where to keep the images; default: the CPU
+    bs=256             # samples in a training batch; a smaller last one is left out
 ): # `DataLoaders` with `.train`, `.valid`, `.test`, and `.train_all`: every training image, in order
     "Split Fashion-MNIST for training, validation and test, in memory, pixels from -1 to 1."
-    dls = DataLoaders.in_memory(fashion_mnist(source), bs, device)
-    order = torch.randperm(dls.train.n, generator=torch.Generator().manual_seed(split_seed))
+    dls = DataLoaders.in_memory(fashion_mnist(source), bs)
+    order = torch.randperm(dls.train.n, generator=torch.Generator().manual_seed(42))
     train, valid = order.tensor_split([dls.train.n*5//6])
     res = DataLoaders(_part(dls.train, train, bs, True), _part(dls.train, valid, 2*bs))
     res.test = _part(dls.valid, torch.arange(dls.valid.n), 2*bs)
@@ -592,6 +585,6 @@ def fashion_splits(
     return res
 
 def _part(dl, rows, bs, train=False):
-    "A loader of some rows of `dl`, with pixels from -1 to 1."
+    "Make a loader of some rows of `dl`, with pixels from -1 to 1."
     image, label = (o[rows.to(o.device)] for o in (dl.columns['image'], dl.columns['label']))
     return MemoryLoader(dl.dataset, {'image': image.float()/255*2-1, 'label': label}, bs, train, train)

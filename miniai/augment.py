@@ -43,7 +43,7 @@ class _NoOpt:
 
 @contextmanager
 def own_history(learn):
-    "Inside, the learner writes into a history of its own; afterwards its attributes are as they were."
+    "Let the learner write into a history of its own inside; afterwards its attributes are as they were."
     attrs = dict(vars(learn))
     learn.history = History()
     try: yield
@@ -52,7 +52,7 @@ def own_history(learn):
         vars(learn).update(attrs)
 
 def on_first_batch(learn, f, cbs=None):
-    "What `f(learn)` returns when the first training batch is ready; then all is put back."
+    "Give what `f(learn)` returns when the first training batch is ready; then all is put back."
     first = _FirstBatch(f)
     with own_history(learn), undisturbed(learn.model, learn.dls):
         learn.trial,learn.opt_func,learn.opt = True,None,learn.opt or _NoOpt()
@@ -78,7 +78,7 @@ Layer = namedtuple('Layer', 'name type inp out params macs calls')
 Layer.__doc__ = "A line of a summary: shapes of the first call, multiply-adds per sample, calls."
 
 def shapes(o):
-    "The shapes inside `o`, as text."
+    "Write the shapes inside `o` as text."
     found = ['×'.join(map(str, a.shape)) or 'one number' for _,a in named_tensors(o)]
     return ', '.join(found[:3]) + (', ...' if len(found) > 3 else '')
 
@@ -87,7 +87,7 @@ def _percent(part, whole): return f'{part/whole:.1%}' if whole else '–'
 
 @dataclass(repr=False)
 class Summary:
-    "What `Learner.summary` found."
+    "Holds what `Learner.summary` found."
     rows:list   # a `Layer` for each line
     params:int  # of the model
     trained:int # parameters that need a gradient
@@ -95,7 +95,7 @@ class Summary:
     bs:int      # samples in the batch
 
     def frame(self): # pandas.DataFrame
-        "The lines as a table of numbers."
+        "Give the lines as a table of numbers."
         import pandas as pd
         return pd.DataFrame(self.rows, columns=Layer._fields).set_index('name')
 
@@ -131,7 +131,7 @@ for _f in (_one_layer, _all_layers): _f._get_raw = True   # tensors, not shapes
 
 @contextmanager
 def plain_attention():
-    "Inside `with`, attention is computed by matrix products, which are counted."
+    "Compute attention inside `with` by matrix products, which are counted."
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -155,7 +155,7 @@ def measured_calls(learn, chosen):
     return macs,flops.get('Global', 0)/2,calls
 
 def summarized(learn, what):
-    "The `Summary` of the model for the current batch."
+    "Make the `Summary` of the model for the current batch."
     model,bs = unwrap(learn.model),batch_size(learn.batch)
     chosen = select_modules(model, what)
     macs,total,calls = measured_calls(learn, chosen)
@@ -175,7 +175,7 @@ def summary(self:Learner,
     what=None, # modules to list, as for `select_modules`: a type, a name pattern, ...; default: all leaves
     cbs=None   # callbacks for this once
 ) -> Summary: # prints as a table; `.frame()` has the numbers
-    "Sizes and costs of the layers of any model, from one batch; learner and model are not changed."
+    "List sizes and costs of the layers of any model, from one batch; learner and model are not changed."
     if any(map(nn.parameter.is_lazy, self.model.parameters())):
         raise ValueError('summary: the model has lazy layers, which get their size from the first batch; '
                          'run one through the model first')
@@ -183,7 +183,7 @@ def summary(self:Learner,
 
 # %% ../nbs/33_augment.ipynb #b9241c43
 class CapturePreds(Callback):
-    "`all_preds`, `all_targs` and `all_inps` of the last validation, on the CPU."
+    "Keeps `all_preds`, `all_targs` and `all_inps` of the last validation, on the CPU."
     def __init__(self, inps=True): # keep the inputs?
         self.inps = inps
 
@@ -204,13 +204,13 @@ class CapturePreds(Callback):
 
 # %% ../nbs/33_augment.ipynb #3bb51314
 def inputs_and_targets(learn):
-    "Inputs and targets of the batch, single ones by themselves; a dict batch is both."
+    "Take inputs and targets of the batch apart, single ones by themselves; a dict batch is both."
     if not isinstance(learn.batch, (tuple, list)): return learn.batch,learn.batch
     n_inp = getattr(next((cb for cb in learn.cbs if hasattr(cb, 'n_inp')), learn), 'n_inp', 1)
     return tuple(o[0] if len(o)==1 else tuple(o) for o in (learn.batch[:n_inp], learn.batch[n_inp:]))
 
 def joined(batches):
-    "Batches of any nesting put one behind the other."
+    "Put batches of any nesting one behind the other."
     def join(*parts):
         if not isinstance(parts[0], torch.Tensor): return list(parts)
         return torch.cat([o if o.ndim else o[None] for o in parts])
@@ -234,12 +234,10 @@ def tta(self:Learner,
     tfm,      # function of a batch that returns the changed one
     n=1,      # passes with changed batches; more than one where `tfm` is random
     cbs=None, # callbacks for this once
-    act=None, # applied to predictions before the mean is taken, as a softmax
-    plain=True # with a pass over unchanged batches?
+    act=None  # applied to predictions before the mean is taken, as a softmax
 ): # (mean predictions, targets) of the validation set, on the CPU
-    "Predictions averaged over passes with and without a transform of the batches."
-    if n+plain < 1: raise ValueError(f'tta: n is {n} and plain is {plain}; at least one pass is needed')
-    passes = ([[]] if plain else []) + [[BatchTransformCB(tfm, on_train=False)] for _ in range(n)]
+    "Average predictions over a pass without and `n` with a transform of the batches."
+    passes = [[], *([BatchTransformCB(tfm, on_train=False)] for _ in range(n))]
     found = [self.capture_preds([*as_cbs(cbs), *o]) for o in passes]
     if not all(torch.equal(targs, found[0][1]) for _,targs in found):
         raise ValueError('tta: the targets of two passes differ; the validation loader must not shuffle, and '
@@ -254,7 +252,7 @@ def check_pictures(x, pct, caller):
     raise ValueError(f'{caller}: got shape {tuple(x.shape)}; it takes a batch of pictures [B, C, H, W]')
 
 def random_place(x, pct):
-    "A random rectangle of `pct` of height and width, as slices."
+    "Draw a random rectangle of `pct` of height and width, as slices."
     sizes = [(o, max(int(pct*o), 1)) for o in x.shape[-2:]]
     starts = [random.randint(0, whole-part) for whole,part in sizes]
     return (..., *(slice(a, a+part) for a,(_,part) in zip(starts, sizes)))
@@ -291,7 +289,7 @@ def rand_copy(
 
 # %% ../nbs/33_augment.ipynb #11c78670
 class _RandPatch(nn.Module):
-    "`func(x, pct, max_num)` in training mode."
+    "Does `func(x, pct, max_num)` in training mode."
     def __init__(self,
         pct=0.2,  # height and width of a rectangle, as a fraction of the picture's
         max_num=4 # rectangles at most
@@ -302,9 +300,9 @@ class _RandPatch(nn.Module):
     def extra_repr(self): return f'pct={self.pct}, max_num={self.max_num}'
 
 class RandErase(_RandPatch):
-    "`rand_erase` as a module."
+    "Does `rand_erase` in training mode."
     func = staticmethod(rand_erase)
 
 class RandCopy(_RandPatch):
-    "`rand_copy` as a module."
+    "Does `rand_copy` in training mode."
     func = staticmethod(rand_copy)

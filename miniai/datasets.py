@@ -29,19 +29,15 @@ fashion_names = ['T - shirt / top', 'Trouser', 'Pullover', 'Dress', 'Coat',
                  'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot']
 
 def fashion_features():
-    "The features of the Hub's `fashion_mnist`: an image and a label with ten names."
+    "Give the features of the Hub's `fashion_mnist`: an image and a label with ten names."
     from datasets import ClassLabel, Features, Image
     return Features(image=Image(), label=ClassLabel(names=fashion_names))
 
 # %% ../nbs/26_datasets.ipynb #d922f140
 _idx_kinds = {2051: ('images', 16), 2049: ('labels', 8)}   # what follows, and bytes of the header
 
-def read_idx(
-    path, # an IDX file of unsigned bytes, gzipped if its name ends in .gz
-    kind:str, # 'images' or 'labels': what it must hold
-    count:int, # how many it must hold
-): # uint8 array, [n, rows, columns] or [n]
-    "Read an IDX file and check that it is whole and holds what is expected."
+def read_idx(path, kind, count): # kind: 'images' or 'labels'; uint8 array [n, rows, columns] or [n]
+    "Read an IDX file (gzipped: .gz), and check that it is whole and holds what is expected."
     raw = Path(path).read_bytes()
     if str(path).endswith('.gz'):
         try: raw = gzip.decompress(raw)
@@ -54,13 +50,11 @@ def read_idx(
                          'file, which begins with the number 2051 (images) or 2049 (labels) and its shape')
     shape = np.frombuffer(raw[4:head], '>u4').tolist()
     size = head + math.prod(shape)
-    if (found, shape[0]) != (kind, count):
-        raise ValueError(f'{path}: holds {shape[0]:,} {found}; expected {count:,} {kind}. '
-                         'Are two files swapped?')
-    if len(raw) != size:
-        raise ValueError(f'{path}: {len(raw):,} bytes where {found} of shape {tuple(shape)} take {size:,}; '
-                         f"it is {'cut off' if len(raw)<size else 'too long'}. Fetch it again.")
-    return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)
+    if (found, shape[0], len(raw)) == (kind, count, size):
+        return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)
+    raise ValueError(f'{path}: {len(raw):,} bytes, and by its header it holds {shape[0]:,} {found} of '
+                     f'{size:,} bytes; expected {count:,} {kind}, and all of them. Is it cut off or too '
+                     'long, or are two files swapped?')
 
 # %% ../nbs/26_datasets.ipynb #6eed512c
 def _info(source):
@@ -68,25 +62,15 @@ def _info(source):
     return DatasetInfo(description=f'Fashion-MNIST, {source}', license='MIT', features=fashion_features(),
                        homepage='https://github.com/zalandoresearch/fashion-mnist')
 
-def arrays_to_dataset(
-    images, # uint8 array [n, rows, columns]
-    labels, # integers [n], each 0 to 9
-    source:str='made from arrays', # where they come from, for `.info.description`
-    split:str=None, # name of the split
-): # `datasets.Dataset` with columns image and label
-    "Make a data set with the features of Fashion-MNIST in memory."
+def arrays_to_dataset(images, labels, source='made from arrays', split=None):
+    "Make a data set like Fashion-MNIST of uint8 images [n, rows, columns] and labels [n], in memory."
     import pyarrow as pa
     from datasets import Dataset
-    n,nrow,ncol = images.shape
-    head = np.frombuffer(f'P5 {ncol} {nrow} 255\n'.encode(), np.uint8)
-    data = np.concatenate([np.broadcast_to(head, (n, len(head))), images.reshape(n, -1)], axis=1)
-    offsets = np.arange(n+1, dtype=np.int32)*data.shape[1]
-    files = pa.Array.from_buffers(pa.binary(), n, [None, pa.py_buffer(offsets), pa.py_buffer(data)])
-    image = pa.StructArray.from_arrays([files, pa.nulls(n, pa.string())], ['bytes', 'path'])
-    table = pa.table(dict(image=image, label=pa.array(np.asarray(labels, dtype=np.int64))))
-    mark = '-'.join(f'{zlib.crc32(np.ascontiguousarray(o)):08x}' for o in (images, labels))
-    return Dataset(table.cast(fashion_features().arrow_schema), info=_info(source), split=split,
-                   fingerprint=f'miniai-{mark}')
+    head = 'P5 {2} {1} 255\n'.format(*images.shape).encode()
+    files = pa.array([head + o.tobytes() for o in images], pa.binary())
+    image = pa.StructArray.from_arrays([files, pa.nulls(len(images), pa.string())], ['bytes', 'path'])
+    table = pa.table(dict(image=image, label=pa.array(labels, pa.int64())))
+    return Dataset(table.cast(fashion_features().arrow_schema), _info(source), split)
 
 # %% ../nbs/26_datasets.ipynb #88cf6cc7
 idx_folder = Path('/usr/share/datasets/fashion-mnist')
@@ -94,15 +78,14 @@ idx_files = dict(train=('train-images-idx3-ubyte', 'train-labels-idx1-ubyte', 60
                  test=('t10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte', 10_000))
 
 def find_idx(folder, nm):
-    "The plain or gzipped file `nm` in `folder`, or None."
+    "Find the plain or gzipped file `nm` in `folder`; None if there is none."
     return next((o for o in (Path(folder)/nm, Path(folder)/f'{nm}.gz') if o.exists()), None)
 
 def missing_idx(folder):
-    "The names of the IDX files that `folder` lacks."
+    "Name the IDX files that `folder` lacks."
     return [nm for *names,_ in idx_files.values() for nm in names if not find_idx(folder, nm)]
 
 def _from_idx(path):
-    "All 70,000 images from the four IDX files in folder `path`."
     from datasets import DatasetDict
     folder,res = path or idx_folder,DatasetDict()
     if missing := missing_idx(folder):
@@ -121,7 +104,6 @@ def _from_idx(path):
 small_folder = Path(str(resources.files('miniai')))/'data'
 
 def _from_small(path=None):
-    "The shipped 7,000 images."
     import pyarrow.parquet as pq
     from datasets import Dataset, DatasetDict
     if path is not None:
@@ -141,7 +123,7 @@ def _described(dd, source):
     return dd
 
 def _from_cache():
-    "The two splits from a whole copy in the cache of `datasets`, without the network; None if it has none."
+    "Read a whole copy in the cache of `datasets`, without the network; None if it has none."
     from datasets import Dataset, DatasetDict, concatenate_datasets, config
     for info in sorted(Path(config.HF_DATASETS_CACHE).glob('*fashion_mnist/*/*/*/dataset_info.json')):
         files = {nm: sorted(info.parent.glob(f'fashion_mnist-{nm}*.arrow')) for nm in ('train', 'test')}
@@ -151,7 +133,6 @@ def _from_cache():
         return _described(dd, 'the cache of datasets')
 
 def _from_hub(path=None):
-    "All 70,000 images by `datasets.load_dataset`."
     from datasets import load_dataset
     try: dd = load_dataset(_hub_name, cache_dir=None if path is None else str(path))
     except Exception as e:
@@ -161,7 +142,7 @@ def _from_hub(path=None):
 
 # %% ../nbs/26_datasets.ipynb #4c12e8d2
 def _auto(path):
-    "The best source at hand; a `path` that is given must have the IDX files."
+    "Read the best source at hand; a `path` that is given must have the IDX files."
     if path is not None or not missing_idx(idx_folder): return _from_idx(path)
     return _from_cache() or _from_small()
 
@@ -169,7 +150,7 @@ def fashion_mnist(
     source:str='auto', # 'idx' (four IDX files), 'hub' (Hugging Face), 'small' (shipped), 'auto' (the best)
     path=None, # 'idx' and 'auto': folder with the IDX files, by default Debian's; 'hub': cache folder
 ): # `datasets.DatasetDict` with splits train and test, columns image and label
-    "Fashion-MNIST as on the Hugging Face Hub; `.info.description` of a split says where it came from."
+    "Read Fashion-MNIST as the Hugging Face Hub has it; `.info.description` of a split says where it is from."
     sources = dict(auto=_auto, hub=_from_hub, idx=_from_idx, small=_from_small)
     if source not in sources:
         raise ValueError(f"fashion_mnist: source is {source!r}; it is one of {', '.join(sources)}")
@@ -185,7 +166,7 @@ _mode_types = {'I': np.int32, 'F': np.float32, 'I;16': np.int16}   # these are n
 def image_to_tensor(
     im, # PIL image
 ): # tensor [C, H, W]: float in 0..1 for 8-bit and 1-bit images, the plain values for modes I, I;16 and F
-    "A PIL image as a tensor, as torchvision's `to_tensor` makes it."
+    "Turn a PIL image into a tensor, as torchvision's `to_tensor` does."
     pixels = np.array(im, _mode_types.get(im.mode, np.uint8))
     pixels = torch.from_numpy(pixels if pixels.ndim==3 else pixels[...,None]).permute(2, 0, 1).contiguous()
     if im.mode in _mode_types: return pixels
@@ -205,7 +186,6 @@ def inplace(
 def _is_image(o): return hasattr(o, 'mode') and hasattr(o, 'getpixel')   # PIL is not imported for this
 
 def _stack(values, nm):
-    "The values of column `nm` as one tensor."
     if _is_image(values[0]): values = [image_to_tensor(o) for o in values]
     try: return default_collate(values)
     except (RuntimeError, TypeError) as e:
@@ -230,7 +210,7 @@ def collate_dict(
 
 # %% ../nbs/26_datasets.ipynb #c7e444da
 class MemoryLoader:
-    "Batches of columns held in memory as tensors; bytes are served as floats in 0..1."
+    "Serves batches of columns that it holds in memory as tensors; of bytes as floats in 0..1."
     def __init__(self,
         dataset, # what the columns were made of; kept as `.dataset`
         columns:dict, # name -> tensor [n, ...], all on one device; uint8 for images
@@ -250,7 +230,7 @@ class MemoryLoader:
         for i in range(len(self)): yield self._batch(slice(i*bs, (i+1)*bs), order)
 
     def _order(self):
-        "This epoch's order on the device of the columns, drawn as a `DataLoader` does; None: as they are."
+        "Draw this epoch's order as a `DataLoader` does, on the device of the columns; None: as they are."
         torch.empty((), dtype=torch.int64).random_()   # a `DataLoader` draws its workers' seed here
         if not self.shuffle: return None
         seed = torch.empty((), dtype=torch.int64).random_().item()   # on the CPU, once per epoch
@@ -258,7 +238,7 @@ class MemoryLoader:
         return order.to(next(iter(self.columns.values())).device)
 
     def _batch(self, rows, order):
-        "The batch at positions `rows` of `order`, all of it copies."
+        "Copy the rows of a batch."
         cols = {nm: o[rows].clone() if order is None else o.index_select(0, order[rows])
                 for nm,o in self.columns.items()}
         cols = {nm: _unit_floats(o) for nm,o in cols.items()}
@@ -266,21 +246,21 @@ class MemoryLoader:
 
 # %% ../nbs/26_datasets.ipynb #5ee748f4
 def _unit_floats(x):
-    "uint8 as floats in 0..1, rounded alike on every device; other types as they are."
+    "Turn uint8 into floats in 0..1, rounded alike on every device; leave other types as they are."
     if x.dtype!=torch.uint8: return x
     x = x.to(torch.get_default_dtype())
     return x.div_(torch.full((), 255, dtype=x.dtype, device=x.device))   # CUDA would turn /255 into *(1/255)
 
 # %% ../nbs/26_datasets.ipynb #04e1c1c0
 def _kind(feature):
-    "'image' or 'number', or None for what is not kept in memory."
+    "Say whether a column is an 'image' or a 'number'; None for what is not kept in memory."
     kind = type(feature).__name__
     if kind=='Image': return 'image'
     numbers = kind=='Value' and feature.dtype.startswith(('int', 'uint', 'float', 'bool'))
     if kind=='ClassLabel' or numbers: return 'number'
 
 def _chosen(ds, columns):
-    "The names of the columns to keep, each of a kind that can be kept."
+    "Name the columns to keep, each of a kind that can be kept."
     names = list(ds.features) if columns is None else list(columns)
     for nm in names:
         if nm not in ds.features:
@@ -291,11 +271,10 @@ def _chosen(ds, columns):
     if ds.format['type'] is not None:
         raise TypeError(f"in_memory: the data set has a transform or format ({ds.format['type']}), which "
                         'would be applied only once. Pass dd.with_format(None), or use from_dd')
-    if not names: raise ValueError('in_memory: no columns to keep')
     return names
 
 def _pixels(im, where):
-    "A PIL image as a uint8 array [C, H, W]; `where` names it in errors."
+    "Turn a PIL image, called `where` in errors, into a uint8 array [C, H, W]."
     if not _is_image(im): raise TypeError(f'in_memory: {where} is {type(im).__name__}; expected a PIL image')
     if im.mode in ('I', 'F') or ';' in im.mode:
         raise TypeError(f'in_memory: {where} has mode {im.mode}, more than 8 bits; use from_dd')
@@ -304,7 +283,7 @@ def _pixels(im, where):
 
 # %% ../nbs/26_datasets.ipynb #1102c641
 def _free_bytes(device):
-    "Bytes free on `device`, within the limit of a container; None where that is not known."
+    "Count the bytes free on `device`, within the limit of a container; None where that is not known."
     if device.type=='cuda': return torch.cuda.mem_get_info(device)[0]
     if device.type!='cpu': return None
     free,group = [],Path('/sys/fs/cgroup')
@@ -316,7 +295,7 @@ def _free_bytes(device):
     return min(free, default=None)
 
 def _check_fits(splits, names, device, max_bytes):
-    "Refuse what is larger than `max_bytes` or than what is free on `device`, told from the first samples."
+    "Refuse what is larger than `max_bytes` or than what is free on `device`, judged by the first samples."
     need = sum(len(ds)*(8 if _kind(ds.features[nm])=='number' else _pixels(ds[0][nm], f'{nm} 0').size)
                for ds in splits for nm in names)
     for limit,what in ((max_bytes, 'max_bytes allows'), (_free_bytes(device), f'are free on {device}')):
@@ -325,7 +304,7 @@ def _check_fits(splits, names, device, max_bytes):
                 f'but {limit/1e9:.3g} GB {what}. Use from_dd, a part of the data set, or smaller images')
 
 def _decode(ds, nm):
-    "Column `nm` of `ds` as one tensor: uint8 [n, C, H, W] of images, int64 or float64 [n] of numbers."
+    "Turn a column into one tensor: uint8 [n, C, H, W] of images, int64 or float64 [n] of numbers."
     if _kind(ds.features[nm])=='number': return _stack(list(ds[nm]), nm)
     shape = _pixels(ds[0][nm], f'{nm} 0').shape
     res = np.empty((len(ds), *shape), np.uint8)
@@ -339,7 +318,7 @@ def _decode(ds, nm):
 
 # %% ../nbs/26_datasets.ipynb #5920d237
 def _two_splits(dd):
-    "The names of the training and the validation split of `dd`."
+    "Name the training and the validation split."
     names = list(dd)
     known = [o for o in ('validation', 'valid', 'val', 'dev', 'test') if o in names]
     if 'train' in names and known: return 'train',known[0]
@@ -347,7 +326,7 @@ def _two_splits(dd):
     raise ValueError(f"DataLoaders: the splits are {names}; expected 'train' and 'validation' or 'test'")
 
 def _checked_splits(dd, bs):
-    "The two data sets of `dd`, checked to give batches of `bs` with the same columns."
+    "Find the two data sets of `dd`, and check that they give batches of `bs` with the same columns."
     if bs < 1: raise ValueError(f'DataLoaders: batch_size is {bs}; it must be 1 or more')
     names = _two_splits(dd)
     for nm in names:
@@ -360,7 +339,7 @@ def _checked_splits(dd, bs):
 
 # %% ../nbs/26_datasets.ipynb #e56fdb9b
 class DataLoaders:
-    "A training loader `.train` and a validation loader `.valid`."
+    "Holds a training loader `.train` and a validation loader `.valid`."
     def __init__(self,
         *dls, # two loaders, training first
     ):
@@ -374,7 +353,7 @@ class DataLoaders:
         as_tuple:bool=True, # batches as tuples in the order of the columns; otherwise dicts
         **kw, # for both `DataLoader`s, as `num_workers`
     ): # `DataLoaders`
-        "Loaders that read item by item: training shuffled, PIL images turned to floats in 0..1."
+        "Make loaders that read item by item: training shuffled, PIL images turned to floats in 0..1."
         train,valid = _checked_splits(dd, batch_size)
         kw.setdefault('collate_fn', collate_dict(train, as_tuple))
         return cls(*get_dls(train, valid, bs=batch_size, **kw))
@@ -389,7 +368,7 @@ class DataLoaders:
         drop_last:bool=False, # leave out a smaller last training batch? (validation keeps every sample)
         max_bytes:int=None, # refuse a data set that is larger; default: what is free on `device`
     ): # `DataLoaders` of `MemoryLoader`s
-        "Loaders of a data set that is decoded once: the batches of `from_dd`, many times faster."
+        "Make loaders of a data set that is decoded once: the batches of `from_dd`, many times faster."
         splits,device = _checked_splits(dd, batch_size),torch.device(device or 'cpu')
         names = [_chosen(ds, columns) for ds in splits][0]
         _check_fits(splits, names, device, max_bytes)

@@ -14,12 +14,12 @@ import numpy as np
 
 # %% ../nbs/01_plots.ipynb #080c5ce9
 def in_notebook() -> bool:
-    "Whether a Jupyter kernel is running this."
+    "Say whether a Jupyter kernel is running this."
     shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
     return 'IPKernelApp' in getattr(shell, 'config', {})
 
 def in_terminal() -> bool:
-    "Whether somebody at a terminal reads what is printed."
+    "Say whether somebody at a terminal reads what is printed."
     return bool(getattr(sys.stderr, 'isatty', bool)())
 
 def _show(fig):
@@ -30,7 +30,7 @@ def _show(fig):
     plt.close(fig)   # or the end of the cell would show it again
 
 def shown_once(fig):
-    "`fig`, which a notebook shows once where it is the result of a cell."
+    "Make a notebook show `fig` once where it is the result of a cell."
     fig._ipython_display_ = partial(_show, fig)
     return fig
 
@@ -43,7 +43,7 @@ def subplots(
     suptitle:str=None, # title of the whole figure
     **kw, # for `plt.subplots`
 ): # (figure, one Axes or an array of them) as `plt.subplots`
-    "A figure of `nrows` by `ncols` cells whose labels do not overlap."
+    "Make a figure of `nrows` by `ncols` cells whose labels do not overlap."
     import matplotlib.pyplot as plt
     kw.setdefault('layout', 'constrained')
     fig,axs = plt.subplots(nrows, ncols, figsize=figsize or (ncols*imsize, nrows*imsize), **kw)
@@ -52,7 +52,7 @@ def subplots(
 
 # %% ../nbs/01_plots.ipynb #4b879635
 def _grid_shape(n, nrows, ncols):
-    "Rows and columns with room for `n` cells, as near to a square as what is given allows."
+    "Find rows and columns with room for `n` cells, as near to a square as what is given allows."
     if n > 0 and nrows is None: nrows = -(-n//ncols) if ncols else math.isqrt(n)
     if n > 0 and ncols is None and nrows: ncols = -(-n//nrows)
     if n > 0 and nrows > 0 and ncols > 0 and nrows*ncols >= n: return nrows,ncols
@@ -68,7 +68,7 @@ def get_grid(
     size:int=14, # of the title
     **kw, # for `subplots`
 ): # (figure, array of Axes): 1-D when there is one row or one column, `.flat` works always
-    "A grid with exactly `n` visible cells."
+    "Make a grid with exactly `n` visible cells."
     nrows,ncols = _grid_shape(n, nrows, ncols)
     fig,axs = subplots(nrows, ncols, **kw)
     axs = np.atleast_1d(axs)
@@ -78,7 +78,7 @@ def get_grid(
 
 # %% ../nbs/01_plots.ipynb #d8a9ebbf
 def _image_array(im):
-    "A PIL image, array or tensor as an array [H, W] or [H, W, 3 or 4] that matplotlib draws."
+    "Turn a PIL image, array or tensor into an array [H, W] or [H, W, 3 or 4] that matplotlib draws."
     if hasattr(im, 'detach'):
         im = im.detach().cpu()
         im = (im.float() if im.is_floating_point() else im).numpy()
@@ -124,7 +124,7 @@ def show_images(
     fig,axs = get_grid(len(ims), nrows, ncols, **kw)
     color = {} if cmap is None else {'cmap':cmap}
     for im,title,ax in zip_longest(ims, [] if titles is None else titles, axs.flat[:len(ims)]):
-        show_image(im, ax=ax, title=title, **color)
+        show_image(im, ax=ax, title=title, **color).title.set_fontsize(min(12, 7*kw.get('imsize', 3)))
 
 # %% ../nbs/01_plots.ipynb #5803486a
 def short_name(name, most=26):
@@ -137,12 +137,11 @@ def short_name(name, most=26):
 
 # %% ../nbs/01_plots.ipynb #a32f628e
 def _array(values):
-    "A float array of tensors, lists or arrays."
     if hasattr(values, 'detach'): values = values.detach().cpu().double().numpy()
     return np.asarray(values, dtype=float)
 
 def _named(series):
-    "Pairs of a name (or None) and an array [n] from a dict, a list of arrays, or an array [n] or [k,n]."
+    "List (name or None, array [n]) of a dict, a list of arrays, or an array [n] or [k,n]."
     if isinstance(series, dict): return [(nm, _array(o)) for nm,o in series.items()]
     if hasattr(series, 'ndim') and series.ndim==1 or len(series) and np.ndim(series[0])==0: series = [series]
     return [(None, _array(o)) for o in series]
@@ -150,6 +149,11 @@ def _named(series):
 def no_data(ax, text='nothing recorded yet'):
     "Say on an empty plot why it is empty."
     ax.text(.5, .5, text, ha='center', va='center', transform=ax.transAxes, color='0.4')
+
+def _edges(x):
+    "Find the borders [n+1] between cells around `x` [n]; the outermost are half the smallest gap away."
+    half = np.diff(x).min()/2 if len(x) > 1 else .5
+    return np.concatenate([[x[0]-half], (x[1:]+x[:-1])/2, [x[-1]+half]])
 
 def _label(ax, **texts): ax.set(**{k: v for k,v in texts.items() if v is not None})
 
@@ -185,12 +189,7 @@ def smoothed(values, beta=.95):
     import pandas as pd
     return pd.Series(values).ewm(alpha=1-beta).mean().to_numpy()
 
-# %% ../nbs/01_plots.ipynb #2caa1a60
-def _edges(x):
-    "The borders [n+1] between cells around `x` [n]; the outermost half the smallest gap away."
-    half = np.diff(x).min()/2 if len(x) > 1 else .5
-    return np.concatenate([[x[0]-half], (x[1:]+x[:-1])/2, [x[-1]+half]])
-
+# %% ../nbs/01_plots.ipynb #8c06d762
 def heatmap(
     ax, # Axes to draw on
     values, # [rows, steps]; row 0 at the bottom, NaN for a gap
@@ -201,20 +200,26 @@ def heatmap(
     cmap=None, # name of a colour map, or the map; default: matplotlib's
     yrange:tuple=None, # values at the lower border of row 0 and the upper border of the last row
     colorbar:bool=False, # show the scale?
+    log:bool=False, # draw log10 of the values?
     **kw, # for `ax.imshow` (for `ax.pcolormesh` when `x` is uneven), as `vmin`
 ): # the Axes
-    "Draw a matrix as colours; NaN is grey."
+    "Draw a matrix as colours: NaN is grey, infinity red, and with `log` zero is black."
     from matplotlib import colormaps
     values = _array(values)
+    with np.errstate(divide='ignore', invalid='ignore'): values = np.log10(values) if log else values
     if values.ndim!=2: raise ValueError(f'heatmap: got shape {values.shape}; it takes [rows, steps]')
-    nrow,ncol = values.shape
-    xs = np.arange(ncol) if x is None else _array(x)
-    if len(xs)!=ncol: raise ValueError(f'heatmap: {len(xs)} positions for {ncol} columns; give one for each')
+    nrow,xs = len(values),np.arange(values.shape[1]) if x is None else _array(x)
+    if len(xs)!=values.shape[1]:
+        raise ValueError(f'heatmap: {len(xs)} positions for {values.shape[1]} columns; give one for each')
     _label(ax, title=title, xlabel=xlabel, ylabel=ylabel)
-    if not np.isfinite(values).any(): no_data(ax)
+    fine = values[np.isfinite(values)]
+    if not len(fine): no_data(ax)
     if not values.size: return ax
     edges,(low,high) = _edges(xs),yrange or (-.5, nrow-.5)
-    data,kw['cmap'] = np.ma.masked_invalid(values),colormaps.get_cmap(cmap).with_extremes(bad='0.8')
+    if len(fine): kw = dict(vmin=fine.min(), vmax=fine.max()) | kw
+    far = 3*np.abs(fine).max(initial=1)   # on either side of all others
+    data = np.ma.masked_invalid(values.clip(-far, far))
+    kw['cmap'] = colormaps.get_cmap(cmap).with_extremes(bad='0.8', under='black', over='red')
     if np.allclose(np.diff(edges), edges[1]-edges[0]):
         kw.setdefault('interpolation', 'nearest')
         im = ax.imshow(data, origin='lower', aspect='auto', extent=(edges[0], edges[-1], low, high), **kw)

@@ -18,7 +18,7 @@ act_gr = partial(GeneralRelu, leak=0.1, sub=0.4)
 
 # %% ../nbs/32_resnet.ipynb #d2373666
 class ResBlock(nn.Module):
-    "Two convolutions and, added to what they make, their input."
+    "Adds its input to what two convolutions make of it."
     def __init__(self,
         ni:int,       # channels coming in
         nf:int,       # channels going out
@@ -40,7 +40,7 @@ class ResBlock(nn.Module):
 
 # %% ../nbs/32_resnet.ipynb #8ca5a493
 class GlobalAvgPool(nn.Module):
-    "The mean of each channel over all positions: [B, C, ...] to [B, C]."
+    "Takes the mean of each channel over all positions: [B, C, ...] to [B, C]."
     def forward(self, x): return x.mean(tuple(range(2, x.ndim)))
 
 # %% ../nbs/32_resnet.ipynb #6e288ca7
@@ -51,7 +51,7 @@ def get_resnet(
     ni:int=1,                      # channels of the pictures
     n_out:int=10                   # classes
 ): # the network on `def_device`
-    "A network of `ResBlock`s for pictures of any size."
+    "Make a network of `ResBlock`s for pictures of any size."
     blocks = [ResBlock(a, b, stride=2, act=act, norm=norm) for a,b in zip(nfs, nfs[1:])]
     first = ResBlock(ni, nfs[0], ks=5, act=act, norm=norm)
     return nn.Sequential(first, *blocks, GlobalAvgPool(), nn.Linear(nfs[-1], n_out)).to(def_device)
