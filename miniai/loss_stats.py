@@ -40,6 +40,12 @@ def entries_of(a):
     return torch.stack([*units.aminmax(), mean, std, zeros, whole, *ends, repeats_of(a)])
 
 # %% ../nbs/39_loss_stats.ipynb #00895371
+def parts_of(learn):
+    "Inputs, predictions and targets of a Learner's batch, each a tensor or a tuple of them."
+    n_inp = next((cb.n_inp for cb in learn.cbs if isinstance(getattr(cb, 'n_inp', None), int)), 1)
+    batch = learn.batch if isinstance(learn.batch, (tuple, list)) else ()
+    return batch[:n_inp], learn.preds, batch[n_inp:]
+
 def first_tensor(o):
     "Of a tensor, a tuple, a list or a dictionary; None where there is none."
     if isinstance(o, torch.Tensor): return o if o.ndim and o.numel() and not o.is_complex() else None
@@ -76,10 +82,8 @@ class LossStats(CountsSteps):
     "Records numbers of the inputs, the predictions and the targets of a few steps; `history` has them."
     def after_loss(self, learn):
         if not self.is_next_due(learn.phase): return
-        n_inp = next((cb.n_inp for cb in learn.cbs if isinstance(getattr(cb, 'n_inp', None), int)), 1)
-        batch = learn.batch if isinstance(learn.batch, (tuple, list)) else ()
-        self.record(dict(zip(loss_parts, (batch[:n_inp], learn.preds, batch[n_inp:]))), step=learn.n_steps,
-                    epoch=learn.epoch, phase=learn.phase)
+        self.record(dict(zip(loss_parts, parts_of(learn))), step=learn.n_steps, epoch=learn.epoch,
+                    phase=learn.phase)
 
     def is_next_due(self, phase):
         "Count the next step of a phase; say whether it is one to record."
