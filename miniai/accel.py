@@ -13,6 +13,7 @@ from itertools import islice
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
@@ -76,10 +77,26 @@ class MixedPrecision(TrainCB):
     def load_state_dict(self, state):
         if state and self.scaler is not None: self.scaler.load_state_dict(state)
 
+# %% ../nbs/35_accel.ipynb #e69e260c
+def is_sum(loss_func):
+    "Whether a loss adds up instead of taking a mean."
+    said = getattr(loss_func, 'keywords', {}).get('reduction', getattr(loss_func, 'reduction', 'mean'))
+    return said == 'sum'
+
+def counted(learn, weight_of=None):
+    "What the loss of this batch is a mean over, on its device; None if over samples."
+    if weight_of: return weight_of(learn.batch)
+    f, y = learn.loss_func, learn.batch[-1] if isinstance(learn.batch, (tuple, list)) else None
+    said = lambda nm, default: getattr(f, 'keywords', {}).get(nm, getattr(f, nm, default))
+    classes = getattr(f, 'func', f) in (F.cross_entropy, F.nll_loss) or hasattr(f, 'ignore_index')
+    if not classes or not isinstance(y, torch.Tensor) or y.is_floating_point(): return
+    there, weight = y != said('ignore_index', -100), said('weight', None)
+    return there.sum() if weight is None else (weight[y.where(there, 0)]*there).sum()
+
 # %% ../nbs/35_accel.ipynb #4b168d4e
 def weight_gradients(learn, weight):
     "The gradients of this batch times `weight`; the loss keeps its value."
-    if weight != 1: learn.loss.register_hook(lambda grad: grad*weight)
+    if isinstance(weight, torch.Tensor) or weight != 1: learn.loss.register_hook(lambda grad: grad*weight)
 
 def with_grad(learn):
     "What the optimizer trains and has a gradient."
@@ -91,28 +108,40 @@ def is_last(learn):
     try: return learn.iter + 1 == len(learn.dl)
     except TypeError: return False
 
-# %% ../nbs/35_accel.ipynb #1f8e4e78
-class AccumulateCB(Callback):
-    "One step for every `n` training batches, with the mean gradient of all their samples."
+# %% ../nbs/35_accel.ipynb #6261995d
+class Accumulation(Callback):
+    "Holds batches, and weighs their gradients; needs `n` and `weight_of`."
     order = Order.batches
-    def __init__(self, n:int): # batches to a step
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f'AccumulateCB: n is {n!r}; it must be a whole number, 1 or more')
-        self.n = self.batches_per_step = n
     def before_fit(self, learn): self.batches,self.samples,self.first,self._open = 0,0,0,False
     def before_batch(self, learn):
         learn.hold = learn.training and self.batches+1 < self.n and not is_last(learn)
 
     def after_loss(self, learn):
         if not learn.training: return
-        size = getattr(learn.dl, 'n_now', 0) or batch_size(learn.batch)   # in all processes together
-        self.batches,self.samples,self.first = self.batches+1,self.samples+size,self.first or size
-        self._open = True
-        weight_gradients(learn, size/(self.n*self.first))   # as if all `n` were as large as the first
+        size = getattr(learn.dl, 'n_now', None)   # in all processes together
+        if size is None: size = counted(learn, self.weight_of)
+        if size is None: size = batch_size(learn.batch)
+        first = self.first or batch_size(learn.batch)
+        self.batches,self.samples,self.first,self._open = self.batches+1,self.samples+size,first,True
+        # as if all `n` were as large as the first
+        if not is_sum(learn.loss_func): weight_gradients(learn, size/(self.n*self.first))
 
     def after_backward(self, learn):
+        if is_sum(learn.loss_func): return
         factor = self.n*self.first/self.samples
-        for p in with_grad(learn) if factor != 1 else (): p.grad.mul_(factor)
+        for p in with_grad(learn): p.grad.mul_(factor)
+
+# %% ../nbs/35_accel.ipynb #1f8e4e78
+class AccumulateCB(Accumulation):
+    "One step for every `n` training batches, with the gradient that they would have as one."
+    def __init__(self,
+        n:int,         # batches to a step
+        weight_of=None # function of a batch: what its loss is a mean over, as its tokens; see `counted`
+    ):
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f'AccumulateCB: n is {n!r}; it must be a whole number, 1 or more')
+        self.n = self.batches_per_step = n
+        self.weight_of = weight_of
 
     def after_batch(self, learn):
         if learn.training and not learn.hold: self.before_fit(learn)
@@ -149,25 +178,45 @@ class GradClipCB(Callback):
         if not params: return
         norm = nn.utils.clip_grad_norm_(params, self.max_norm, self.norm_type)
         if not self.record: return
+        norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm   # of a sharded model
         learn.record('gradient', 'norm', norm)
         factor = (self.max_norm/(norm + 1e-6)).clamp(max=1)   # by which PyTorch has multiplied
         learn.record('gradient', 'norm clipped', norm*factor)
 
 # %% ../nbs/35_accel.ipynb #ef5d6633
+def compiled_forward(model, **kw):
+    "The forward of a model, compiled."
+    forward = model.forward
+    def call(*args, **kwargs): return forward(*args, **kwargs)
+    call.__code__ = call.__code__.replace()
+    return torch.compile(call, **kw)
+
+# %% ../nbs/35_accel.ipynb #a5aab171
 class CompileCB(Callback):
     "The model compiled for the length of a fit."
-    order = Order.stop   # after all that attach hooks
-    def __init__(self, **kw): # for `torch.compile`, as mode or backend
-        self.kw,self._model = kw,None
+    order = Order.stop   # after all that wrap the model
+    _of = _model = None
+    def __init__(self, **kw): self.kw = kw # for `torch.compile`, as mode or backend
 
     def before_fit(self, learn):
-        torch._dynamo.reset()
-        self._model,self._was = learn.model,learn.model._compiled_call_impl
-        self._model.compile(**self.kw)
+        self._model = unwrap(learn.model)
+        if self._of is not self._model: self._forward = compiled_forward(self._model, **self.kw)
+        self._of = self._model
+        self._was,self._model._compiled_call_impl = self._model._compiled_call_impl,self._call
+
+    def _call(self, *args, **kwargs):
+        own = vars(self._model)
+        was,own['forward'] = own.get('forward'),self._forward   # for this call only: copies have their own
+        try: return self._model._call_impl(*args, **kwargs)
+        finally:
+            del own['forward']
+            if was: own['forward'] = was
 
     def cleanup_fit(self, learn):
         if self._model is not None: self._model._compiled_call_impl = self._was
         self._model = None
+
+    def __getstate__(self): return {**vars(self), '_of': None, '_forward': None}   # compiled code stays here
 
 # %% ../nbs/35_accel.ipynb #c0033191
 def parts_of(batches, shard, size, join, cut):
@@ -177,7 +226,7 @@ def parts_of(batches, shard, size, join, cut):
         sizes,full = [size(o) for o in group],len(group) == world
         n = sum(sizes)
         if drop_last and not full: return
-        if n < world: return shard.rank or warnings.warn(
+        if n < world*shard.least: return shard.rank or warnings.warn(
             f'Shard: {n} samples at the end of the data are too few for {world} processes and are left '
             'out', stacklevel=3)
         # parts differ by one at most
@@ -217,11 +266,11 @@ def cut(batch, rows): return tree_map(lambda o: o[rows], batch)
 
 class Shard:
     "The part of every batch of loader `dl` that process `rank` of `world` computes."
-    # samples of the batch in all processes; how much its loss counts, so that their mean is that of all
+    # what is counted in all processes; how much the loss of this one does, so that their mean is that of all
     n_now,weight = 0,1.
 
-    def __init__(self, dl, rank, world):
-        self.dl,self.rank,self.world = dl,rank,world
+    def __init__(self, dl, rank, world, least=1): # least: samples that a part must have
+        self.dl,self.rank,self.world,self.least = dl,rank,world,least
         self._parts = by_number(self) or (lambda: parts_of(self.dl, self, batch_size, joined, cut))
 
     def __getattr__(self, nm):
@@ -233,7 +282,7 @@ class Shard:
         if not rest or getattr(self.dl, 'drop_last', False): return full
         n = getattr(self.dl, 'n', 0) or len(getattr(self.dl, 'sampler', ()))
         size = getattr(self.dl, 'batch_size', 0)   # where one is not known, the rest is large enough
-        return full + (not n or not size or n % (size*self.world) >= self.world)
+        return full + (not n or not size or n % (size*self.world) >= self.world*self.least)
 
     def __iter__(self):
         if world_size() > 1: same_random_state(self.dl)
@@ -241,18 +290,40 @@ class Shard:
             self.weight = batch_size(batch)*self.world/self.n_now
             yield batch
 
+# %% ../nbs/35_accel.ipynb #a336bed8
+def same_callbacks(learn):
+    "Refuse callbacks that only some processes have: they would wait for the others for ever."
+    mine = [type(o).__name__ for o in learn.cbs if type(o).__module__.startswith('miniai.')]
+    for i,names in enumerate(gather(mine)):
+        if names != mine: raise ValueError(
+            f"fit: process {rank()} has the callbacks {', '.join(mine)}, and process {i} {', '.join(names)}; "
+            'give all the same. Process 0 alone prints and writes, without being told')
+
+def count_together(learn):
+    "Weigh the loss of this process by what it is a mean over, where that is not its samples."
+    dl, weight_of = learn.dl, next((o.weight_of for o in learn.cbs if getattr(o, 'weight_of', None)), None)
+    mine = counted(learn, weight_of)
+    if is_sum(learn.loss_func): dl.weight = learn.n_processes
+    elif mine is not None:
+        total = torch.as_tensor(mine, device=next(learn.model.parameters()).device).clone()
+        torch.distributed.all_reduce(total)
+        dl.n_now,dl.weight = total,mine*learn.n_processes/total
+
 # %% ../nbs/35_accel.ipynb #dc94bbcb
-class ProcessesCB(Callback):
-    "Divides batches among processes and merges what they measure; a subclass wraps model and optimizer."
+class Parts(Callback):
+    "Divides batches among processes; needs `_models`, for validation and training."
     order = Order.prepare
     _before = _models = None
 
     def before_fit(self, learn):
         self.n,self._waiting = start_processes(),ExitStack()
         if self.n == 1: return
+        same_callbacks(learn)
         self._before,learn.n_processes = learn.dls,self.n
-        loaders = {nm: getattr(learn.dls, nm) for nm in ('train', 'valid') if hasattr(learn.dls, nm)}
-        learn.dls = SimpleNamespace(**{nm: Shard(o, rank(), self.n) for nm,o in loaders.items()})
+        norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in learn.model.modules())
+        loaders = [(nm, getattr(learn.dls, nm)) for nm in ('train', 'valid') if hasattr(learn.dls, nm)]
+        learn.dls = SimpleNamespace(**{nm: Shard(o, rank(), self.n, 1 + (norms and nm == 'train'))
+                                       for nm,o in loaders})
 
     def before_epoch(self, learn):
         if not self._before: return
@@ -264,6 +335,12 @@ class ProcessesCB(Callback):
         if wait: self._waiting.enter_context(learn.model.no_sync())
 
     def cleanup_batch(self, learn): self._waiting.close()
+
+# %% ../nbs/35_accel.ipynb #ec4d6e31
+class ProcessesCB(Parts):
+    "Weighs losses and merges what processes measure; a subclass wraps model and optimizer."
+    def after_predict(self, learn):
+        if self._before and learn.training: count_together(learn)
 
     def after_loss(self, learn):
         if self._before and learn.training: weight_gradients(learn, learn.dl.weight)

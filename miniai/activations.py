@@ -6,7 +6,7 @@
 __all__ = ['HooksCallback', 'append_stats', 'get_hist', 'get_min', 'ActivationStats', 'Hook', 'Hooks', 'set_seed']
 
 # %% ../nbs/40_activations.ipynb #abb212df
-import weakref
+import warnings, weakref
 from inspect import signature
 
 import numpy as np
@@ -18,7 +18,7 @@ from .callback import Callback
 from .collect import Cost, OutputTap, Sampler, Told
 from .device import set_seed
 from .history import History
-from .hooks import Hook, Hooks, named_tensors, select_modules, unwrap, warn_if_compiled
+from .hooks import Hook, Hooks, compiled_modules, named_tensors, select_modules, unwrap
 from .kernels import add_to_row
 from .plots import caption, get_grid, heatmap, plot_lines
 from .rows import Rows
@@ -66,8 +66,46 @@ class SampledCallback(Callback):
 
     def __getstate__(self): return {**vars(self), 'learn': None}   # nothing of the learner, nor its data
 
+# %% ../nbs/40_activations.ipynb #f62c7205
+def compiled_off(learn):
+    "Run the model without compiled code until `compiled_on`."
+    if '_stance' not in vars(learn): learn._stance = torch.compiler.set_stance('force_eager')
+
+def compiled_on(learn):
+    "Use it again."
+    if '_stance' not in vars(learn): return
+    learn._stance.__exit__(None, None, None)
+    del learn._stance
+
+# %% ../nbs/40_activations.ipynb #8ef6c2fc
+class Hooked(SampledCallback):
+    "Has `hooks` on modules in the steps that are sampled, in which no compiled code is used."
+    def end(self): self.hooks.remove()
+    def listen(self, on):
+        for o in self.hooks: o.put() if on else o.remove()
+
+    def before_epoch(self, learn):
+        super().before_epoch(learn)
+        was, self.compiled = self.compiled, bool(compiled_modules(learn.model))
+        often = self.sampler.every == 1 and self.sampler.budget is None
+        if self.compiled and not was and often: warnings.warn(
+            f'{type(self).__name__}: the model is compiled, and steps that are sampled run without that, '
+            'which is all of them. Give every=20, or a budget such as 0.02', stacklevel=3)
+
+    def before_batch(self, learn):
+        wanted = self.on_train if learn.training else self.on_valid
+        step = getattr(learn, 'n_steps', None)   # a loop of your own may not count its steps
+        self.active = wanted and self.sampler.wants(phase_of(learn), step)
+        self.listen(self.active)
+        if self.active and self.compiled: compiled_off(learn)
+
+    def after_predict(self, learn): compiled_on(learn)
+    def cleanup_batch(self, learn):
+        self.active = False
+        compiled_on(learn)
+
 # %% ../nbs/40_activations.ipynb #a8335bdd
-class HooksCallback(SampledCallback):
+class HooksCallback(Hooked):
     "Calls `hookfunc(hook, mod, inp, outp)` at each call of the chosen modules; iterating gives hooks."
     def __init__(self,
         hookfunc,        # called as hookfunc(hook, mod, inp, outp)
@@ -80,22 +118,14 @@ class HooksCallback(SampledCallback):
     ):
         super().__init__(every, budget)
         self.hookfunc, self.mod_filter, self.mods = hookfunc, mod_filter, mods
-        self.on_train, self.on_valid, self.hooks = on_train, on_valid, Hooks([], hookfunc)
+        self.on_train, self.on_valid, self.compiled = on_train, on_valid, False
+        self.hooks = Hooks([], hookfunc)
 
     def begin(self, learn):
         self.end()   # of a fit that is still running around this one
         self.meet(learn)
-        warn_if_compiled(learn.model, type(self).__name__)
         self.hooks = Hooks(chosen_modules(self, learn.model), self._call)
-
-    def end(self): self.hooks.remove()
-
-    def before_batch(self, learn):
-        wanted = self.on_train if learn.training else self.on_valid
-        step = getattr(learn, 'n_steps', None)   # a loop of your own may not count its steps
-        self.active = wanted and self.sampler.wants(phase_of(learn), step)
-
-    def cleanup_batch(self, learn): self.active = False
+        self.listen(False)
 
     def _call(self, hook, mod, inp, outp):
         if not self.active: return
@@ -336,19 +366,17 @@ _why_silent = ('was never called. It is not part of what forward runs, or is use
 class OutputSteps(Recorder, HooksCallback):
     "Adds the outputs of the chosen layers to rows of sums, in sampled steps."
     def begin(self, learn):
-        self.end()   # of a fit that is still running around this one
+        self.end()   # of a fit around this one
         self.meet(learn)
-        compiled = warn_if_compiled(learn.model, type(self).__name__)
         self.parted = getattr(learn, 'n_processes', 1) > 1   # each process sees a part of the batch
         self.tap.sampler = self.sampler   # it may be another one's by now
-        self.tap.attach(chosen_modules(self, learn.model), () if compiled else select_modules(learn.model))
+        self.tap.attach(chosen_modules(self, learn.model), select_modules(learn.model))
         self.hooks = self.tap.hooks
         give_stats(self)
 
+    def listen(self, on): self.tap.listen(on)
     def before_batch(self, learn):
         super().before_batch(learn)
-        if getattr(learn.model, '_compiled_call_impl', None): del self.tap.others[:]   # each parts the graph
-        self.tap.listen(self.active)
         if not self.active: return
         step = getattr(learn, 'n_steps', max(self.sampler.seen['train']-1, 0))
         run, epoch = max(self.history.run, 0), getattr(learn, 'epoch', 0)
@@ -358,9 +386,11 @@ class OutputSteps(Recorder, HooksCallback):
     def after_predict(self, learn):
         self.complete |= self.active   # what has not been called by now is silent
         self.tap.end()
+        super().after_predict(learn)
 
     def after_step(self, learn): self.table.close()   # with all parts of its batch
     def cleanup_batch(self, learn):
+        compiled_on(learn)
         self.tap.end()
         if not learn.training: self.table.close()
 

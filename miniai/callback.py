@@ -255,9 +255,17 @@ def show_loop(
         if runs: print(f'{"  "*depth}{event:<{20-2*depth}} {", ".join(runs)}')
 
 # %% ../nbs/20_callback.ipynb #7562e507
+# of Keras and Lightning, and of early fastai
+_foreign = re.compile('on_(?:.+_)?(fit|train|epoch|batch|step|validation|test)_(begin|start|end)'
+                      '|begin_(fit|epoch|batch)')
+
 def _nearest(nm):
     "The event that `nm` was probably meant to be, or None."
     if nm in events or nm.startswith('_'): return None
+    if found := _foreign.fullmatch(nm):
+        level = found[1] or found[3]
+        level = dict(train='fit', step='batch', validation='epoch', test='epoch').get(level, level)
+        return ('after_' if found[2] == 'end' else 'before_') + level
     strict = not re.match('(before|after|cleanup)_', nm)
     levels = [o for o in events if o not in work_events]
     near = get_close_matches(nm, levels, 1, .85 if strict else 0.)

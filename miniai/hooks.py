@@ -29,7 +29,7 @@ class _Tap:
         rest = rest or (None,)
         if torch.compiler.is_compiling(): _call(self.f, self.hook, mod, inp, *rest)
         else: self.f(self.hook, mod, inp, *rest)   # `_call` would take as long as what most hooks do
-    # a copy has a function of Python's own that takes anything and returns None, so miniai is not needed to load it
+    # a copy has a function of Python's own that takes anything and returns None: it loads without miniai
     def __deepcopy__(self, memo): return nullcontext().__exit__
     def __reduce__(self): return getattr, (nullcontext(), '__exit__')
 
@@ -188,9 +188,9 @@ def compiled_modules(model):
 def warn_if_compiled(model, name='hooks'):
     "Warn that hooks attached to a compiled model may never fire."
     for m in compiled_modules(model)[:1]:
-        warnings.warn(f'{name}: {type(unwrap(m)).__name__} is already compiled, so hooks attached now may never '
-                      'be called. Attach before torch.compile, or call torch._dynamo.reset() after attaching.',
-                      stacklevel=3)
+        warnings.warn(f'{name}: {type(unwrap(m)).__name__} is already compiled, so hooks attached now may '
+                      'never be called. Attach before torch.compile, or call torch._dynamo.reset() after '
+                      'attaching.', stacklevel=3)
 
 # %% ../nbs/02_hooks.ipynb #08f3efce
 def _kind(name): return 'bias' if 'bias' in name.rsplit('.', 1)[-1] else 'weight'

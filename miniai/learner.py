@@ -11,6 +11,7 @@ __all__ = ['Learner', 'TrainCB', 'TrainLearner', 'MomentumLearner', 'SingleBatch
 from collections.abc import Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from numbers import Real
 
 import numpy as np
 import torch
@@ -168,9 +169,10 @@ def _check_fit(learn, n_epochs):
     if isinstance(learn.loss_func, type):
         name = learn.loss_func.__name__
         raise TypeError(f'fit: the loss is the class {name}; give an instance of it, `{name}()`')
-    if isinstance(learn.opt_func, optim.Optimizer):
-        raise TypeError(f'fit: opt_func is an optimizer ({type(learn.opt_func).__name__}); give what makes '
-                        'one of parameters and learning rate, as its class, or None and set `learn.opt`')
+    if not (callable(learn.opt_func) or learn.opt_func is None):
+        raise TypeError(f'fit: opt_func is {learn.opt_func!r} ({type(learn.opt_func).__name__}); give what '
+                        'makes an optimizer of parameters and learning rate, as optim.Adam, or None and set '
+                        '`learn.opt`')
     if not isinstance(learn.model, nn.Module):
         raise TypeError(f'fit: the model is {learn.model!r} ({type(learn.model).__name__}); it must be an '
                         'nn.Module. A function goes into the forward of one')
@@ -184,7 +186,8 @@ def _ready_opt(learn, lr, reset_opt):
     if learn.opt_func and (reset_opt or learn.opt is None):
         lr = learn.lr if lr is None else lr
         if lr is None: raise ValueError('fit: there is no learning rate; pass `lr` to the Learner or to fit')
-        if isinstance(lr, str): raise TypeError(f'fit: lr is the string {lr!r}; it must be a number')
+        if not isinstance(lr, (Real, torch.Tensor)):
+            raise TypeError(f'fit: lr is {lr!r} ({type(lr).__name__}); it must be a number')
         learn.opt = learn.opt_func(learn.model.parameters(), lr)
         learn._drop_grads()
     elif learn.opt is None:
@@ -261,6 +264,11 @@ class Learner(_Epochs, _Records, _OtherRooms):
             _start(self, n_epochs, train, valid, lr, reset_opt, resume)
             self._fit(train, valid)
 
+    def __getstate__(self):   # a copy is in no fit, and holds no graph
+        rest = dict(_levels=[], _bound={}, _bound_cbs=[], _in_phase=None, _resume=None, hold=False)
+        graphs = {nm: detached(o) for nm,o in vars(self).items() if nm in ('preds', 'loss')}
+        return {**vars(self), **rest, **graphs}
+
 # %% ../nbs/24_learner.ipynb #5bccbe23
 def _inputs(batch, n_inp):
     "The first `n_inp` parts of a batch; a batch of another form is refused with what to do."
@@ -270,6 +278,13 @@ def _inputs(batch, n_inp):
                     'targets...). With DataLoaders pass as_tuple=True; for batches of another form '
                     'subclass TrainCB and override `predict` and `get_loss`')
 
+# %% ../nbs/24_learner.ipynb #4dd4d700
+def _loss(learn, *args):
+    "The loss of predictions and targets; what is no function is refused with what to do."
+    if callable(learn.loss_func): return learn.loss_func(*args)
+    raise TypeError(f'get_loss: loss_func is {learn.loss_func!r}; give a function of predictions and '
+                    'targets, such as F.cross_entropy, or override `get_loss`, where the model has a loss of its own')
+
 # %% ../nbs/24_learner.ipynb #6a66c700
 class TrainCB(Callback):
     "Does the work: predicts, computes the loss, goes backward, steps, zeroes the gradients."
@@ -277,7 +292,7 @@ class TrainCB(Callback):
         n_inp=1 # how many parts of a batch are inputs of the model
     ): self.n_inp = n_inp
     def predict(self, learn): learn.preds = learn.model(*_inputs(learn.batch, self.n_inp))
-    def get_loss(self, learn): learn.loss = learn.loss_func(learn.preds, *learn.batch[self.n_inp:])
+    def get_loss(self, learn): learn.loss = _loss(learn, learn.preds, *learn.batch[self.n_inp:])
     def backward(self, learn): learn.loss.backward()
     def step(self, learn): learn.opt.step()
     def zero_grad(self, learn): learn.opt.zero_grad()
@@ -286,7 +301,7 @@ class TrainCB(Callback):
 class TrainLearner(Learner):
     "A Learner for batches of one input and one target that needs no TrainCB."
     def predict(self): self.preds = self.model(*_inputs(self.batch, 1))
-    def get_loss(self): self.loss = self.loss_func(self.preds, self.batch[1])
+    def get_loss(self): self.loss = _loss(self, self.preds, self.batch[1])
     def backward(self): self.loss.backward()
     def step(self): self.opt.step()
     def zero_grad(self): self.opt.zero_grad()

@@ -797,7 +797,7 @@ def test_a_fit_within_a_fit_is_refused(inner):
     learn.fit(1)   # it is over
     assert len(learn.history.series('batch', 'loss', 'valid')) == 3
 
-@pytest.mark.parametrize('change, text', [(dict(model=lambda x: x), 'the model is .*function.*nn.Module'), (dict(lr='0.1'), "lr is the string '0.1'"),
+@pytest.mark.parametrize('change, text', [(dict(model=lambda x: x), 'the model is .*function.*nn.Module'), (dict(lr='0.1'), r"lr is '0.1' \(str\)"),
                                           (dict(dls=SimpleNamespace(train=[1], valid=None)), 'no loader `.valid`')])
 def test_what_cannot_be_fitted(change, text):
     batches = [(torch.randn(4, 3), torch.randint(0, 2, (4,)))]
@@ -813,7 +813,7 @@ def test_wrong_arguments_are_said():
     with pytest.raises(TypeError, match=r'the class MSELoss; give an instance of it, `MSELoss\(\)`'):
         learner(loss_func=nn.MSELoss).fit(1)
     model = nn.Linear(2, 1)
-    with pytest.raises(TypeError, match='opt_func is an optimizer'):
+    with pytest.raises(TypeError, match='opt_func is SGD'):
         learner(opt_func=optim.SGD(model.parameters(), .1)).fit(1)
     learner().fit(0)
 
