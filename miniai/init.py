@@ -46,7 +46,7 @@ class BatchTransformCB(Callback):
 
 # %% ../nbs/30_init.ipynb #379e8de6
 class GeneralRelu(nn.Module):
-    "A ReLU that may leak, be lowered and be capped."
+    "Is a ReLU that may leak, be lowered and be capped."
     def __init__(self,
         leak=None, # slope on the negative side; default 0
         sub=None,  # taken off the result
@@ -85,13 +85,13 @@ def plot_func(
 
 # %% ../nbs/30_init.ipynb #43183a40
 def _takes_bias_off(norm):
-    "Whether this norm removes what a bias adds, the same number at every position of a channel."
+    "Say whether this norm removes what a bias adds, the same number at every position of a channel."
     groups_of_one = isinstance(norm, nn.GroupNorm) and norm.num_groups==norm.num_channels
     by_channel = nn.modules.batchnorm._BatchNorm,nn.modules.instancenorm._InstanceNorm
     return groups_of_one or isinstance(norm, by_channel)
 
 def _made(maker, what, *args):
-    "The module that `maker` makes; what is a module already is refused."
+    "Make a module; what is one already is refused."
     if not isinstance(maker, nn.Module): return maker(*args)
     raise TypeError(f'conv: {what} is the module {maker!r}; give what makes one, `nn.{type(maker).__name__}` '
                     'or a partial, as every layer needs its own')
@@ -105,7 +105,7 @@ def conv(
     norm=None,   # makes the normalisation, called with `nf`; None or False for none
     bias=None    # a bias in the convolution? default: unless `norm` would take it off again
 ): # `nn.Sequential(Conv2d, norm, activation)`
-    "A convolution with 'same' padding, and what is wanted behind it."
+    "Make a convolution with 'same' padding, and what is wanted behind it."
     norm = _made(norm, 'norm', nf) if norm else None
     if bias is None: bias = not _takes_bias_off(norm)
     layers = [plain_conv(ni, nf, ks, stride, act=False, bias=bias)]
@@ -119,7 +119,7 @@ def get_model(
     nfs=None,    # channels between the convolutions; default [1, 8, 16, 32, 64]
     norm=None    # as in `conv`
 ): # the network on `def_device`
-    "The course's net for 28x28 images: convolutions of stride 2 down to one pixel, ten outputs."
+    "Make the course's net for 28x28 images: convolutions of stride 2 down to one pixel, ten outputs."
     if nfs is None: nfs = [1, 8, 16, 32, 64]
     layers = [conv(ni, nf, act=act, norm=norm) for ni,nf in zip(nfs, nfs[1:])]
     return nn.Sequential(*layers, conv(nfs[-1], 10, act=None, bias=True), nn.Flatten()).to(def_device)
@@ -128,12 +128,12 @@ def get_model(
 _weighted = nn.modules.conv._ConvNd,nn.Linear
 
 def _fan_in(m):
-    "How many products are added up for one output of a convolution or linear layer."
+    "Count the products that are added up for one output of a convolution or linear layer."
     if not getattr(m, 'transposed', False): return m.weight[0].numel()
     return m.in_channels//m.groups*math.prod(m.kernel_size)/math.prod(m.stride)   # a mean over positions
 
 def _has_weights(m):
-    "Whether `m` is a layer whose weight is a parameter of its own, not computed and not still without size."
+    "Say whether the weight of `m` is a parameter of its own, not computed and not still without size."
     weight = m._parameters.get('weight') if isinstance(m, _weighted) else None
     return weight is not None and not nn.parameter.is_lazy(weight)
 
@@ -146,13 +146,13 @@ def init_weights(
     m:nn.Module, # any module; only convolutions and linear layers are changed
     leaky=0.     # negative slope of the activations that follow; 0 for ReLU
 ):
-    "Kaiming initialisation of the weights of a convolution or linear layer, for `model.apply`."
+    "Draw the weights of a convolution or linear layer by Kaiming's rule, for `model.apply`."
     if _has_weights(m): _draw_weights(m, nn.init.calculate_gain('leaky_relu', leaky))
 
 # %% ../nbs/30_init.ipynb #f7c298cf
 @contextmanager
-def undisturbed(model, dls=None): # dls: a loader, or an object with `.train` and `.valid`; for their generators
-    "No gradients inside; afterwards modes, buffers, attributes and random states are as before."
+def undisturbed(model, dls=None): # dls: as for `rng_state`, whose generators are put back, too
+    "Switch gradients off inside; afterwards modes, buffers, attributes and random states are as before."
     kept = [(m, dict(vars(m)), {k: cloned(o) for k,o in m._buffers.items()}) for m in model.modules()]
     rng = rng_state(dls)
     try:
@@ -166,7 +166,7 @@ def undisturbed(model, dls=None): # dls: a loader, or an object with `.train` an
 
 @torch.no_grad()
 def run_once(model, xb):
-    "One forward pass as in training, of which nothing is left."
+    "Run one forward pass as in training, of which nothing is left."
     if not any(isinstance(o, torch.Tensor) for o in tree_leaves(xb)):
         raise TypeError(f'xb is a {type(xb).__name__} and has no tensor; give an input of the model, as '
                         '`next(iter(loader))[0]`')
@@ -180,13 +180,13 @@ _activations = set('''relu relu_ relu6 leaky_relu leaky_relu_ prelu rrelu rrelu_
     '''.split())
 
 def _normal_grid(shape, device):
-    "Values of a standard normal, evenly over its quantiles, for every channel of something of `shape`."
+    "Spread values of a standard normal evenly over its quantiles, for every channel of something of `shape`."
     p = (torch.arange(2000, dtype=torch.float64)+0.5)/2000
     z = torch.special.ndtri(p).float().to(device)
     return z[:, None].repeat(1, shape[1]) if len(shape) > 1 else z
 
 def _gain(f, x, args, kwargs):
-    "What keeps the mean square of a normal `x` when `f(*args, **kwargs)` follows; x is among the arguments."
+    "Find the gain that keeps the mean square of a normal `x`, one of the arguments, when `f` follows."
     z = _normal_grid(x.shape, x.device)
     other = lambda o: z.clone() if o is x else o   # `f` may work in place
     out = f(*map(other, args), **{k: other(o) for k,o in kwargs.items()})
@@ -221,7 +221,7 @@ class _Followers(TorchFunctionMode):
 
 # %% ../nbs/30_init.ipynb #8fbf6b64
 def _own_weights(model):
-    "Layers with a weight of their own, and the names of those whose weight is computed or not there yet."
+    "List layers with a weight of their own, and name those whose weight is computed or not there yet."
     found = [o for o in select_modules(model, lambda m: True) if isinstance(o[1], _weighted)]
     return [o for o in found if _has_weights(o[1])],[nm for nm,m in found if not _has_weights(m)]
 
@@ -230,7 +230,7 @@ def kaiming_init(
     model:nn.Module, # any model; its convolutions and linear layers are changed in place
     xb               # input for one pass, a tensor or a tuple of them, on any device
 ): # pandas.DataFrame, a row for each layer: follows, gain, fan_in, std of the weights drawn
-    "Kaiming initialisation by the nonlinearity that really follows each layer; biases become 0."
+    "Draw weights by Kaiming's rule for the nonlinearity that really follows each layer; biases become 0."
     import pandas as pd
     model = unwrap(model)
     layers,others = _own_weights(model)
@@ -248,7 +248,7 @@ def kaiming_init(
 
 # %% ../nbs/30_init.ipynb #8b9a4679
 def output_stats(model, modules, xb):
-    "Mean and deviation of what each of `modules` puts out at its first call in one pass."
+    "Measure mean and deviation of what each of `modules` puts out at its first call in one pass."
     def keep(hook, mod, inp, outp):
         # waits for the device; this is no training step
         if hook.stats is None: hook.stats = mean_std(_tensors(outp)[0]).tolist()
@@ -261,7 +261,7 @@ def output_stats(model, modules, xb):
                      'forward calls')
 
 def is_centred(m):
-    "Whether the mean of `m` is near 0 for normal inputs; True for what can't be asked."
+    "Say whether the mean of `m` is near 0 for normal inputs; True for what can't be asked."
     if any(True for _ in m.parameters()): return True
     try:
         with undisturbed(m): mean,std = mean_std(m(_normal_grid((1,), def_device))).tolist()
@@ -312,7 +312,7 @@ _bounded = nn.Tanh, nn.Sigmoid, nn.Softmax, nn.LogSoftmax, nn.Hardsigmoid, nn.So
 _passed = nn.Identity, nn.modules.dropout._DropoutNd
 
 def _measured_at(calls, i):
-    "Where to measure layer `i` of the calls: the module, and a note if the layer is to be left alone."
+    "Find where to measure layer `i` of the calls: the module, and a note if the layer is to be left alone."
     _,m,_,out = calls[i]
     carried = out
     for _,taker,inp,taken in calls[i+1:]:
@@ -325,7 +325,7 @@ def _measured_at(calls, i):
     return m,''
 
 def _pairs(model, xb):
-    "What `lsuv` goes through: [(name, layer, where to measure, note)], in the order of calls."
+    "List (name, layer, where to measure, note) in the order of calls."
     calls,first = [],{}
     def keep(hook, mod, inp, outp): calls.append((hook.name, mod, inp[0] if inp else None, outp))
     with Hooks(select_modules(model), keep): run_once(model, xb)
@@ -342,7 +342,7 @@ def lsuv(
     tol=1e-3,        # as for `lsuv_init`
     max_iter=50      # as for `lsuv_init`
 ): # pandas.DataFrame, a row for each layer: measured_at, mean and std before and after, passes, note
-    "`lsuv_init` for all convolutions and linear layers, in the order in which they are called."
+    "Do `lsuv_init` for all convolutions and linear layers, in the order in which they are called."
     import pandas as pd
     model = unwrap(model)
     pairs = _pairs(model, xb)

@@ -7,7 +7,7 @@ __all__ = ['HasLearnCB', 'RecorderCB', 'BaseSchedCB', 'BatchSchedCB', 'EpochSche
 
 # %% ../nbs/31_sgd.ipynb #0bdf4000
 import math, warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -30,12 +30,12 @@ class PerGroup:
 
     @property
     def pg(self):
-        "The group of parameters that is asked for."
+        "Give the group of parameters that is asked for."
         self._asked = True
         return self.learn.opt.param_groups[self._group]
 
     def values(self, f):
-        "Pairs of a suffix for the name and what `f` returns; one pair if it does not ask for `pg`."
+        "Give pairs of a suffix for the name and what `f` returns; one pair if it does not ask for `pg`."
         self._group,self._asked = 0,False
         yield '',f(self)
         for self._group in range(1, len(self.learn.opt.param_groups) if self._asked else 1):
@@ -43,7 +43,7 @@ class PerGroup:
 
 # %% ../nbs/31_sgd.ipynb #fbb7708e
 class RecorderCB(PerGroup, Callback):
-    "One number per training step for each of the functions given, in `learn.history` and as lists in `recs`."
+    "Records a number per training step for each function given, in `learn.history` and as lists in `recs`."
     in_trial = False
     def __init__(self,
         **d # name -> function of this callback, that returns a number
@@ -67,7 +67,7 @@ class RecorderCB(PerGroup, Callback):
                             'it must return a number or a tensor with one') from e
 
     def series(self) -> dict: # name -> `Series`
-        "What was recorded in the last fit that trained, with its steps; waits for the device."
+        "Give what was recorded in the last fit that trained, with its steps; waits for the device."
         keys = self.history.keys() if self.history else []
         names = [nm for phase,source,nm in keys if (phase, source)==('train', self.source)]
         found = {nm: self.history.series(self.source, nm) for nm in names}
@@ -120,7 +120,7 @@ class BaseSchedCB(Callback):
         if learn.training and self.schedo is not None: self.schedo.step()
 
     def state_dict(self):
-        "How far the schedule has come; before it is made what was loaded, or nothing."
+        "Say how far the schedule has come; before it is made, what was loaded, or nothing."
         return self._saved or {} if self.schedo is None else self.schedo.state_dict()
 
     def load_state_dict(self, state):
@@ -129,7 +129,7 @@ class BaseSchedCB(Callback):
         elif not self._fitting: self._saved = state or None   # in a fit: that one was over when it was saved
 
 class BatchSchedCB(BaseSchedCB):
-    "A scheduler's step after every step of the optimizer: after every training batch, unless some are held."
+    "Steps a scheduler after every step of the optimizer: every training batch, unless some are held."
     def after_batch(self, learn):
         if not learn.hold: self._step(learn)
 
@@ -140,7 +140,7 @@ def epoch_value(
     phases,     # the first of them that has a value counts
     epoch=None  # default: the epoch that ends
 ) -> float:
-    "The value of a metric in an epoch of this fit; waits for the device."
+    "Find the value of a metric in an epoch of this fit; waits for the device."
     epoch = learn.epoch if epoch is None else epoch
     for source,phase in [(s, p) for p in phases for s in ('epoch', 'batch')]:
         series = learn.history.series(source, monitor, phase)
@@ -153,7 +153,7 @@ def epoch_value(
 
 # %% ../nbs/31_sgd.ipynb #52cce63a
 class EpochSchedCB(BaseSchedCB):
-    "A scheduler's step after every training epoch; with `monitor`, after every epoch of `phase`."
+    "Steps a scheduler after every training epoch; with `monitor`, after every epoch of `phase`."
     def __init__(self,
         sched,        # called with the optimizer, returns the scheduler
         monitor=None, # what the scheduler gets: 'loss' (default for ReduceLROnPlateau) or a metric's name
@@ -186,7 +186,7 @@ class EpochSchedCB(BaseSchedCB):
 
 # %% ../nbs/31_sgd.ipynb #3b02be0b
 class OneCycleCB(BatchSchedCB):
-    "The learning rate up and down again over the whole fit, the momentum down and up."
+    "Takes the learning rate up and down again over the whole fit, the momentum down and up."
     def __init__(self,
         lr=None,          # highest rate, or a list with one for each group; default: the fit's
         total_steps=None, # optimizer steps of the fit; default: epochs times batches (by AccumulateCB's n)
@@ -201,7 +201,7 @@ class OneCycleCB(BatchSchedCB):
         return lr_scheduler.OneCycleLR(opt, highest, total_steps=self.total_steps or _n_steps(learn), **kw)
 
 def _n_steps(learn):
-    "Training steps of the fit that has begun."
+    "Count the training steps of the fit that has begun."
     batches = max([getattr(cb, 'batches_per_step', 1) for cb in learn.cbs])
     try: return learn.n_epochs*math.ceil(len(learn.dls.train)/batches)
     except TypeError as e:
@@ -210,13 +210,13 @@ def _n_steps(learn):
 
 # %% ../nbs/31_sgd.ipynb #089fd303
 def averaged(model):
-    "Names and tensors that have a mean: parameters and buffers with a fraction, tied ones once."
+    "Name the tensors that have a mean: parameters and buffers with a fraction, tied ones once."
     model = unwrap(model)
     return {nm: o for nm,o in (*model.named_parameters(), *model.named_buffers()) if o.is_floating_point()}
 
 class WeightAverages:
-    "A running mean of the weights of a model, `averages`, after `n` steps, that can change places with them."
-    def __init__(self): self.averages,self.n,self._trained = {},0,None
+    "Keeps a running mean of a model's weights, `averages`, after `n` steps, and can put it in their place."
+    def __init__(self): self.averages,self.n = {},0
 
     def start(self, model):
         "Begin with the weights as they are, at least in float32."
@@ -232,21 +232,16 @@ class WeightAverages:
                              f'{", ".join(odd)} is not in both')
         for nm,o in found.items(): o.copy_(self.averages[nm])
 
-    def swap_in(self, model):
-        self._trained = [(o, o.detach().clone()) for o in averaged(model).values()]
-        self.copy_to(model)
-
-    @torch.no_grad()
-    def swap_out(self):
-        for o,old in self._trained or (): o.copy_(old)
-        self._trained = None
-
     @contextmanager
     def swapped(self, model):
-        "Inside `with`, the model has the mean."
-        self.swap_in(model)
-        try: yield model
-        finally: self.swap_out()
+        "Put the mean into the model inside `with`."
+        trained = [(o, o.detach().clone()) for o in averaged(model).values()]
+        try:
+            self.copy_to(model)
+            yield model
+        finally:
+            with torch.no_grad():
+                for o,old in trained: o.copy_(old)
 
 # %% ../nbs/31_sgd.ipynb #3178dbb3
 class EMACB(WeightAverages, Callback):
@@ -260,12 +255,13 @@ class EMACB(WeightAverages, Callback):
         super().__init__()
         self.decay,self.warmup = decay,warmup
         self._fitting = self._loaded = self._anew = False
+        self._swap = ExitStack()   # entered in validation
 
     def before_fit(self, learn):
         self._fitting,self._anew = True,not (self._loaded or self.averages and learn.epochs.start)
 
     def before_epoch(self, learn):
-        if not learn.training and self.averages: self.swap_in(learn.model)
+        if not learn.training and self.averages: self._swap.enter_context(self.swapped(learn.model))
         if not learn.training: return
         if self._anew: self.start(learn.model)
         self._anew = self._loaded = False
@@ -277,8 +273,8 @@ class EMACB(WeightAverages, Callback):
         pairs = [(self.averages[nm], o.to(self.averages[nm])) for nm,o in averaged(learn.model).items()]
         get_ema_multi_avg_fn(stays)(*zip(*pairs), self.n)
 
-    def after_epoch(self, learn): self.swap_out()
-    def cleanup_epoch(self, learn): self.swap_out()   # whatever has happened
+    def after_epoch(self, learn): self._swap.close()
+    def cleanup_epoch(self, learn): self._swap.close()   # after any exit
     def cleanup_fit(self, learn): self._fitting = False
 
     def state_dict(self): return dict(averages=dict(self.averages), n=self.n)

@@ -6,8 +6,7 @@
 __all__ = ['Recording', 'MatplotlibVisualizer', 'TensorBoardVisualizer', 'PrintVisualizer', 'open_recording']
 
 # %% ../nbs/44_visualizer.ipynb #b1c35d5e
-import json
-import math
+import json, textwrap
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -17,27 +16,28 @@ import numpy as np
 
 from .history import History
 from .lens import Panel, ranges, row_stat
+from .plots import heatmap, no_data, plot_lines, short_name, shown_once
 
 # %% ../nbs/44_visualizer.ipynb #75de9396
 phases = 'train', 'valid'
 
 def hows(panel):
-    "The aggregates that a panel needs; None for what has one value in an epoch."
+    "Find the aggregates that a panel needs; None for what has one value in an epoch."
     found = {*panel.lines, *(o for band in panel.bands for o in ranges[band])} or {None}
     return found | ({'Q1', 'Q3'} if 'IQR' in found else set())
 
 def keys(panel, hows):
-    "(phase, source, stat) of its rows."
+    "List (phase, source, stat) of a panel's rows."
     return [(phase, source, row_stat(stat, how)) for phase in phases for source in panel.sources
             for stat in panel.stats for how in hows]
 
 def phases_of(recording, panel):
-    "The phases in which anything of a panel was recorded."
+    "Find the phases in which anything of a panel was recorded."
     found = {key[0] for key in keys(panel, hows(panel)) if key in recording.rows}
     return [o for o in phases if o in found]
 
 def titled(panels):
-    "[(title, panels)] in order."
+    "Group panels by title, in order."
     found = {}
     for o in panels: found.setdefault(o.title, []).append(o)
     return list(found.items())
@@ -67,7 +67,7 @@ class Recording:
 
     @property
     def epochs(self):
-        "Numbers of all epochs that anything was recorded in."
+        "Number all epochs that anything was recorded in."
         return np.unique(np.concatenate([np.zeros(0, int), *(x for x,_ in self.rows.values())]))
 
     def values(self, source, stat, how=None, phase='train'):
@@ -85,15 +85,13 @@ class Recording:
 # %% ../nbs/44_visualizer.ipynb #6fa0f878
 _bands = {'min-max': ('0.9', 'min to max'), 'Q1-Q3': ('0.8', 'Q1 to Q3'), 'std': ('0.75', 'mean ± std')}
 
-def _short(name, n=26): return name if len(name) <= n else f'{name[:n//2-1]}…{name[-(n//2):]}'
-
 def _is_single(recording, source, stat, phase):
-    "Whether each epoch had one value of this, so that there is nothing to aggregate."
+    "Say whether each epoch had one value of this, so that there is nothing to aggregate."
     return (phase, source, row_stat(stat, 'std')) in recording.rows \
         and not np.nan_to_num(recording.values(source, stat, 'std', phase), nan=0.).any()
 
 def _lines_of(recording, panel, source, named):
-    "(label, values, style) of each line of one source; (band, lower, upper) of each band."
+    "List (label, values, style) of each line of one source, and (band, lower, upper) of each band."
     found, lines, bands = phases_of(recording, panel), [], []
     for phase in found:
         own = panel.labels.get(phase, phase if len(found) > 1 else '')
@@ -108,8 +106,7 @@ def _lines_of(recording, panel, source, named):
     return lines, bands
 
 def _draw_lines(ax, recording, panels, sources=None, color=0):
-    "Bands below, lines above; every panel of one plot."
-    from miniai.plots import plot_lines
+    "Draw every panel of one plot, bands below lines."
     x, named = recording.epochs, len(panels) > 1 or panels[0].wide
     drawn = [_lines_of(recording, panel, o, named) for panel in panels for o in sources or panel.sources]
     bands = sorted((o for _,bands in drawn for o in bands), key=lambda o: list(_bands).index(o[0]))
@@ -120,7 +117,7 @@ def _draw_lines(ax, recording, panels, sources=None, color=0):
 
 # %% ../nbs/44_visualizer.ipynb #cf8921e1
 def _finish(ax, panel, x):
-    "Axes as the panel asks for."
+    "Set the axes as the panel asks for."
     from matplotlib.ticker import LogFormatter, MaxNLocator
     if panel.kind == 'shares': ax.set_ylim(-.04, 1.04)
     if panel.log and any((line.get_ydata() > 0).any() for line in ax.lines):
@@ -132,26 +129,29 @@ def _finish(ax, panel, x):
     if len(x): ax.set_xlim(x[0] - .5*(len(x) == 1), x[-1] + .5*(len(x) == 1))
 
 def _legend(where, axs, **kw):
-    "One entry for each name."
+    "Write a legend with one entry for each name."
     named = {label: line for ax in axs for line,label in zip(*ax.get_legend_handles_labels())}
     if named: where.legend(named.values(), named.keys(), fontsize=7, **kw)
 
-# %% ../nbs/44_visualizer.ipynb #75d9bf21
-def _draw_wide(ax, recording, panels):
-    first = panels[0]
-    if first.kind == 'stack': _draw_stack(ax, recording, first)
-    else: _draw_lines(ax, recording, panels)
-    _finish(ax, first, recording.epochs)
-    ax.set_title(first.title, fontsize=10)
-    n_columns = 1 + len(first.sources)//9 if first.kind == 'stack' else 1
-    _legend(ax, [ax], loc='upper left', bbox_to_anchor=(1.005, 1.02), ncols=n_columns)
+def _draw_wides(fig, recording, wide):
+    "Draw the wide plots, one under the other."
+    axs = np.atleast_1d(fig.subplots(len(wide), 1, sharex=True))
+    for ax,(title,panels) in zip(axs, wide):
+        if panels[0].kind == 'stack': _draw_stack(ax, recording, panels[0])
+        else: _draw_lines(ax, recording, panels)
+        _finish(ax, panels[0], recording.epochs)
+        ax.set_title(title, fontsize=10)
+        _legend(ax, [ax], loc='upper left', bbox_to_anchor=(1.005, 1.02))
+    axs[-1].set_xlabel('epoch', fontsize=8)
 
+# %% ../nbs/44_visualizer.ipynb #75d9bf21
 def _draw_stack(ax, recording, panel):
-    "Each source's part of the sum, stacked."
+    "Stack each source's part of the sum; of many sources the legend has some."
     from matplotlib import colormaps
-    parts = _parts(_table_of(recording, panel))
-    ax.stackplot(recording.epochs, parts, labels=[_short(o) for o in panel.sources],
-                 colors=colormaps['viridis'](np.linspace(0, 1, len(parts))))
+    n, every = len(panel.sources), -(-len(panel.sources)//9)
+    labels = ['_' if i % every and i < n-1 else short_name(o) for i,o in enumerate(panel.sources)]
+    ax.stackplot(recording.epochs, _parts(_table_of(recording, panel)), labels=labels,
+                 colors=colormaps['viridis'](np.linspace(0, 1, n)))
     ax.set_ylim(0, 1)
 
 def _table_of(recording, panel):
@@ -159,90 +159,50 @@ def _table_of(recording, panel):
     return np.array([recording.values(o, panel.stats[0], how) for o in panel.sources])
 
 def _parts(values):
-    "`values` [n, epochs] of their sum; NaN, a gap, in an epoch that lacks what there is before and after."
+    "Divide `values` [n, epochs] by their sum; a gap in an epoch that lacks what there is before and after."
     there = np.isfinite(values)
     began, goes_on = np.maximum.accumulate(there, 1), np.maximum.accumulate(there[:, ::-1], 1)[:, ::-1]
     values = np.where((began & goes_on & ~there).any(0), np.nan, np.where(there, values, 0))
     return values/np.where(values.sum(0) > 0, values.sum(0), np.nan)
 
 # %% ../nbs/44_visualizer.ipynb #7043b6cb
-def _draw_column(fig, recording, title, panels):
-    "A small plot for each source."
-    axs = np.atleast_1d(fig.subplots(len(panels[0].sources), 1, sharex=True, sharey=True))
-    for ax,source in zip(axs, panels[0].sources):
+def _draw_column(fig, recording, panels, n):
+    "Draw a small plot for each source, in the first of `n` places."
+    axs, sources = np.atleast_1d(fig.subplots(n, 1, sharex=True, sharey=True)), panels[0].sources
+    for ax in axs[len(sources):]: ax.remove()
+    for ax,source in zip(axs, sources):
         _draw_lines(ax, recording, panels, (source,), color=2 if panels[0].kind == 'shares' else 0)
         _finish(ax, panels[0], recording.epochs)
-        ax.set_title(_short(source), fontsize=8, pad=2)
-        ax.tick_params(which='both', labelsize=7)
-    _entitle(fig, axs, title)
+        ax.set_title(short_name(source), fontsize=8, pad=2)
+        ax.tick_params(which='both', labelsize=7, labelbottom=source == sources[-1])
+    axs[len(sources)-1].set_xlabel('epoch', fontsize=7)
 
-def _draw_heat(fig, recording, title, panels):
-    "One heat map for all sources, the first of them on top."
-    axs = np.atleast_1d(fig.subplots(len(panels), 1, sharex=True))
-    for ax,panel in zip(axs, panels): _draw_map(ax, recording, panel, 60/len(panels))
-    _entitle(fig, axs, title)
-
-def _entitle(fig, axs, title):
-    axs[-1].set_xlabel('epoch', fontsize=7)
-    fig.suptitle(title, fontsize=9, weight='bold')
-
-def _draw_map(ax, recording, panel, most):
-    "A heat map; so many names are left out that they don't overlap."
+def _draw_heat(fig, recording, panels):
+    "Draw a map of all sources, the first on top; so many names are left out that they don't overlap."
     from matplotlib.ticker import MaxNLocator
-    from miniai.plots import heatmap
-    values, names = _table_of(recording, panel)[::-1], panel.sources
-    if panel.log: values = np.log10(np.where(values > 0, values, np.nan))
-    limits = dict(vmin=0, vmax=1) if panel.kind == 'shares' else {}
-    heatmap(ax, values, x=recording.epochs, cmap='viridis', colorbar=True, **limits)
-    name = row_stat(panel.stats[0], (panel.lines or (None,))[0]).replace('_', ' ')
-    ax.set_title(f'log10 of {name}' if panel.log else name, fontsize=8)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-    shown = range(0, len(names), math.ceil(len(names)/most))
-    ax.set_yticks([len(names)-1-i for i in shown], [_short(names[i]) for i in shown], fontsize=6)
+    for ax,panel in zip(np.atleast_1d(fig.subplots(len(panels), 1, sharex=True)), panels):
+        values, names = _table_of(recording, panel)[::-1], panel.sources
+        limits = dict(vmin=0, vmax=1) if panel.kind == 'shares' else {}
+        heatmap(ax, values, x=recording.epochs, cmap='viridis', colorbar=True, log=panel.log, **limits)
+        name = row_stat(panel.stats[0], (panel.lines or (None,))[0]).replace('_', ' ')
+        ax.set_title(f'log10 of {name} (black: 0, red: infinite)' if panel.log else name, fontsize=8)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        shown = range(0, len(names), -(-len(names)*len(panels)//60))
+        ax.set_yticks([len(names)-1-i for i in shown], [short_name(names[i]) for i in shown], fontsize=6)
+    ax.set_xlabel('epoch', fontsize=7)
 
-# %% ../nbs/44_visualizer.ipynb #c6aaa104
-class _Layout:
-    "Arranges wide plots and columns in a figure."
-    def draw(self, recording):
-        found = [o for o in recording.panels if phases_of(recording, o)]
-        wide, small = titled(o for o in found if o.wide), titled(o for o in found if not o.wide)
-        bands = [small[i:i+self.columns] for i in range(0, len(small), self.columns)]
-        heights = [self.height*max(self._rows(o) for _,o in band) + .8 for band in bands]
-        if wide: heights = [1.7*len(wide), *heights]
-        n_columns = max((sum(1 + self._is_heat(o) for _,o in band) for band in bands), default=0)
-        fig = _empty_figure(max(7, self.width*n_columns), sum(heights) or 2, self.kw)
-        if not heights: return _nothing(fig)
-        parts = iter(np.atleast_1d(fig.subfigures(len(heights), 1, height_ratios=heights)))
-        if wide: self._wide(next(parts), recording, wide)
-        for band in bands: self._band(next(parts), recording, band)
-        return fig
 
-    def _is_heat(self, panels): return len(panels[0].sources) > self.max_rows
-    def _rows(self, panels): return 12 if self._is_heat(panels) else len(panels[0].sources)
-
-    def _wide(self, fig, recording, wide):
-        axs = np.atleast_1d(fig.subplots(len(wide), 1, sharex=True))
-        for ax,(_,panels) in zip(axs, wide): _draw_wide(ax, recording, panels)
-        axs[-1].set_xlabel('epoch', fontsize=8)
-
-    def _band(self, fig, recording, band):
-        n, widths = max(self._rows(o) for _,o in band), [1 + self._is_heat(o) for _,o in band]
-        parts = np.atleast_1d(fig.subfigures(1, len(band), width_ratios=widths))
-        for part,(title,panels) in zip(parts, band):
-            h = self._rows(panels)
-            # columns of different lengths begin at the same height
-            if h < n: part = part.subfigures(2, 1, height_ratios=[h + .5, n - h])[0]
-            (_draw_heat if self._is_heat(panels) else _draw_column)(part, recording, title, panels)
-        axs = [ax for part in parts for sub in (part, *part.subfigs) for ax in sub.axes]
-        _legend(fig, axs, loc='outside lower left', ncols=6)
-
-def _empty_figure(width, height, kw):
-    import matplotlib.pyplot as plt
-    from miniai.plots import shown_once
-    return shown_once(plt.figure(layout='constrained', figsize=(width, height), **kw))
+def _draw_band(fig, recording, band, n, widths):
+    "Draw columns side by side."
+    columns = np.atleast_1d(fig.subfigures(1, len(band), width_ratios=widths))
+    for part,width,(title,panels) in zip(columns, widths, band):
+        if width > 1: _draw_heat(part, recording, panels)
+        else: _draw_column(part, recording, panels, n)
+        part.suptitle(title, fontsize=9, weight='bold')
+    _legend(fig, [ax for part in columns for ax in part.axes], loc='outside lower left', ncols=6)
 
 # %% ../nbs/44_visualizer.ipynb #0abcc701
-class MatplotlibVisualizer(_Layout):
+class MatplotlibVisualizer:
     "Draws one figure of everything, from the table, whenever `show_fig` is called."
     def __init__(self,
         max_rows:int=16,   # layers from above which a column is a heat map
@@ -260,14 +220,23 @@ class MatplotlibVisualizer(_Layout):
         recording=None # default that of the inspector
     ): # the figure
         "Draw what there is by now."
-        return self.draw(recording or self.recording())
-
-def _nothing(fig):
-    ax = fig.subplots()
-    ax.set_axis_off()
-    text = 'Nothing recorded yet: attach the inspector,\ntrain, and call `tick_epoch` after an epoch'
-    ax.text(.5, .5, text, ha='center', va='center', transform=ax.transAxes)
-    return fig
+        import matplotlib.pyplot as plt
+        recording = recording or self.recording()
+        found = [o for o in recording.panels if phases_of(recording, o)]
+        wide, small = titled(o for o in found if o.wide), titled(o for o in found if not o.wide)
+        bands = [small[i:i+self.columns] for i in range(0, len(small), self.columns)]
+        counts = [[len(panels[0].sources) for _,panels in band] for band in bands]
+        rows = [max(n if n <= self.max_rows else 12 for n in o) for o in counts]
+        widths = [[1 if n <= self.max_rows else 2 for n in o] for o in counts]
+        heights = [1.7*len(wide)][:len(wide)] + [self.height*n + .8 for n in rows]
+        size = max([7, *(self.width*sum(o) for o in widths)]), sum(heights) or 2
+        fig = shown_once(plt.figure(layout='constrained', figsize=size, **self.kw))
+        if not heights: no_data(fig.subplots(), 'Nothing recorded yet: attach the inspector,\n'
+                                'train, and call `tick_epoch` after an epoch')
+        parts = list(np.atleast_1d(fig.subfigures(len(heights), 1, height_ratios=heights))) if heights else []
+        if wide: _draw_wides(parts.pop(0), recording, wide)
+        for part,*band in zip(parts, bands, rows, widths): _draw_band(part, recording, *band)
+        return fig
 
 # %% ../nbs/44_visualizer.ipynb #2d9ff0f0
 class TensorBoardVisualizer:
@@ -284,7 +253,7 @@ class TensorBoardVisualizer:
 
     @property
     def writer(self):
-        "The `SummaryWriter`, made when it is first needed: of several processes only one draws."
+        "Make the `SummaryWriter` when it is first needed: of several processes only one draws."
         if self._writer is None: self._writer = self._make()
         return self._writer
 
@@ -310,7 +279,7 @@ class TensorBoardVisualizer:
 
 # %% ../nbs/44_visualizer.ipynb #595c6170
 def _table(recording, panels, at):
-    "source -> {name of a column: value}, of one epoch."
+    "Collect the values of one epoch: source -> {name of a column: value}."
     table = {}
     for phase,source,stat in (key for panel in panels for key in keys(panel, panel.lines or (None,))):
         if (phase, source, stat) not in recording.rows: continue
@@ -329,13 +298,10 @@ class PrintVisualizer:
         for title,panels in titled(recording.panels): self._print(title, _table(recording, panels, at[0]))
 
     def _print(self, title, table):
-        if not table: return
-        columns = sorted({o for row in table.values() for o in row})
-        first = max(len(title), *(len(o) + 2 for o in table))
-        print(f"  {title:<{first}}" + ''.join(f'  {o:>{max(9, len(o))}}' for o in columns))
-        for source,row in table.items():
-            cells = [(f'{row[o]:.4g}' if o in row else '-', max(9, len(o))) for o in columns]
-            print(f'    {source:<{first-2}}' + ''.join(f'  {cell:>{n}}' for cell,n in cells))
+        import pandas as pd
+        frame = pd.DataFrame.from_dict(table, orient='index').rename_axis(columns=title)
+        text = frame.sort_index(axis=1).to_string(float_format='{:.4g}'.format, na_rep='-')
+        if table: print(textwrap.indent(text, '  '))
 
 # %% ../nbs/44_visualizer.ipynb #10181d1f
 class _ByMethods:
@@ -367,7 +333,7 @@ def _tag(panel):
                            ylim=(0, 1) if panel.kind == 'shares' else None)
 
 def visualizer_named(o):
-    "The visualizer that is meant by a name, or an object of one's own."
+    "Find the visualizer that is meant by a name, or an object of one's own."
     named = dict(matplotlib=MatplotlibVisualizer, tensorboard=TensorBoardVisualizer, print=PrintVisualizer)
     if isinstance(o, str) and o in named: return named[o]()
     if o is None or callable(getattr(o, 'tick', None)) and not isinstance(o, type): return o
