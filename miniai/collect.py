@@ -85,27 +85,32 @@ class Account:
 
 # %% ../nbs/16_collect.ipynb #b46ed77b
 class Prices:
-    "Finds out how many steps can be sampled within a fraction of the loop's time."
+    "Keeps account of what sampling costs, and of what is left of the budget, in seconds."
     def __init__(self, budget):
         # times of steps that were sampled, and of others; of sampled ones, what the watcher's own clock says
         self.budget, self.credit, self.own = budget, 0., deque(maxlen=50)
         self.times = {True: deque(maxlen=50), False: deque(maxlen=50)}
+        self.price = self.hidden = 0.   # of a sampled step; what of it the watcher's clock does not see
 
     def note(self, sampled, seconds, own):
-        self.times[sampled].append(seconds)
-        if sampled: self.own.append(own)
+        "Pay for a step; its `seconds` are None where its end was not seen. `own` has the end of an epoch in it."
+        if seconds is not None:
+            self.times[sampled].append(seconds)
+            if sampled: self.own.append(own)
+            if sampled or len(self.times[False]) in (5, 20): self._settle()
+        cost = own + self.hidden*sampled
+        earned = 0. if seconds is None else self.budget*(seconds - cost)
+        self.credit = min(self.credit + earned - cost, 2*self.price)
 
-    def affordable(self):
-        self.credit = min(self.credit + self._rate(), 2.)
-        if self.credit < 1: return False
-        self.credit -= 1
-        return True
+    def _settle(self):
+        if not self.knows: return
+        own = median(self.own)
+        self.price = max(own, median(self.times[True]) - median(self.times[False]))
+        self.hidden = self.price - own
 
-    def _rate(self):
-        # to find out what a step takes by itself
-        if len(self.times[False]) < 5 or not self.own: return self.budget
-        base, own = median(self.times[False]), median(self.own)
-        return min(1., self.budget*base/max(own, median(self.times[True]) - base, 1e-9))
+    @property
+    def knows(self): return bool(self.own) and len(self.times[False]) >= 5   # what a step takes by itself
+    def affordable(self): return self.knows and self.credit >= self.price
 
 # %% ../nbs/16_collect.ipynb #081a61f6
 class Sampler(Account):
@@ -136,8 +141,10 @@ class Sampler(Account):
         "Decide, once for each step."
         if step is not None and phase == 'train' and self.decided == (phase, step): return self.answer
         now, n = self.now(), self.seen[phase]
-        if self.step_began is not None and self.decided and self.decided[0] == 'train':
-            self.prices.note(self.answer, now - self.step_began, self.seconds - self.seconds_before)
+        if self.budget and self.decided and self.decided[0] == 'train':
+            took = None if self.step_began is None else now - self.step_began
+            self.prices.note(self.answer, took, self.seconds - self.seconds_before)
+        if n <= self.always: self.prices.credit = 0.
         self.step_began, self.seconds_before = (now if phase == 'train' else None), self.seconds
         self.answer = (n < self.always or self.prices.affordable()) if self.budget else n % self.every == 0
         self.decided = phase, step
@@ -175,25 +182,22 @@ class Listener:
     def __init__(self, sampler, told):
         self.sampler, self.told = sampler, told   # whose clock runs, who warns
         self.hooks, self.others, self.live = Hooks([], self._on_output), Hooks([], self._pass), False
-        self.kinds = {}      # layer -> type
-        self.forward, self.paused = 0, False
+        self.kinds, self.forward, self.paused = {}, 0, False   # kinds: layer -> type
         self.outside = None  # asked with a module that is called while paused: whether that counts
 
     def attach(self, modules, leaves=()):
         "Choose modules, [(name, module)]; `leaves` are the same of the whole model."
         self.detach()
-        self.hooks, self.others = self._hook(modules, leaves)
+        (self.hooks, self.others), self.live = self._hook(modules, leaves), True
         self.kinds.update({o.name: type(o.m).__name__ for o in self.hooks})
-        self.live = True
-        self.listen(False)
+        self.detach()
 
     def _hook(self, modules, leaves):
-        mine = {id(m) for _,m in modules}
-        others = [o for o in leaves if id(o[1]) not in mine]
+        others = [o for o in leaves if all(o[1] is not m for _,m in modules)]
         return Hooks(modules, self._on_output), Hooks(others, self._pass)
 
     def listen(self, on):
-        "Hook the modules, or take the hooks off: in a step that is not sampled nothing of this is called."
+        "Hook the modules, or take the hooks off: a step that is not sampled runs without them."
         if on != self.live:
             for o in (*self.hooks, *self.others): o.put() if on else o.remove()
         self.live = on

@@ -161,7 +161,7 @@ class Parameters:
         for lens in (o for o in self.lenses if o.tap in ('grad', 'update', *epoch_taps)):
             chosen = {o.name for o in choose_parameters(self.params, lens.parameters, type(lens).__name__)}
             for rows in self.tables:
-                if lens in rows.lenses: rows.chosen[id(lens)] |= chosen
+                if lens in rows.lenses: rows.chosen[lens] |= chosen
 
     def _read_parameters(self):
         self._find_parameters()

@@ -9,6 +9,7 @@ __all__ = ['PyTorchInspector', 'Inspector', 'InspectorCB']
 import builtins
 import weakref
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
@@ -126,7 +127,7 @@ class StatsOf(OutputPlots):
         self.history, self.sampler, self.stats = inspector.history, inspector.sampler, lens.named
         self.first_run, self.kinds = max(self.history.run, 0), inspector.kinds
         self.bins, self.hist_range = table.bins.n, (table.bins.lo, table.bins.hi)
-        self.sources = {nm: table.sources.get(nm, []) for nm in self.kinds if nm in table.chosen[id(lens)]}
+        self.sources = {nm: table.sources.get(nm, []) for nm in self.kinds if nm in table.chosen[lens]}
         taps = inspector.layers.taps if inspector.layers else ()
         self.axes = {source: axis for o in taps for source,axis in o.axes.items()}
 
@@ -318,6 +319,10 @@ class State:
         self.layers.fired.update(dict.fromkeys(state['fired']))
         for tap,before in zip(self._output_grads(), state['output_gradients']): tap.go_on(before)
 
+    def __getstate__(self):   # a copy watches nothing; it has the table
+        gone = dict(model=None, layers=None, optimizer=None, hooks=[], handles=[], held={}, lent=[], params=[])
+        return vars(self) | gone | dict(subject={}, opts=[], batch={})
+
     def _kept(self): return dict(history=self.history, values=self.seen.values, loss_stats=self.loss_stats)
     def _output_grads(self):
         return [o for o in self.layers.taps if isinstance(o, OutputGradTap)] if self.layers else []
@@ -331,10 +336,12 @@ def checked_lenses(lenses):
             raise TypeError(f'Inspector: got {o!r} among the lenses; give lenses, such as OutputNorm()')
     return lenses
 
+def is_nth(n, epoch): return epoch % n == 0
+
 def activity(o):
     "A function of an epoch's number that says whether it is watched."
     if callable(o): return o
-    if isinstance(o, int) and o >= 1: return lambda epoch: epoch % o == 0
+    if isinstance(o, int) and o >= 1: return partial(is_nth, o)
     raise ValueError(f'Inspector: is_active_fn is {o!r}; give a number from 1, or a function of the epoch')
 
 def plain_model(o):
@@ -437,7 +444,7 @@ class Starting:
         "A model is watched from here on; what is known of an earlier one stays in the table only."
         for o in self.lent: o.loss_fn = None
         self.sampler, self.warn = Sampler(self.every, self.budget, 'Inspector'), Told('Inspector')
-        self.steps, self.clip = Steps(self.sampler), ClipNorms(self.lenses, lambda: self.params, self.warn)
+        self.steps, self.clip = Steps(self.sampler), ClipNorms(self.lenses, self._params, self.warn)
         self.phase, self.params, self.pushed, self.silent, self.optimizer = 'train', [], {}, (), None
         self.layers, self.held, self.last_gradients, self.lent = None, {}, {}, []
         self.subject, self.opts, self.batch = {}, [], {}   # what is watched, weakly; the batch seen last
@@ -445,6 +452,7 @@ class Starting:
         self.loss_stats.before_fit()
         self.begin_epoch(0)
 
+    def _params(self): return self.params
     def detach(self): # the inspector
         "Take every hook off. What the epoch had so far becomes its row; table and pictures stay."
         if self.layers: self.layers.each('detach')

@@ -77,14 +77,13 @@ class ChosenRows(Rows):
     "The rows of one tap, of which each lens reads those of the sources that it has chosen."
     def __init__(self, tap, lenses, bins=grad_bins):
         super().__init__(tap, bins, [nm for o in lenses for nm in o.named], follow_units=False)
-        self.lenses, self.chosen = lenses, {id(o): set() for o in lenses}   # names of layers or parameters
+        self.lenses, self.chosen = lenses, {o: set() for o in lenses}   # names of layers or parameters
         self.sources = {}   # layer -> names of its rows
         self.what, self.pairs = parts_needed(lenses), any(o.before for o in lenses)
 
     def of(self, lens, phase):   # {source: its chunks}
-        names = {nm for o in self.chosen[id(lens)] for nm in self.sources.get(o, (o,))}
-        raws = lens.phases(phase)
-        found = {nm: [c for raw in raws for c in self.chunks.get((raw, nm), ())]
+        names = {nm for o in self.chosen[lens] for nm in self.sources.get(o, (o,))}
+        found = {nm: [c for raw in lens.phases(phase) for c in self.chunks.get((raw, nm), ())]
                  for nm in dict.fromkeys(o for _,o in self.chunks if o in names)}   # in the order they came
         return {nm: o for nm,o in found.items() if o}
 
@@ -160,9 +159,9 @@ class LayerTaps:
         self.fired, self.heard, self.taps, self.raw = {}, False, [], 'train'
         about = inspector.sampler, inspector.warn
         lenses = [o for o in lenses if o.tap in layer_taps]
-        self.chosen = {id(o): self._chosen(o) for o in lenses}
+        self.chosen = {o: self._chosen(o) for o in lenses}
         for rows in (o for o in tables if o.tap in layer_taps):
-            for o in rows.lenses: rows.chosen[id(o)] |= {nm for nm,_ in self.chosen[id(o)]}
+            for o in rows.lenses: rows.chosen[o] |= {nm for nm,_ in self.chosen[o]}
             axis = _last_axis if rows.lenses[0].channel_last else unit_axis
             if rows.tap == 'output_grad': tap = OutputGradTap(rows, *about, axis, rows.pairs, rows.what)
             else: tap = (InputTap if rows.tap == 'input' else OutputTap)(rows, *about, axis, rows.what)
@@ -179,7 +178,7 @@ class LayerTaps:
         return [o for o in self.layers if id(o[1]) in found]
 
     def _add(self, tap, lenses, sources):
-        wanted = {nm for lens in lenses for nm,_ in self.chosen[id(lens)]}
+        wanted = {nm for lens in lenses for nm,_ in self.chosen[lens]}
         if not wanted: return
         tap.fired, tap.sources, tap.lenses = self.fired, sources, lenses
         tap.outside = self.inspector.is_forward
@@ -222,7 +221,7 @@ class Layers(LayerTaps):
 
     def sources_of(self, lens):
         "Names of the rows of a lens, in that order."
-        chosen, taps = {nm for nm,_ in self.chosen[id(lens)]}, [o for o in self.taps if lens in o.lenses]
+        chosen, taps = {nm for nm,_ in self.chosen[lens]}, [o for o in self.taps if lens in o.lenses]
         return list(dict.fromkeys(source for nm in self.order() if nm in chosen for tap in taps
                                   for source in tap.sources.get(nm, ())))
 
@@ -241,7 +240,7 @@ class OptimizerTaps:
         for rows in (o for o in tables if o.tap in ('grad', 'update')):
             tap = self.taps[rows.tap] = ParameterTap(rows, warn, rows.pairs, rows.what & 3)
             tap.lenses = [o for o in rows.lenses if o.optimizer in (None, optimizer)]
-            chosen = set().union(*(rows.chosen[id(o)] for o in tap.lenses))
+            chosen = set().union(*(rows.chosen[o] for o in tap.lenses))
             tap.choose(o for o in self.params if o.name in chosen)
 
     def is_of(self, optimizer): return self.ref() is optimizer and self.size == n_held(optimizer)
@@ -267,7 +266,7 @@ class OptimizerTaps:
     def _call(self, tap, compute, value):
         for lens in (o for o in tap.lenses if o.functions):
             for o in tap.params:
-                a = value(o) if o.name in tap.rows.chosen[id(lens)] else None
+                a = value(o) if o.name in tap.rows.chosen[lens] else None
                 if a is not None: compute(lens, o.name, a.detach(), o.axis(), 'train')
 
 # %% ../nbs/45_steps.ipynb #35cf9489

@@ -1228,3 +1228,18 @@ def test_one_lens_says_nothing_of_the_units_of_another():
         lenses = [OutputActivation(inplace=False), OutputActivation(inplace=False, channel_last=True)]
         found.append(values(measured(model, lambda _: model(x), lenses[::-1] if last else lenses), '1', 'death_rate')[0])
     assert found == [.25, 0]
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_in_the_middle_of_a_run_watches_nothing_and_has_the_table(copied):
+    model, loss_fn = small_net(), nn.CrossEntropyLoss()
+    inspector = Inspector(all_lenses(loss_fn), module=model, visualizer=None)
+    train(model, torch.randn(8, 4))
+    inspector.tick_epoch()
+    hooks, other = count_hooks(model), copied(inspector)
+    assert not other.attached and inspector.attached and count_hooks(model) == hooks
+    assert other.history.frame().astype(str).equals(inspector.history.frame().astype(str)) and len(other.frame()) > 10
+    fresh = small_net()
+    other.attach(fresh)   # it can watch another model
+    train(fresh, torch.randn(8, 4))
+    other.detach()
+    assert len(values(other, '1', 'norm')) == 6 and len(values(inspector.detach(), '1', 'norm')) == 3
