@@ -93,7 +93,7 @@ class Prices:
         self.price = self.hidden = 0.   # of a sampled step; what of it the watcher's clock does not see
 
     def note(self, sampled, seconds, own):
-        "Pay for a step; its `seconds` are None where its end was not seen. `own` has the end of an epoch in it."
+        "Pay for a step; `seconds` is None where its end was not seen, `own` has the end of an epoch in it."
         if seconds is not None:
             self.times[sampled].append(seconds)
             if sampled: self.own.append(own)

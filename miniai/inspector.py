@@ -320,8 +320,8 @@ class State:
         for tap,before in zip(self._output_grads(), state['output_gradients']): tap.go_on(before)
 
     def __getstate__(self):   # a copy watches nothing; it has the table
-        gone = dict(model=None, layers=None, optimizer=None, hooks=[], handles=[], held={}, lent=[], params=[])
-        return vars(self) | gone | dict(subject={}, opts=[], batch={})
+        gone = dict.fromkeys(('model', 'layers', 'optimizer')) | dict(hooks=[], handles=[], held={}, lent=[])
+        return vars(self) | gone | dict(params=[], subject={}, opts=[], batch={})
 
     def _kept(self): return dict(history=self.history, values=self.seen.values, loss_stats=self.loss_stats)
     def _output_grads(self):
