@@ -121,7 +121,7 @@ class Accumulation(Callback):
         size = getattr(learn.dl, 'n_now', None)   # in all processes together
         if size is None: size = counted(learn, self.weight_of)
         if size is None: size = batch_size(learn.batch)
-        first = self.first or batch_size(learn.batch)
+        first = self.first or max(batch_size(learn.batch), 1)
         self.batches,self.samples,self.first,self._open = self.batches+1,self.samples+size,first,True
         # as if all `n` were as large as the first
         if not is_sum(learn.loss_func): weight_gradients(learn, size/(self.n*self.first))

@@ -48,17 +48,21 @@ def to_device(
     "Move every tensor inside `x` to `device`; strings, numbers, None and other objects stay as they are."
     return _walk(x, lambda o: o.to(device))
 
-# %% ../nbs/00_device.ipynb #54bc551a
-def _cpu(x):
-    if not isinstance(x, torch.Tensor): return x.to('cpu')
-    res = x.detach().cpu()
-    return res.float() if res.dtype in (torch.float16, torch.bfloat16) else res
+# %% ../nbs/00_device.ipynb #de3c02ba
+def _full(x):
+    if not isinstance(x, torch.Tensor): return x
+    return x.detach().float() if x.dtype in (torch.float16, torch.bfloat16) else x.detach()
 
+def full_precision(x):
+    "Detach every tensor inside `x`; float16 and bfloat16 become float32, where they are."
+    return _walk(x, _full)
+
+# %% ../nbs/00_device.ipynb #54bc551a
 def to_cpu(
     x, # as in `to_device`
 ): # the same nesting on the CPU, detached
     "Bring every tensor inside `x` to the CPU, detached; float16 and bfloat16 become float32."
-    return _walk(x, _cpu)
+    return to_device(full_precision(x), 'cpu')
 
 # %% ../nbs/00_device.ipynb #8e1174fa
 def _first_len(o):
@@ -71,7 +75,8 @@ def batch_size(
     batch # any nesting of tensors
 ) -> int: # 1 if there is no tensor with a first axis in it
     "Length of the first tensor inside `batch`."
-    return _first_len(batch) or 1
+    n = _first_len(batch)
+    return 1 if n is None else n
 
 # %% ../nbs/00_device.ipynb #42cc3539
 def detached(x):

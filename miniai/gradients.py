@@ -8,6 +8,7 @@ __all__ = ['GradientStats', 'UpdateStats', 'RankStats']
 # %% ../nbs/41_gradients.ipynb #90866f23
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,15 +24,17 @@ from .stats import Bins, effective_rank, unit_axis, widen
 
 # %% ../nbs/41_gradients.ipynb #88229cd7
 _why = dict(frozen='is frozen (requires_grad is False)', other='is not among the parameters of the optimizer',
-            unused='has had no gradient in the sampled steps: the loss was not computed from it')
+            unused='has had no gradient in the sampled steps: the loss was not computed from it',
+            sharded='is divided among processes (a DTensor), which is not measured')
 
-class ReachedParameters(Recorder):
-    "Chooses parameters, and knows why some of them are not measured."
-    saved, warns = ('gaps', 'unreached'), True
+def _is_sharded(p): return hasattr(p, 'full_tensor')
+
+class ChosenParameters(Recorder):
+    "Chooses parameters that the optimizer steps."
 
     def forget(self):
         super().forget()
-        self.params, self._found, self.gaps, self.unreached = (), [], {}, ()
+        self.params, self._found, self.inside, self.gaps, self.unreached = (), [], [], {}, ()
 
     def _find(self, learn):
         found, self._there = find_parameters(unwrap(learn.model)), None
@@ -39,21 +42,33 @@ class ReachedParameters(Recorder):
         self._found = found
         self.tap.choose(())
         self.params = choose_parameters(found, self.parameters, type(self).__name__)
+        # those that an optimizer steps inside backward, which leaves no gradient
+        self.inside = [o for o in self.params if getattr(o.p, '_post_accumulate_grad_hooks', None)]
 
     def _choose(self, learn):
         "Tell the tap which of the optimizer's parameters have ever had a gradient."
         if not self._found: self._find(learn)
-        there = [o.p.grad is not None for o in self.params]
+        inside = {id(o.p) for o in self.inside}
+        there = [o.p.grad is not None or id(o.p) in inside for o in self.params]
         if there == self._there: return
         self._there, known = there, set(self.tap.params)
         groups = getattr(getattr(learn, 'opt', None), 'param_groups', None)   # not every optimizer has them
-        self._held = {id(p) for o in groups or [dict(params=[o.p for o in self.params])] for p in o['params']}
+        held = {id(p) for o in groups or [dict(params=[o.p for o in self.params])] for p in o['params']}
+        self._held = held | inside
         self.tap.choose(o for o,has in zip(self.params, there)
-                        if (has or o in known) and id(o.p) in self._held)
+                        if (has or o in known) and id(o.p) in self._held and not _is_sharded(o.p))
+
+# %% ../nbs/41_gradients.ipynb #de16eb70
+class ReachedParameters(ChosenParameters):
+    "Knows why some of them are not measured."
+    saved, warns = ('gaps', 'unreached'), True
+
+    def _why(self, o):
+        if _is_sharded(o.p): return 'sharded'
+        return 'other' if id(o.p) not in self._held else 'unused' if o.p.requires_grad else 'frozen'
 
     def _note_gaps(self):
-        why = {o.name: 'other' if id(o.p) not in self._held else 'unused' if o.p.requires_grad else 'frozen'
-               for o in self.params if o not in set(self.tap.params)}
+        why = {o.name: self._why(o) for o in self.params if o not in set(self.tap.params)}
         self.gaps = {nm: _why[key] for nm,key in why.items()}
         self.unreached = tuple(nm for nm,key in why.items() if key == 'unused')
         new = [nm for nm in self.unreached if (nm, 'unused') not in self.told.known]
@@ -132,7 +147,8 @@ class StepRows(AtSteps):
         self._new_tap()   # the table has other memory now
 
     def __len__(self): return len(self.params)
-    def __getstate__(self): return {**super().__getstate__(), 'tap': None, 'params': (), '_found': []}
+    def __getstate__(self):
+        return {**super().__getstate__(), 'tap': None, 'params': (), '_found': [], 'inside': []}
     def __setstate__(self, state):
         vars(self).update(state)
         self._new_tap()
@@ -227,19 +243,36 @@ class GradientViews(GradientMaps):
         text = 'From the first layer (left) to the last. Before clipping.'
         return self.draw(_draw, [0], ('grad_norm',), names, text, figsize)
 
+# %% ../nbs/41_gradients.ipynb #577727ee
+def _may_clip(learn, me):
+    "Whether another callback comes between this one and the optimizer."
+    later = [cb for cb in getattr(learn, 'cbs', ()) if getattr(cb, 'order', 0) >= me.order]
+    return any(callable(getattr(cb, 'after_backward', None)) and not isinstance(cb, StepRows) for cb in later)
+
 # %% ../nbs/41_gradients.ipynb #2f134b41
 class GradientSteps(StepRows):
     "Reads gradients before anybody clips them, and their norm after it."
     def begin(self, learn):
         super().begin(learn)
+        self._handles = []
         self._clipped = _may_clip(learn, self) if self.clipped is None else self.clipped
+
+    def after_loss(self, learn):
+        super().after_loss(learn)
+        self._seen = {}   # what comes to those that keep no gradient
+        for o in self.inside if self.active else ():
+            self._handles.append(o.p.register_hook(partial(self._seen.__setitem__, o.name)))
 
     def after_backward(self, learn):
         if self.active: self.guarded(self._read, learn)
 
+    def cleanup_batch(self, learn):
+        while self._handles: self._handles.pop().remove()
+
     def _read(self, learn):
         self._choose(learn)
-        self._add(learn, [o.p.grad for o in self.tap.params])
+        self._add(learn, [self._seen.get(o.name) if o.p.grad is None else o.p.grad for o in self.tap.params])
+        self._seen = {}
 
     def after_step(self, learn):
         if self.active and self._clipped: self.guarded(self._read_clipped)
@@ -254,11 +287,6 @@ class GradientSteps(StepRows):
     def facts(self) -> dict: # unreached: names of parameters that should have had a gradient
         "Give what is known beside the rows."
         return dict(unreached=self.unreached)
-
-def _may_clip(learn, me):
-    "Whether another callback comes between this one and the optimizer."
-    later = [cb for cb in getattr(learn, 'cbs', ()) if getattr(cb, 'order', 0) >= me.order]
-    return any(callable(getattr(cb, 'after_backward', None)) and not isinstance(cb, StepRows) for cb in later)
 
 # %% ../nbs/41_gradients.ipynb #3a939c98
 gradient_stat_names = 'grad_norm', 'grad_hist', 'grad_correlation', 'grad_activation_rate', 'grad_death_rate'
@@ -333,19 +361,27 @@ class UpdateStats(UpdateViews, StepRows):
         super().begin(learn)   # one of the two is enough to say which parameters are not used
         self.warns = not any(isinstance(cb, GradientStats) for cb in getattr(learn, 'cbs', ()))
 
+    def after_loss(self, learn):
+        super().after_loss(learn)
+        if self.inside and self.active: self.guarded(self._note_start, learn)
+
     def after_backward(self, learn):
-        self._moving = None
-        if self.active: self.guarded(self._note_start, learn)
+        if self.active and not self.inside: self.guarded(self._note_start, learn)
 
     def _note_start(self, learn):
         self._choose(learn)
-        moving = [None if o.p.grad is None else o.p for o in self.tap.params]   # without one it stays
+        # without a gradient it stays
+        moving = [o.p if self.inside or o.p.grad is not None else None for o in self.tap.params]
         self.tap.start(moving)
         self._moving = moving
 
     def after_step(self, learn):
-        if self._moving: self.guarded(self._add, learn, self._moving, True)
-        self._moving = None
+        moving, self._moving = self._moving, None
+        if moving: self.guarded(self._add, learn, moving, True)
+        if self.inside and self.active: self._choose(learn)   # those that keep their gradients
+
+    def cleanup_batch(self, learn):
+        if not getattr(learn, 'hold', False): self._moving = None
 
 # %% ../nbs/41_gradients.ipynb #150e1fab
 def _sample_rows(a, axis, n, center=False):
@@ -369,7 +405,9 @@ class RankSamples(Recorder, HooksCallback):
     def _take(self, hook, mod, inp, outp):
         if hook.name in self._called: return   # the first call in a batch will do
         self._called.add(hook.name)
-        for source,a in named_tensors(outp, hook.name):
+        found = named_tensors(outp, hook.name)
+        real = [o for o in found if o[1].is_floating_point()]   # others are there for their indices
+        for source,a in real or found:
             try: self._take_tensor(source, mod, a)
             except Exception as e: self.told.failed(source, e)
         if sum(rows.nbytes for _,rows,_ in self._waiting) > self.max_waiting: self._measure()   # a GPU waits
@@ -393,9 +431,7 @@ class RankSamples(Recorder, HooksCallback):
         self.guarded(self._measure)
         super().cleanup_epoch(learn)
 
-    def state_dict(self):
-        self._measure()
-        return super().state_dict()
+    def state_dict(self): return self._measure() or super().state_dict()
 
 # %% ../nbs/41_gradients.ipynb #1faa66e6
 class RankStats(RankSamples):

@@ -129,10 +129,10 @@ class _Recorded:
         # bounds the memory, for one transfer in `max_pending` steps
         if waiting >= self.max_pending: self.flush()
 
-    def load_column(self, key, rows, values):
+    def load_column(self, key, rows, values, stride=1):
         "Put back a series: the facts [n, 5] of its rows and their values [n, ...]."
         chunks = [Chunk(np.asarray(o, np.int64)[None], (np.asarray(v)[None],)) for o,v in zip(rows, values)]
-        self.values.chunks[key] = Column(joined(chunks), len(chunks))
+        self.values.chunks[key] = Column(joined(chunks), len(chunks)*stride, stride)
 
 # %% ../nbs/15_history.ipynb #35839802
 class _Bounded(_Recorded):
@@ -257,6 +257,7 @@ def plain_frame(
     arrays = [np.ndim(o) > 0 for o in frame['value']]
     numbers = [np.nan if a else float(o) for o,a in zip(frame['value'], arrays)]
     lists = [np.asarray(o, float).ravel().tolist() if a else None for o,a in zip(frame['value'], arrays)]
+    frame.attrs['thinned'] = history.thinned()
     return frame.assign(value=numbers, values=lists)
 
 def _write_parquet(frame, path, facts):
@@ -313,7 +314,7 @@ def write_table(
     if write is None:
         raise ValueError(f'write_table: path is {str(path)!r}; let it end in .parquet, .csv or .jsonl, or be '
                          "a folder's name for TensorBoard")
-    write(frame, path, facts or {})
+    write(frame, path, dict(facts or {}, thinned=frame.attrs.get('thinned', {})))
 
 # %% ../nbs/15_history.ipynb #907d4bfd
 def _value(row):
@@ -330,11 +331,12 @@ def read_table(
     if read is None:
         raise ValueError(f'read_table: path is {str(path)!r}; it reads .parquet, .csv and .jsonl files')
     rows, about = read(path)
+    thinned = about.pop('thinned', {})
     found, history = {}, History()
     for row in rows: found.setdefault((row['phase'], row['source'], row['stat']), []).append(row)
     for key,own in found.items():
         facts = [[int(row[nm]) for nm in ('run', 'step', 'epoch', 'samples', 'call')] for row in own]
-        history.load_column(key, facts, [_value(row) for row in own])
+        history.load_column(key, facts, [_value(row) for row in own], thinned.get(key[2], 1))
     history.run = max((int(row['run']) for row in rows), default=-1)
     return history, about
 
@@ -345,7 +347,8 @@ class RunningMean:
     def reset(self): self.total, self.weight = None, 0
 
     def update(self, value, weight=1):
-        "Count a 0-d tensor with a weight that Python knows; nothing is read from the device."
+        "Count a 0-d tensor with its weight; nothing is read from the device."
+        if isinstance(weight, int) and not weight: return self   # the mean of nothing, which is NaN
         value = value.detach().to(torch.float32 if value.device.type == 'mps' else torch.float64)
         return self._add(value*weight, weight)
 

@@ -209,7 +209,9 @@ def _borrowed(learn, cbs):
         for i in reversed(range(len(learn.cbs))):
             if any(learn.cbs[i] is o for o in added): del learn.cbs[i]
         if learn.model is not modes[0][0]: learn.model.train(modes[0][1])   # a callback has wrapped the model
-        for m,training in modes: m.training = training
+        for m,training in modes:
+            m.training = training
+            if hasattr(m, 'reshard'): m.reshard()   # of a sharded model: its parameters were others
         learn._in_phase,learn._resume,learn.hold = None,None,False
         for nm in {'preds', 'loss'} & set(vars(learn)): setattr(learn, nm, detached(getattr(learn, nm)))
         learn.history.flush()
@@ -283,7 +285,7 @@ def _loss(learn, *args):
     "The loss of predictions and targets; what is no function is refused with what to do."
     if callable(learn.loss_func): return learn.loss_func(*args)
     raise TypeError(f'get_loss: loss_func is {learn.loss_func!r}; give a function of predictions and '
-                    'targets, such as F.cross_entropy, or override `get_loss`, where the model has a loss of its own')
+                    'targets, such as F.cross_entropy, or override `get_loss`')
 
 # %% ../nbs/24_learner.ipynb #6a66c700
 class TrainCB(Callback):

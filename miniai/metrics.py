@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .callback import Callback, explained
-from .device import batch_size, detached
+from .device import batch_size, full_precision, to_cpu
 from .distributed import is_main
 from .history import RunningMean
 
@@ -82,11 +82,14 @@ class _Metrics(Callback):
     def _move(self, device):
         "Metrics to `device`; those without `.to` are left where they are."
         if device == self._device: return
-        for o in self.metrics.values():
-            if hasattr(o, 'to'): o.to(device)
+        for nm,o in self.metrics.items():
+            try: hasattr(o, 'to') and o.to(device)
+            except TypeError:   # MPS has no float64
+                o.to('cpu')
+                self._on_cpu.add(nm)
         self._device = device
 
-    def before_fit(self, learn): learn.metrics,self._device = self,None
+    def before_fit(self, learn): learn.metrics,self._device,self._on_cpu = self,None,set()
 
     def before_epoch(self, learn):
         self.n,self.epoch = 0,learn.epoch
@@ -97,7 +100,9 @@ class _Metrics(Callback):
         n_inp = getattr(next((cb for cb in learn.cbs if hasattr(cb, 'n_inp')), learn), 'n_inp', 1)
         targets = learn.batch[n_inp:] if isinstance(learn.batch, (tuple, list)) else [learn.batch]
         with torch.no_grad():
-            for nm,o in self.metrics.items(): self._do(nm, o.update, detached(learn.preds), *targets)
+            args = full_precision((learn.preds, *targets))
+            for nm,o in self.metrics.items():
+                self._do(nm, o.update, *(to_cpu(args) if nm in self._on_cpu else args))
         self.loss.update(learn.loss, weight=batch_size(learn.batch))
         self.n += 1
 

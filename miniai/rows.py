@@ -202,7 +202,9 @@ def to_host(tensors):
     arrays = [None]*len(tensors)
     for device in {o.device for o in tensors}:
         mine = [i for i,o in enumerate(tensors) if o.device == device]
-        flat = torch.cat([tensors[i].reshape(-1) for i in mine]).cpu().numpy()   # the one sync of a flush
+        flat = torch.cat([tensors[i].reshape(-1) for i in mine])
+        if device.type == 'meta': flat = torch.full(flat.shape, torch.nan)   # has no values: a gap
+        flat = flat.cpu().numpy()   # the one sync of a flush
         ends = np.cumsum([tensors[i].numel() for i in mine])[:-1]
         for i,part in zip(mine, np.split(flat, ends)): arrays[i] = part.reshape(tensors[i].shape)
     return arrays

@@ -323,6 +323,15 @@ class Watcher(Callback):
         lines = [f"  {nm}: {o.cost() if hasattr(o, 'cost') else o.report()}" for nm,o in self.parts.items()]
         return '\n'.join([f'Watcher: {self.cost()}', *lines])
 
+# %% ../nbs/42_watch.ipynb #9c51516a
+@patch
+def unwatch(self:Learner):
+    "Take the watcher and its parts out of `cbs`; it keeps what it has recorded."
+    watchers = [cb for cb in self.cbs if isinstance(cb, Watcher)]
+    gone = [o for w in watchers for o in (*w.parts.values(), w)]
+    for i in reversed(range(len(self.cbs))):
+        if any(self.cbs[i] is o for o in gone): del self.cbs[i]
+
 # %% ../nbs/42_watch.ipynb #0edc0cf8
 @patch
 def watch(self:Learner,
@@ -336,9 +345,12 @@ def watch(self:Learner,
     tracer:bool=True,     # with `NanTracer`
     **kw                  # for `ActivationStats`, as on_valid or bins
 ) -> Watcher:
-    "Watch this learner in all its fits from here on; a second call returns the watcher of the first."
-    found = next((cb for cb in self.cbs if isinstance(cb, Watcher)), None)
-    if found is not None: return found
+    """Watch this learner in all its fits from here on.
+
+    A second call gives the watcher of the first; one with other arguments makes a new one in its place."""
+    asked = mod_filter, every, budget, gradients, updates, ranks, ranges, tracer, kw
+    found = next((cb for cb in self.cbs if isinstance(cb, Watcher)), Watcher())
+    if found.parts and asked in (found.asked, (*Learner.watch.__defaults__, {})): return found
     if every is None and budget is None: budget = .05
     steps = dict(every=1 if every is None else every, budget=budget)
     outputs = dict(mod_filter=mod_filter, on_valid=kw.get('on_valid', False))
@@ -347,17 +359,14 @@ def watch(self:Learner,
                 loss=(LossStats, True, {}),
                 ranks=(RankStats, ranks, outputs), ranges=(RangeStats, ranges, outputs),
                 tracer=(NanTracer, tracer, {}))
-    mine = {type(cb): cb for cb in reversed(self.cbs)}   # the first of a kind is used, if there is one
+    # the first of a kind is used, if there is one
+    mine = {type(cb): cb for cb in reversed(self.cbs) if not any(cb is o for o in found.parts.values())}
     parts = {nm: mine[cls] if cls in mine else cls(**args) for nm,(cls,wanted,args) in make.items() if wanted}
+    if found.parts: warnings.warn('watch: what was watched with other arguments ends here; that watcher '
+                                  'keeps what it has recorded', stacklevel=3)
+    self.unwatch()
     watcher = Watcher(**parts)
+    watcher.asked = asked
     for o in (*parts.values(), watcher):
         if not any(o is cb for cb in self.cbs): self.cbs.append(o)
     return watcher
-
-@patch
-def unwatch(self:Learner):
-    "Take the watcher and its parts out of `cbs`; it keeps what it has recorded."
-    watchers = [cb for cb in self.cbs if isinstance(cb, Watcher)]
-    gone = [o for w in watchers for o in (*w.parts.values(), w)]
-    for i in reversed(range(len(self.cbs))):
-        if any(self.cbs[i] is o for o in gone): del self.cbs[i]

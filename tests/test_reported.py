@@ -2,7 +2,7 @@
 
 The number behind a name is that of the kind; its neighbours are the parameters of its test.
 """
-import copy, io, pickle, subprocess, sys
+import copy, io, pickle, subprocess, sys, warnings
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,11 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
+from torch.utils.checkpoint import checkpoint
 
-from miniai.accel import AccumulateCB, CompileCB
+from miniai.accel import AccumulateCB, CompileCB, MixedPrecision
 from miniai.activations import ActivationStats
 from miniai.callback import Callback
+from miniai.checkpoint import CheckpointCB
+from miniai.history import History, plain_frame, read_table, write_table
+from miniai.inspector import InspectorCB
 from miniai.learner import Learner, MetricsCB, TrainCB, TrainLearner
+import miniai.diagnose  # noqa: F401 (`learn.diagnose`)
 from miniai.watch import RangeStats
 
 
@@ -194,3 +199,275 @@ def test_9_accumulated_gradients_are_those_of_the_large_batch(loss_func, weight_
     whole = [tuple(map(torch.cat, zip(*data)))]
     one, many = gradient_of(whole, loss_func), gradient_of(data, loss_func, AccumulateCB(4, weight_of))
     assert torch.allclose(one, many, atol=1e-6*float(one.abs().max()) + 1e-7) and one.abs().max() > 1e-3
+
+
+# --- 6: optimizers that step inside backward ---
+
+def steps_inside(model, names=''):
+    "Let parameters whose names begin with `names` step as soon as their gradient is there, and keep none."
+    def step(p):
+        with torch.no_grad(): p -= .1*p.grad
+        p.grad = None
+    for nm,p in model.named_parameters():
+        if nm.startswith(names): p.register_post_accumulate_grad_hook(step)
+
+class StepsOthers(TrainCB):
+    def step(self, learn): learn.opt and learn.opt.step()
+    def zero_grad(self, learn): learn.opt and learn.opt.zero_grad()
+
+@pytest.mark.parametrize('inside', ['', '0.'], ids=['all', 'a part'])
+def test_6_steps_inside_backward_are_seen(inside):
+    plain, model = net(), net()
+    steps_inside(model, inside)
+    rows = {}
+    for nm,m,opt in (('plain', plain, optim.SGD), ('inside', model, lambda params, lr: optim.SGD(list(params)[2:], lr))):
+        learn = Learner(m, loaders(), F.cross_entropy, lr=.1, cbs=StepsOthers() if m is model else TrainCB(), opt_func=opt)
+        if m is model and not inside: learn.opt_func, learn.opt = None, SimpleNamespace(step=lambda: 0, zero_grad=lambda: 0)
+        watcher = learn.watch(every=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            learn.fit(2)
+        rows[nm] = watcher
+        assert not watcher.gradients.unreached and not watcher.gradients.gaps
+        found = {o.rule for o in learn.diagnose()}
+        assert not found & {'no_gradient', 'not_trained'} - ({'not_trained'} if inside else set()), found
+    one, two = rows['plain'], rows['inside']
+    for nm in ('0.weight', '0.bias', '2.weight', '2.bias', 'all'):
+        assert np.allclose(one.gradients.rows(nm, 'grad_norm').values, two.gradients.rows(nm, 'grad_norm').values, rtol=1e-5)
+    for nm in ('0.weight', '2.weight'):
+        a, b = (o.updates.rows(nm, 'update_ratio') for o in (one, two))
+        assert np.allclose(a.values[-len(b):], b.values, rtol=1e-4) and len(b) >= len(a) - 1
+    assert not any(len(p._backward_hooks or ()) for p in model.parameters())
+
+
+# --- 5: what a batch weighs ---
+
+class Keyword(nn.Module):
+    def __init__(self): super().__init__(); self.layer = nn.Linear(6, 3)
+    def forward(self, *, x): return self.layer(x)
+
+class ByKeyword(TrainCB):
+    def predict(self, learn): learn.preds = learn.model(x=learn.batch['x'])
+    def get_loss(self, learn): learn.loss = learn.loss_func(input=learn.preds, target=learn.batch['y'])
+
+def test_5_batches_by_keyword_weigh_by_their_samples():
+    data = [dict(x=torch.full((n, 6), float(n)), y=torch.zeros(n, dtype=torch.long)) for n in (1, 99)]
+    torch.manual_seed(0)
+    learn = Learner(Keyword(), SimpleNamespace(train=data), nn.CrossEntropyLoss(), lr=0., cbs=[ByKeyword(), quiet()])
+    watcher = learn.watch(every=1)
+    learn.fit(1, valid=False)
+    losses = [F.cross_entropy(learn.model(x=o['x']), o['y']).item() for o in data]
+    assert np.isclose(learn.history.series('epoch', 'loss').values[0], (losses[0] + 99*losses[1])/100)
+    for s in (watcher.activations.rows('layer', 'mean'), watcher.gradients.rows('layer.weight', 'grad_norm'),
+              learn.history.series('batch', 'loss')): assert s.samples.tolist() == [1, 99]
+
+@pytest.mark.parametrize('reduction', ['sum', 'mean'])
+def test_5_an_empty_batch_weighs_nothing(reduction):
+    data = [(torch.randn(n, 6), torch.zeros(n, dtype=torch.long)) for n in (5, 0)]
+    learn = learner(quiet(n=lambda preds, y: float(len(y))), loss_func=nn.CrossEntropyLoss(reduction=reduction),
+                    dls=SimpleNamespace(train=data[:1], valid=data))
+    learn.fit(1)
+    loss, n = (learn.history.series('epoch', nm, 'valid') for nm in ('loss', 'n'))
+    assert n.values[0] == 5 == n.samples[0] and np.isfinite(loss.values[0])
+    assert np.isclose(loss.values[0], learn.loss_func(learn.model(data[0][0]), data[0][1]).item())
+
+
+# --- 17: metrics ---
+
+class NumpyMetric:
+    "A metric that counts in NumPy, and keeps what it was given."
+    def __init__(self): self.reset()
+    def reset(self): self.seen = []
+    def update(self, preds, y): self.seen.append(np.abs(preds.numpy()).mean() + 0*y.numpy().mean())
+    def compute(self): return torch.tensor(np.mean(self.seen))
+
+@pytest.mark.parametrize('worker', [TrainCB, MixedPrecision])
+@pytest.mark.parametrize('metric', [NumpyMetric(), lambda preds, y: np.abs(preds.numpy()).mean()], ids=['object', 'function'])
+def test_17_metrics_may_use_numpy_in_half_precision(worker, metric):
+    learn = Learner(net(), loaders(), F.cross_entropy, cbs=[worker(), quiet(size=metric)])
+    learn.fit(1)
+    assert .05 < learn.history.series('epoch', 'size', 'valid').values[0] < 1
+
+def test_17_a_metric_that_the_device_cannot_have_stays_on_the_cpu():
+    class Float64(NumpyMetric):
+        "As one whose state is float64, where the loss is on MPS."
+        def to(self, device):
+            if device != 'cpu': raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+    cb = quiet(size=Float64(), other=NumpyMetric())
+    learn = learner(cb)
+    learn.fit(1)
+    one, two = (learn.history.series('epoch', nm, 'valid').values for nm in ('size', 'other'))
+    assert cb._on_cpu == {'size'} and one == two
+
+
+# --- 20: a second watcher ---
+
+def test_20_a_second_watch_is_not_dropped():
+    learn = learner()
+    first = learn.watch(every=2)
+    learn.fit(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert learn.watch() is first and learn.watch(every=2) is first
+    with pytest.raises(TypeError, match='evry'): learn.watch(evry=3)
+    assert first in list(learn.cbs)                          # nothing is lost by an error
+    for kw in (dict(every=3), dict(every=3, ranges=True), dict(mod_filter=nn.ReLU), dict(bins=7)):
+        with pytest.warns(UserWarning, match='what was watched with other arguments ends here'): second = learn.watch(**kw)
+        assert second is not first and second is learn.watch() and ('ranges' in second.parts) == ('ranges' in kw)
+        assert len([o for o in learn.cbs if isinstance(o, ActivationStats) and not isinstance(o, RangeStats)]) == 1
+    learn.fit(1)
+    assert second.activations.bins == 7 and len(second.activations.rows('0', 'mean')) == 8
+    assert len(first.activations.rows('0', 'mean')) == 4     # kept, and no more
+
+def test_20_callbacks_of_ones_own_are_used_again():
+    own = ActivationStats(every=2)
+    learn = learner(own)
+    learn.watch()
+    learn.watch()
+    assert learn.watch().activations is own
+
+
+# --- 1, 2, 3: settled by the one engine ---
+
+class Mod(nn.Module):
+    "Two layers, of which the first is computed again in the backward pass if it is checkpointed."
+    def __init__(self, how=None):
+        super().__init__()
+        self.how, self.first, self.act, self.last = how, nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)
+    def part(self, x): return self.act(self.first(x))
+    def forward(self, x):
+        return self.last(self.part(x) if self.how is None else checkpoint(self.part, x, use_reentrant=self.how == 'reentrant'))
+
+@pytest.mark.parametrize('n', [1, 2, 3])
+def test_1_sampling_is_decided_once_a_step(n):
+    learn = learner(*[AccumulateCB(n)]*(n > 1), dls=loaders(12))
+    watcher = learn.watch(every=2)
+    learn.fit(1)
+    steps = list(range(0, 12//n, 2))
+    for s in (watcher.activations.rows('0', 'mean'), watcher.gradients.rows('0.weight', 'grad_norm'), watcher.updates.rows('0.weight', 'update_ratio')):
+        assert s.steps.tolist() == steps and s.samples.tolist() == [16*n]*len(steps)
+
+def test_1_gradients_are_watched_where_outputs_are_not():
+    learn = learner()
+    watcher = learn.watch(every=1, on_train=False, on_valid=True)
+    learn.fit(1)
+    assert len(watcher.gradients.rows('0.weight', 'grad_norm')) == 8 and len(watcher.activations.rows('0', 'mean', 'valid')) == 3
+    assert not {'no_gradient', 'dead'} & {o.rule for o in learn.diagnose()}
+
+@pytest.mark.parametrize('nans', [1, 6, 8])
+def test_2_a_nan_loss_is_no_gap(nans):
+    class Spoil(Callback):
+        def after_loss(self, learn):
+            if learn.epoch == 1 and learn.training and learn.iter >= 8-nans: learn.loss = learn.loss*torch.nan
+    learn = learner(quiet(), Spoil())
+    with pytest.warns(UserWarning, match='NaN'):
+        learn.watch(every=1)
+        learn.fit(2)
+    epochs = learn.history.series('epoch', 'loss').values
+    assert np.isfinite(epochs[0]) and np.isnan(epochs[1])
+    assert next(o for o in learn.diagnose()).rule == 'not_finite'
+
+class Calls(Callback):
+    "Calls the model where the loop does not."
+    def after_loss(self, learn): learn.model(learn.batch[0]*3)
+    def after_batch(self, learn): learn.model(learn.batch[0])
+
+@pytest.mark.filterwarnings('ignore:None of the inputs')
+@pytest.mark.parametrize('how,cbs', [('reentrant', ()), ('not', ()), (None, (Calls(),))], ids=['reentrant', 'without', 'callback'])
+def test_3_only_calls_of_the_loop_are_calls(how, cbs):
+    found = []
+    for model,more in ((Mod(), ()), (Mod(how), cbs)):
+        model.load_state_dict(Mod().state_dict() if not found else found[0][0])
+        start = copy.deepcopy(model.state_dict())
+        data = [(x.clone().requires_grad_(), y) for x,y in batches()]
+        learn = learner(*more, model=model, dls=SimpleNamespace(train=data, valid=batches(3)))
+        watcher = learn.watch(every=1)
+        learn.fit(1)
+        found.append((start, watcher))
+    one, two = (o for _,o in found)
+    assert two.activations.panels() == ['first', 'act', 'last']
+    for nm in one.activations.panels():
+        assert np.allclose(one.activations.rows(nm, 'mean').values, two.activations.rows(nm, 'mean').values, rtol=1e-5)
+
+
+# --- 4, 10, 12: outputs that are no activations, or cannot be measured ---
+
+kinds = dict(
+    sparse=lambda x: x.to_sparse(), csr=lambda x: x.detach().to_sparse_csr(), nested=lambda x: torch.nested.nested_tensor(list(x.detach())),
+    jagged=lambda x: torch.nested.nested_tensor(list(x.detach()), layout=torch.jagged), float8=lambda x: x.to(torch.float8_e4m3fn),
+    mkldnn=lambda x: x.detach().to_mkldnn(), meta=lambda x: x.to('meta'), quantized=lambda x: torch.quantize_per_tensor(x.detach(), .1, 0, torch.qint8),
+    integers=lambda x: x.long(), booleans=lambda x: x > 0, nothing=lambda x: None, text=lambda x: 'out', empty=lambda x: x[:0])
+
+class Odd(nn.Module):
+    def __init__(self, f): super().__init__(); self.f = f
+    def forward(self, x): return self.f(x)
+
+class Around(nn.Module):
+    "A layer whose output is odd, and is used by nobody, between two others."
+    def __init__(self, f): super().__init__(); self.first, self.odd, self.last = nn.Linear(6, 12), Odd(f), nn.Linear(12, 3)
+    def forward(self, x):
+        h = self.first(x)
+        self.odd(h)
+        return self.last(h)
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kind', kinds)
+def test_10_and_12_an_odd_output_ends_no_fit_and_spoils_no_other_layer(kind):
+    torch.manual_seed(0)
+    learn = learner(model=Around(kinds[kind]), dls=loaders(3))
+    watcher = learn.watch(every=1, ranges=True, ranks=True)
+    watcher.ranks.sampler.every = 1
+    learn.fit(1)
+    for nm in ('first', 'last'):
+        for part,stat in ((watcher.activations, 'mean'), (watcher.ranges, 'range'), (watcher.ranks, 'effective_rank')):
+            assert np.isfinite(part.rows(nm, stat).values).all() and len(part.rows(nm, stat)) == 3, (nm, stat)
+        assert len(watcher.gradients.rows(f'{nm}.weight', 'grad_norm')) == 3
+    if kind in ('integers', 'booleans', 'nothing', 'text', 'meta', 'empty'): assert not len(watcher.activations.rows('odd', 'mean'))
+
+def test_4_indices_beside_an_output_are_not_told():
+    class Pool(nn.Module):
+        def __init__(self): super().__init__(); self.layer, self.pool, self.head = nn.Linear(6, 12), nn.MaxPool1d(2, return_indices=True), nn.Linear(6, 3)
+        def forward(self, x): return self.head(self.pool(self.layer(x))[0])
+    learn = learner(model=Pool())
+    watcher = learn.watch(every=1, ranges=True, ranks=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.fit(1)
+    for part in (watcher.activations, watcher.ranges): assert part.panels() == ['layer', 'pool[0]', 'head']
+    assert list(watcher.ranks.limits) == ['layer', 'pool[0]', 'head']
+
+
+# --- 21: what is saved ---
+
+@pytest.mark.filterwarnings('ignore:History')
+@pytest.mark.parametrize('way', ['state', 'pickle', 'parquet', 'jsonl'])
+def test_21_a_thinned_table_knows_it_when_it_is_read_again(way, tmp_path):
+    acts = ActivationStats(max_bytes=100_000)
+    learner(acts, dls=loaders(200)).fit(1)
+    thinned, path = acts.history.thinned(), tmp_path/f'table.{way}'
+    assert max(thinned.values()) > 1
+    if way == 'pickle': again = pickle.loads(pickle.dumps(acts)).history
+    elif way == 'state': (again := History()).load_state_dict(acts.history.state_dict())
+    else:
+        write_table(plain_frame(acts.history), path)
+        again, facts = read_table(path)
+        assert 'thinned' not in facts
+    assert again.thinned() == thinned
+    assert np.array_equal(again.series('0', 'mean').steps, acts.history.series('0', 'mean').steps)
+
+@pytest.mark.parametrize('door', ['ranges', 'inspector'])
+def test_21_tables_go_on_after_a_resume(door, tmp_path):
+    class Kill(Callback):
+        order = 10**6
+        def after_batch(self, learn):
+            if learn.training and learn.n_steps == 11: raise KeyboardInterrupt
+    def made(folder):
+        cb = RangeStats() if door == 'ranges' else InspectorCB(visualizer=None)
+        return learner(cb, CheckpointCB(tmp_path/folder, every=1)), cb
+    (whole, one), (killed, _), (resumed, two) = made('one'), made('two'), made('two')
+    whole.fit(2)
+    with pytest.raises(KeyboardInterrupt): killed.fit(2, cbs=Kill())
+    resumed.fit(2, resume=tmp_path/'two')
+    a, b = one.history.frame(), two.history.frame()
+    assert len(a) == len(b) > 40 and a.drop(columns='value').equals(b.drop(columns='value'))
+    assert all(np.array_equal(x, y, equal_nan=True) for x,y in zip(a['value'], b['value']))

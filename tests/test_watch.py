@@ -243,7 +243,7 @@ def test_told_before_the_epoch_ends():
 def test_watch_twice_is_watch_once():
     learn = learner()
     watcher = learn.watch(every=2)
-    assert learn.watch(budget=.5) is watcher and len(learn.cbs) == 7
+    assert learn.watch() is watcher is learn.watch(every=2) and len(learn.cbs) == 7
     learn.fit(1)
     for part, name in ((watcher.activations, '0'), (watcher.gradients, '0.weight'), (watcher.updates, '0.weight')):
         assert part.rows(name, part.stats[0]).steps.tolist() == [0, 2, 4]
