@@ -14,6 +14,7 @@ import numpy as np
 
 from .evidence import Evidence, Track
 from .lens import aggregates
+from .plots import short_name
 from .rows import Rows
 from .stats import base_name, near_zero, outside, statistics, taps
 
@@ -46,14 +47,6 @@ def thinned(lines, most): # lines: label -> (positions, values)
 
 # %% ../nbs/55_charts.ipynb #bcc6084c
 colors = '#2a7ab8', '#c8571b', '#1f8f63', '#a8509f', '#8f7a1a', '#5a7d92'
-
-def short_name(name, most=26):
-    "Shorten a dotted name: its first parts to their initials, then what is left to its end."
-    parts = name.split('.')
-    for i,part in enumerate(parts[:-1]):
-        if len('.'.join(parts)) > most and not part.isdigit(): parts[i] = part[:1]
-    name = '.'.join(parts)
-    return name if len(name) <= most else '…' + name[1-most:]
 
 def text(name, most=10_000):
     "Give a name as plotly shows it literally."
@@ -144,8 +137,14 @@ def map_chart(title, xlabel, x, rows, values, caption='', ylabel='', value='valu
         with np.errstate(all='ignore'): z = np.round(np.log10(shown.astype(float)), 2)
         trace |= dict(z=numbers(z), customdata=numbers(shown), colorbar=log_bar(z[np.isfinite(z)]))
     at, ticks = shown_ticks(names, rows, height//25)
-    axis = dict(type='category', tickvals=at, ticktext=ticks)
-    fig = figure([trace], xlabel, ylabel, height, yaxis=axis, hovermode='closest')
+    axis, traces = dict(type='category', tickvals=at, ticktext=ticks), [trace]
+    special = ('Black: zero', '#000', shown == 0), ('Red: not finite', '#d0342c', np.isinf(shown))
+    for what,color,mask in special:
+        if not log or not mask.any(): continue
+        caption += f' {what}.'
+        traces.append(trace | dict(z=numbers(np.where(mask, 1., np.nan)), colorscale=[[0, color], [1, color]],
+                                   showscale=False, hovertemplate=f'{what}<extra></extra>'))
+    fig = figure(traces, xlabel, ylabel, height, yaxis=axis, hovermode='closest')
     return dict(title=title, caption=caption.strip(), xlabel=xlabel, figure=fig)
 
 # %% ../nbs/55_charts.ipynb #8905fe0d
@@ -157,7 +156,7 @@ def plain_stat(stat):
     return name if name and how in aggregates else stat
 
 class RunData:
-    "The recorded values by layer: `layers` (layer -> its sources) and `loop` (source -> statistics)."
+    "Sorts recorded values by layer: `layers` (layer -> its sources) and `loop` (source -> statistics)."
     def __init__(self, evidence:Evidence, order=()): # order: names of all modules in model order, if known
         self.evidence, self.stats, self.loop, facts = evidence, {}, {}, evidence.facts
         for _,source,stat in evidence.keys(): self.stats.setdefault(source, {})[plain_stat(stat)] = None
@@ -186,7 +185,7 @@ class RunData:
 
 # %% ../nbs/55_charts.ipynb #f1ed0b7a
 def is_line(track):
-    "Whether a track has one number a row."
+    "Say whether a track has one number a row."
     return len(track) > 0 and track.values.dtype != object and track.values.ndim == 1
 
 def by_step(track):
@@ -200,7 +199,7 @@ def first_line(run, layer, stat):
     return next((o for o in (run.track(source, stat) for source in run.layers[layer]) if is_line(o)), None)
 
 def lines_of(run, sources, stats, prefix=''):
-    "Label -> (positions, values), and what the positions are; labels leave out `prefix`."
+    "Give label -> (positions, values), and what the positions are; labels leave out `prefix`."
     tracks = {(source, stat): run.track(source, stat) for source in sources for stat in stats}
     tracks = {key: o for key,o in tracks.items() if is_line(o)}
     alone, xlabel, lines = len({stat for _,stat in tracks}) == 1, None, {}
@@ -227,7 +226,7 @@ def meaning(stat):
     return next((statistics[o] for o in (base_name(tap, stat) for tap in taps) if o), None)
 
 def has_gaps(stat):
-    "Whether a NaN of this statistic means that it was not measured."
+    "Say whether a NaN of this statistic means that it was not measured."
     return stat.startswith(('grad_', 'update_', 'param_', 'effective'))
 
 def stat_chart(run, layer, title, stats, most):
@@ -303,11 +302,12 @@ def overview_charts(run, columns):
         tracks = {o: run.track(o, stat) for own in run.layers.values() for o in own}
         tracks = {o: track for o,track in reversed(tracks.items()) if is_line(track)}
         if len(tracks) < 2: continue
-        found = {i: pd.Series(o.values, by_step(o)[0]) for i,o in enumerate(tracks.values())}
+        seen = lambda o: o.values if has_gaps(stat) else np.where(np.isnan(o.values), np.inf, o.values)
+        found = {i: pd.Series(seen(o), by_step(o)[0]) for i,o in enumerate(tracks.values())}
         found = pd.DataFrame(found).sort_index()
         log = stat != 'death_rate'
-        blank, limits = ('zero, or not measured', (None, None)) if log else ('not measured', (0, 1))
-        caption = f'From the first on top to the last. Blank: {blank}.'
+        caption = 'From the first on top to the last. Blank: not measured.'
+        limits = (None, None) if log else (0, 1)
         xlabel = by_step(next(iter(tracks.values())))[1]
         charts.append(map_chart(title, xlabel, found.index, list(tracks), found.values.T, caption, '',
                                 stat.replace('_', ' '), log, limits, min(600, 120 + 22*len(tracks)), columns))

@@ -8,6 +8,7 @@ __all__ = ['report_html', 'write_report', 'ReportCB']
 # %% ../nbs/56_report.ipynb #3453f774
 import base64, csv, datetime, gzip, io, itertools, json, platform, re, secrets, time, urllib.parse, warnings
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -124,23 +125,23 @@ def packed(text):
     "Compress a text into letters that a page can carry."
     return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
+def needed(module):
+    "Import what the page is made with."
+    try: return import_module(module)
+    except ImportError as e:
+        name = module.split('.')[0]
+        raise ImportError(f'report: {name} is not installed; pip install {name}') from e
+
 @lru_cache(1)
 def plotly_script():
     "Read plotly's script, packed."
-    try: from plotly.offline import get_plotlyjs
-    except ImportError as e:
-        raise ImportError('report: its charts are drawn by plotly, which is not installed; '
-                          'pip install plotly') from e
-    return packed(get_plotlyjs())
+    return packed(needed('plotly.offline').get_plotlyjs())
 
 def template(name):
     "Find a template of the page."
-    try: import jinja2
-    except ImportError as e:
-        raise ImportError('report: its page is filled by jinja2, which is not installed; '
-                          'pip install jinja2') from e
-    env = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(miniai.__file__).parent/'templates'),
-                             autoescape=name.endswith('html'), trim_blocks=True, lstrip_blocks=True)
+    jinja2, folder = needed('jinja2'), Path(miniai.__file__).parent/'templates'
+    env = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=name.endswith('html'),
+                             trim_blocks=True, lstrip_blocks=True)
     env.filters['spark'] = spark_path
     return env.get_template(name)
 
@@ -214,17 +215,16 @@ def compared(runs, title):
     return dict(title=title or ' and '.join(runs), line=f'{len(runs)} runs', each=each, levels=levels,
                 table=table.head(40)), charts
 
-# %% ../nbs/56_report.ipynb #ff952213
+# %% ../nbs/56_report.ipynb #60903aa2
 _live_seconds = 5   # between two readings of its file by a live page
 
-def rendered(name, content, charts, live=None):
+def _rendered(name, content, charts, live=None):
     "Fill a template with words, and with charts by name of their group."
     script, page = plotly_script(), template(name)
     from plotly.utils import PlotlyJSONEncoder
     charts = packed(json.dumps(charts, cls=PlotlyJSONEncoder))
     return page.render(content, live=live, nonce=secrets.token_hex(12), plotly=script, charts=charts)
 
-# %% ../nbs/56_report.ipynb #60903aa2
 def report_html(
     x,                      # as for `diagnose`; several runs: a dictionary by name, or a list of Learners
     title:str=None,         # above the page; default names the model
@@ -234,9 +234,9 @@ def report_html(
     "Make the page about the last run of `x`; it waits for the device, for all that is recorded is read."
     plotly_script()   # says what is missing before any work is done
     runs = runs_in(x)
-    if runs: return rendered('runs.html', *compared(runs, title))
+    if runs: return _rendered('runs.html', *compared(runs, title))
     content = content_of(x, title, findings)
-    return rendered('run.html', content, charts_of(content['run'], content['findings']), live)
+    return _rendered('run.html', content, charts_of(content['run'], content['findings']), live)
 
 # %% ../nbs/56_report.ipynb #80cbf81e
 def write_report(
@@ -255,9 +255,8 @@ def write_report(
 # %% ../nbs/56_report.ipynb #281e8818
 class ReportCB(Callback):
     "Writes the page while the learner trains, and at the end."
-    order = Order.write   # after all that record
-    in_trial = False
-    share = .05      # fraction of the time, at most, that writing takes
+    order, in_trial = Order.write, False   # after all that record
+    fraction = .05   # of the time, at most, that writing takes
 
     def __init__(self,
         path='report.html',  # where to; folders are made
@@ -292,7 +291,7 @@ class ReportCB(Callback):
         except Exception as e:
             if not self.warned: warnings.warn(f'ReportCB: {self.path} was not written ({e!r})')
             self.warned = True
-        self.due = time.monotonic() + max(self.seconds or 0, (time.monotonic()-began)/self.share)
+        self.due = time.monotonic() + max(self.seconds or 0, (time.monotonic()-began)/self.fraction)
 
 # %% ../nbs/56_report.ipynb #00036102
 @patch

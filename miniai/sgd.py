@@ -41,6 +41,16 @@ class PerGroup:
         for self._group in range(1, len(self.learn.opt.param_groups) if self._asked else 1):
             yield f'[{self._group}]',f(self)
 
+def _drawn(series, names, figsize):
+    from miniai.plots import plot_lines, subplots
+    fig,axs = subplots(1, len(names), figsize=figsize or (3.5*len(names), 2.6), squeeze=False)
+    for nm,ax in zip(names, axs.flat):
+        lines = {k: s for k,s in series.items() if k==nm or k.startswith(f'{nm}[')}
+        steps = next((s.steps for s in lines.values()), [])
+        values = {k: s.values for k,s in lines.items()}
+        plot_lines(ax, steps, values or [], title=nm, xlabel='step', legend=len(lines) > 1)
+    return fig
+
 # %% ../nbs/31_sgd.ipynb #fbb7708e
 class RecorderCB(PerGroup, Callback):
     "Records a number per training step for each function given, in `learn.history` and as lists in `recs`."
@@ -80,17 +90,6 @@ class RecorderCB(PerGroup, Callback):
     def plot(self, figsize=None): # inches; default by the number of names
         "Draw a chart for each name, with a line for each group of parameters; returns the figure."
         return _drawn(self.series(), list(self.d) or ['nothing to record'], figsize)
-
-# %% ../nbs/31_sgd.ipynb #af4a3e1c
-def _drawn(series, names, figsize):
-    from miniai.plots import plot_lines, subplots
-    fig,axs = subplots(1, len(names), figsize=figsize or (3.5*len(names), 2.6), squeeze=False)
-    for nm,ax in zip(names, axs.flat):
-        lines = {k: s for k,s in series.items() if k==nm or k.startswith(f'{nm}[')}
-        steps = next((s.steps for s in lines.values()), [])
-        values = {k: s.values for k,s in lines.items()}
-        plot_lines(ax, steps, values or [], title=nm, xlabel='step', legend=len(lines) > 1)
-    return fig
 
 # %% ../nbs/31_sgd.ipynb #e177f4a9
 class BaseSchedCB(Callback):

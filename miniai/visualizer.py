@@ -326,7 +326,6 @@ class _ByMethods:
                           for stat,o in shown} for source in table}
         self.inner.plot_numerical_values(epoch, title, table, bands)
 
-# %% ../nbs/44_visualizer.ipynb #0b6c1f3f
 def _tag(panel):
     kinds = dict(values='NUMERICAL', shares='PROBABILITY', stack='RELATIONS')
     return SimpleNamespace(logy=panel.log, big_plot=panel.wide, annotate=True, type=kinds[panel.kind],

@@ -12,13 +12,14 @@ import miniai.report
 from miniai.activations import ActivationStats
 from miniai.callback import Callback
 from miniai.evidence import Evidence, Facts
-from miniai.charts import colors as line_colors, kept_rows, numbers, short_name
+from miniai.charts import colors as line_colors, kept_rows, numbers
 from miniai.conv import conv
 from miniai.datasets import DataLoaders
 from miniai.device import set_seed
 from miniai.files import atomic_write
 from miniai.history import History
 from miniai.learner import MetricsCB, TrainLearner
+from miniai.plots import short_name
 from miniai.report import ReportCB, plotly_script, report_html, write_report
 from miniai.training import accuracy
 from miniai.watch import Watcher
@@ -151,7 +152,7 @@ def test_without_jinja2(monkeypatch, tmp_path):
 
 class Pages(ReportCB):
     "Notes, after each pass, whether there is a page and whether it is live."
-    share = 1e9
+    fraction = 1e9
     def before_fit(self, learn):
         super().before_fit(learn)
         self.seen = []
