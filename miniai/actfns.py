@@ -212,7 +212,6 @@ def _read_weights(path):
                          '`model.state_dict()`; they could run code and are refused '
                          f'({type(e).__name__}: {e})') from e
 
-# %% ../nbs/60_actfns.ipynb #0f13e849
 def _net_from(text, path):
     "Make the network that a config describes, not yet with its weights."
     try:
@@ -529,7 +528,7 @@ def compare_act_fns(
             tables.append(_by_depth(_act_name(act_fn), net, *rows))
     return _draw_by_depth(tables), pd.concat(tables, ignore_index=True)
 
-# %% ../nbs/60_actfns.ipynb #be5f8aa6
+# %% ../nbs/60_actfns.ipynb #e46f06aa
 def _print_dead(table):
     "Print what was found, in a sentence for each kind of function."
     dead, flat = (table[table.report == o] for o in ('dead', 'saturated'))
@@ -540,7 +539,6 @@ def _print_dead(table):
         print(f'{", ".join(flat.function.unique())}: never exactly zero where flat, so not dead units but '
               f'the saturated fraction of outputs {over}: {found}')
 
-# %% ../nbs/60_actfns.ipynb #e46f06aa
 def measure_number_dead_neurons(
     net,           # any model
     dl,            # loader of batches (inputs, targets) or inputs; tensor, tuple, [inputs, targets]: a batch

@@ -246,12 +246,12 @@ def tta(self:Learner,
     return torch.stack(preds).mean(0),found[0][1]
 
 # %% ../nbs/33_augment.ipynb #10d9c247
-def check_pictures(x, pct, caller):
+def _check_pictures(x, pct, caller):
     if not 0 < pct <= 1: raise ValueError(f'{caller}: pct is {pct!r}; it must be above 0 and at most 1')
     if x.ndim==4: return
     raise ValueError(f'{caller}: got shape {tuple(x.shape)}; it takes a batch of pictures [B, C, H, W]')
 
-def random_place(x, pct):
+def _random_place(x, pct):
     "Draw a random rectangle of `pct` of height and width, as slices."
     sizes = [(o, max(int(pct*o), 1)) for o in x.shape[-2:]]
     starts = [random.randint(0, whole-part) for whole,part in sizes]
@@ -264,26 +264,25 @@ def rand_erase(
     max_num=4  # rectangles at most; from none to so many
 ): # new pictures
     "Fill rectangles with noise; their number and places come from Python's `random`."
-    check_pictures(x, pct, 'rand_erase')
+    _check_pictures(x, pct, 'rand_erase')
     floats = x if x.is_floating_point() else x.float()
     res,(mean,std),low,high = x.clone(),mean_std(floats),floats.min(),floats.max()
     for _ in range(random.randint(0, max_num)):
-        place = random_place(x, pct)
+        place = _random_place(x, pct)
         noise = torch.randn(res[place].shape, dtype=mean.dtype, device=x.device)*std + mean
         res[place] = noise.clamp(low, high).to(x.dtype)
     return res
 
-# %% ../nbs/33_augment.ipynb #6dd37354
 def rand_copy(
     x,         # pictures [B, C, H, W]
     pct=0.2,   # as for `rand_erase`
     max_num=4  # as for `rand_erase`
 ): # new pictures
     "Fill rectangles with other parts of the same picture."
-    check_pictures(x, pct, 'rand_copy')
+    _check_pictures(x, pct, 'rand_copy')
     res = x.clone()
     for _ in range(random.randint(0, max_num)):
-        source,place = random_place(x, pct),random_place(x, pct)
+        source,place = _random_place(x, pct),_random_place(x, pct)
         res[place] = res[source].clone()   # they may overlap
     return res
 

@@ -20,7 +20,6 @@ from .device import def_device, to_device, to_cpu, set_seed, clean_mem
 from .plots import show_image, show_images, subplots, get_grid
 from .training import get_dls
 
-# %% ../nbs/26_datasets.ipynb #effa7cc4
 _all_ = ['def_device', 'to_device', 'to_cpu', 'set_seed', 'clean_mem',
          'show_image', 'show_images', 'subplots', 'get_grid']
 

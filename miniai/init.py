@@ -23,7 +23,6 @@ from .device import clean_mem, cloned, def_device, refilled, rng_state, set_rng_
 from .hooks import Hooks, select_modules, unwrap
 from .stats import mean_std
 
-# %% ../nbs/30_init.ipynb #e5136692
 _all_ = ['clean_mem']
 
 # %% ../nbs/30_init.ipynb #35bec0d7
