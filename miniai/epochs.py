@@ -290,7 +290,11 @@ class Silence:
         at_steps = any(o.tap in ('grad', 'update') for o in self.lenses)
         never = at_steps and forwards['train'] and not self.steps.n_stepped
         if never: self.warn('the optimizer', why_no_step)
+        hooked = any(o.loss_fn is not None for o in self._loss_lenses())
+        if stepped and hooked and 'loss' not in self.pushed: self.warn('the loss', why_no_loss)
 
+why_no_loss = ('is not recorded, because the loss_fn that is known was never called. Call that module, '
+               '`loss_fn(preds, targets)`, or give no loss_fn and call `push_loss`')
 why_no_step = 'has made no step that PyTorch knows of, so gradients and updates are not recorded'
 why_validation = ('was trained, but every call of it counted as validation: it is in eval mode, or grad '
                   'mode is off in its forward. Call model.train() before training, and model.eval() '

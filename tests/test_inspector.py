@@ -1231,8 +1231,8 @@ def test_one_lens_says_nothing_of_the_units_of_another():
 
 @pytest.mark.parametrize('copied', [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_a_copy_in_the_middle_of_a_run_watches_nothing_and_has_the_table(copied):
-    model, loss_fn = small_net(), nn.CrossEntropyLoss()
-    inspector = Inspector(all_lenses(loss_fn), module=model, visualizer=None)
+    model = small_net()
+    inspector = Inspector(all_lenses(), module=model, visualizer=None)
     train(model, torch.randn(8, 4))
     inspector.tick_epoch()
     hooks, other = count_hooks(model), copied(inspector)
@@ -1243,3 +1243,15 @@ def test_a_copy_in_the_middle_of_a_run_watches_nothing_and_has_the_table(copied)
     train(fresh, torch.randn(8, 4))
     other.detach()
     assert len(values(other, '1', 'norm')) == 6 and len(values(inspector.detach(), '1', 'norm')) == 3
+
+def test_a_loss_that_is_never_called_is_told():
+    model, loss_fn = small_net(), nn.CrossEntropyLoss()
+    inspector = Inspector([LossMetrics(loss_fn=loss_fn)], module=model, visualizer=None)
+    F.cross_entropy(model(torch.randn(4, 4)), torch.zeros(4).long()).backward()
+    optim.SGD(model.parameters(), .1).step()
+    with pytest.warns(UserWarning, match='the loss_fn that is known was never called'): inspector.tick_epoch()
+    assert math.isnan(inspector.lenses[0].loss(train=True))
+    loss_fn(model(torch.randn(4, 4)), torch.zeros(4).long()).backward()
+    inspector.tick_epoch()   # no further word
+    assert inspector.lenses[0].loss(train=True) > 0
+    inspector.detach()
