@@ -53,11 +53,12 @@ class Setup:
     blocks:int = 30            # that are compared
     threads:int = 1            # of PyTorch
     device:str = 'cpu'
-    fit_steps:tuple = (100, 600) # lengths of the fits within a budget
-    fits:int = 7               # of each variant, where whole fits are compared
+    fit_steps:tuple = (100, 2000) # lengths of the fits within a budget
+    fits:int = 5               # of each variant, where whole fits are compared
+    epochs:tuple = (3, 20)     # of the README's net
 
     @classmethod
-    def quick(cls, **kw): return cls(blocks=2, fit_steps=(20, 40), fits=2, **kw)
+    def quick(cls, **kw): return cls(blocks=2, fit_steps=(20, 40), fits=2, epochs=(1, 2), **kw)
 
     def part(self, n): return max(2, round(self.blocks*n))
     def by_wall(self): return self.threads > 1 or self.device == 'cuda'
@@ -479,16 +480,18 @@ def growth_table(setup=standard):
 
 
 def readme_table(setup=standard):
-    "The README's own net and Learner, three epochs with validation: which fraction of the steps plain `learn.watch()` samples."
-    def fit(*args, watch=True):
+    "The README's own net and Learner, with validation: which fraction of the steps plain `learn.watch()` samples."
+    def fit(epochs, *args, watch=True):
         torch.manual_seed(1)
         dls = DataLoaders.in_memory(fashion_mnist('small'), 128, device=setup.device)
         cbs = [TrainCB(), DeviceCB(setup.device), accuracy()]
         learn = Learner(readme_net(), dls, F.cross_entropy, lr=.2, cbs=cbs)
         watcher = learn.watch(*args) if watch else None
-        return partial(learn.fit, 3), 3*len(dls.train), watcher
-    variants = {'Learner + MetricsCB': partial(fit, watch=False), 'learn.watch()': fit, 'learn.watch(nn.ReLU)': partial(fit, nn.ReLU)}
-    return fit_after_fit(variants, setup)
+        return partial(learn.fit, epochs), epochs*len(dls.train), watcher
+    def variants(n):
+        return {'Learner + MetricsCB': partial(fit, n, watch=False), 'learn.watch()': partial(fit, n),
+                'learn.watch(nn.ReLU)': partial(fit, n, nn.ReLU)}
+    return pd.concat({f'{n} epochs': fit_after_fit(variants(n), setup) for n in setup.epochs})
 
 
 def epoch_table(setup=standard):
@@ -539,7 +542,7 @@ tables = {1: ('The Learner', (learner_table,)),
           4: ('learn.watch(every=1), and plain learn.watch() with its budget', (watch_table, budget_table)),
           5: ('An Inspector with three lenses', (inspector_table,)),
           6: ('Growth: ActivationStats on all leaves', (growth_table,)),
-          7: ("The README's net, three epochs", (readme_table,)),
+          7: ("The README's net", (readme_table,)),
           8: ('Memory, 20 layers', (memory_table,)),
           9: ('An epoch of 60,000 images, all leaves watched', (epoch_table,))}
 
