@@ -6,8 +6,9 @@
 __all__ = ['main']
 
 # %% ../nbs/61_demo.ipynb #69d28ce2
-import argparse, sys, time
+import argparse, math, sys, time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from .accel import GradClipCB
-from .activations import get_hist, get_min
 from .conv import conv
 from .datasets import DataLoaders, fashion_mnist
 from .device import def_device, set_seed
@@ -37,21 +37,14 @@ def five_convs():
 # %% ../nbs/61_demo.ipynb #4f3c9b80
 @dataclass
 class Run:
-    "A training that has been done: its name, its learner and what was watched."
+    "Holds a training that has been done: its name, its learner and what was watched."
     name: str
     learn: Learner
     watcher: Watcher
 
     @property
-    def relu(self):
-        "The hook on the last ReLU, with the statistics of what left it."
-        return list(self.watcher.activations)[-1]
-
-    @property
-    def spread(self):
-        "Standard deviation of the last ReLU's output at each step."
-        return np.asarray(self.relu.stats[1], dtype=float)
-
+    def relu(self): return list(self.watcher.activations)[-1]   # the hook on the last one
+    def of_relu(self, stat): return self.watcher.activations.rows(self.relu.name, stat).values
     def values(self, *key): return self.learn.history.series(*key).values   # of a series
     def last(self, nm): return float(self.values('epoch', nm, 'valid')[-1])   # test value of a metric
 
@@ -71,25 +64,27 @@ def train_run(name, dls, cured=False, epochs=5, lr=.6, seed=1, cbs=()) -> Run:
     return Run(name, learn, watcher)
 
 # %% ../nbs/61_demo.ipynb #b272c60d
-_views = dict(color_dim='How large are the outputs?', dead_chart='How many are next to nothing?',
-              plot_stats='Mean and spread')
+# view -> its title, and of the last ReLU's output what is said of it: words, statistic, format
+_views = dict(
+    color_dim=('How large are the outputs?', '99% of what leaves the last ReLU is below', 'q99', '{:.2f}'),
+    dead_chart=('How many are next to zero?', 'Fraction of outputs next to zero:', 'near_zero', '{:.0%}'),
+    plot_stats=('Mean and spread', 'Its standard deviation:', 'std', '{:.3f}'))
 
 def _figure(run, view):
-    "One of the three views of a run, titled."
+    "Draw one of the three views of a run, titled."
     fig = getattr(run.watcher.activations, view)()
-    fig.suptitle(f'{run.name}: {_views[view]} ({view})', size=11)
+    fig.suptitle(f'{run.name}: {_views[view][0]} ({view})', size=11)
     return fig
 
 # %% ../nbs/61_demo.ipynb #82b44930
 def _comparison(runs, chance=.1):
-    "Loss, accuracy and spread of the last ReLU's output, of several runs."
-    def each(f): return {o.name: f(o) for o in runs}
-    accuracy = each(lambda o: o.values('epoch', 'accuracy', 'valid'))
-    curves = (('Training loss', 'step', each(lambda o: o.values('batch', 'loss'))),
-              ('Accuracy on the test images', 'epoch', accuracy),
-              ('Standard deviation behind the last ReLU', 'step', each(lambda o: o.spread)))
+    "Draw loss, accuracy and spread of the last ReLU's output, of several runs."
+    curves = (('Training loss', 'step', lambda o: o.values('batch', 'loss')),
+              ('Accuracy on the test images', 'epoch', lambda o: o.values('epoch', 'accuracy', 'valid')),
+              ('Standard deviation behind the last ReLU', 'step', lambda o: o.of_relu('std')))
     fig, axs = subplots(1, 3, figsize=(11, 3.2))
-    for ax,(title,xlabel,series) in zip(axs, curves):
+    for ax,(title,xlabel,values) in zip(axs, curves):
+        series = {o.name: values(o) for o in runs}
         x = np.arange(len(next(iter(series.values())))) + (xlabel == 'epoch')
         plot_lines(ax, x, series, title=title, xlabel=xlabel)
     axs[1].axhline(chance, color='0.6', ls=':')
@@ -99,32 +94,20 @@ def _comparison(runs, chance=.1):
 
 # %% ../nbs/61_demo.ipynb #32bff6d3
 def _course(values, text):
-    "First, highest and last of `values` [n] formatted by `text`; NaN and infinity are said as they are."
+    "Say the first, highest and last of `values` [n], formatted by `text`; NaN and infinity as they are."
     values = np.asarray(values, dtype=float)
     top = int(np.where(np.isfinite(values), values, np.inf).argmax())   # the first that is not finite, if any
     first,high,last = (text.format(values[o]) for o in (0, top, -1))
     return f'{first} at first, {high} at its highest (step {top}), {last} at the end'
 
-def _reach(h, fraction=.99, top=10.):
-    "Below which value a fraction of the counted outputs lies, at each step [n]; NaN where none was counted."
-    counts = np.expm1(np.asarray(get_hist(h), dtype=float))   # [bins, steps]
-    total = counts.sum(0)
-    bins = (counts.cumsum(0) < fraction*total).sum(0)+1
-    return np.where(total > .5, bins*top/len(counts), np.nan)
-
-def _sentences(run):
-    "What one sees of the last ReLU in the three figures of a run: name of the view -> words."
-    near, spread = np.asarray(get_min(run.relu), dtype=float), run.spread
-    flat = int((spread < spread.max()/10).sum())
-    return dict(
-        color_dim='99% of what leaves the last ReLU is below ' + _course(_reach(run.relu), '{:.2f}') + '.',
-        dead_chart='Fraction of its outputs next to zero: ' + _course(near, '{:.0%}') + '.',
-        plot_stats='Its standard deviation: ' + _course(spread, '{:.3f}')
-                   + f'; below a tenth of that at {flat} of {len(spread)} steps.')
+def _sentence(run, view):
+    "Say what one sees of the last ReLU in a figure of a run."
+    _, words, stat, text = _views[view]
+    return f'{words} {_course(run.of_relu(stat), text)}.'
 
 # %% ../nbs/61_demo.ipynb #15d392b7
 def _findings(run):
-    "What is wrong with a run: a line, and one for each finding."
+    "Say what is wrong with a run: a line, and one for each finding."
     found = diagnose(run.learn)
     return '\n'.join([found.summary(), *(f'    {o.level}, {o.rule}: {o.text}' for o in found)])
 
@@ -137,62 +120,56 @@ def _write_pages(runs, folder):
         print(e)   # and how to get it
         return []
 
-# %% ../nbs/61_demo.ipynb #59e1a678
-def _save(fig, path):
-    import matplotlib.pyplot as plt
-    fig.savefig(path, dpi=80)
-    plt.close(fig)
-
+# %% ../nbs/61_demo.ipynb #001d530b
 def _draw(runs, folder):
     "Save three figures for each run and the comparison: path of each -> the sentence about it."
+    import matplotlib.pyplot as plt
     texts = {}
-    for run in runs:
-        for view,text in _sentences(run).items():
-            texts[path := folder/f'{run.name}_{view}.png'] = text
-            _save(_figure(run, view), path)
-    _save(_comparison(runs), path := folder/'comparison.png')
+    for run,view in product(runs, _views):
+        _figure(run, view).savefig(path := folder/f'{run.name}_{view}.png', dpi=80)
+        texts[path] = _sentence(run, view)
+    _comparison(runs).savefig(path := folder/'comparison.png', dpi=80)
+    plt.close('all')
     ends = ', '.join(f"{o.name} {o.last('accuracy'):.1%}" for o in runs)
     return {**texts, path: f'Test accuracy at the end: {ends}.'}
 
 # %% ../nbs/61_demo.ipynb #6373d856
-def _above(kind):
-    "A reader of options that takes finite numbers above 0."
-    def read(text):
-        try: value = kind(text)
-        except ValueError: value = None
-        if value is not None and 0 < value < float('inf'): return value
-        number = 'a whole number' if kind is int else 'a number'
-        raise argparse.ArgumentTypeError(f'{text!r} is not {number} above 0')
-    return read
-
 def _parser():
-    "The options of the command."
     p = argparse.ArgumentParser(prog='miniai_demo', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description='Train five convolutions on Fashion-MNIST badly and well, and show what happens inside.')
     p.add_argument('--source', choices=['small', 'idx', 'hub', 'auto'], default='small',
                    help='images: the 7,000 shipped, IDX files, the Hugging Face Hub, or the best at hand')
     p.add_argument('--path', help='folder of the IDX files, for --source idx; else where Debian puts them')
-    p.add_argument('--epochs', type=_above(int), default=5, help='passes over the training images')
-    p.add_argument('--lr', type=_above(float), default=0.6, help='learning rate of both runs')
-    p.add_argument('--batch-size', type=_above(int), default=512, help='images in a training step')
+    p.add_argument('--epochs', type=int, default=5, help='passes over the training images')
+    p.add_argument('--lr', type=float, default=0.6, help='learning rate of both runs')
+    p.add_argument('--batch-size', type=int, default=512, help='images in a training step')
     p.add_argument('--seed', type=int, default=1, help='same seed, same numbers')
     p.add_argument('--out', default='miniai_demo', help='folder for the pictures and pages')
     return p
+
+def _options(argv):
+    "Read and check the options; the parser is there to end with an error."
+    parser = _parser()
+    args = parser.parse_args(argv)
+    for nm in ('epochs', 'lr', 'batch_size'):
+        value = getattr(args, nm)
+        if not 0 < value < math.inf: parser.error(f'--{nm.replace("_", "-")} is {value}; it must be above 0')
+    return args, parser
 
 # %% ../nbs/61_demo.ipynb #b2631c4c
 _titles = dict(failing="1. PyTorch's default initialisation",
                cured='2. Cured: Kaiming initialisation, standardised input, clipped gradients')
 
 def _train_all(dls, args):
-    "Both runs, with a table of the epochs for each."
+    "Do both runs, with a table of the epochs for each."
     for name,title in _titles.items():
         print(f'\n{title}, learning rate {args.lr:g}\n', flush=True)
         run = train_run(name, dls, name == 'cured', args.epochs, args.lr, args.seed, cbs=[ProgressCB()])
         print(f'Watching took {run.watcher.cost()}')
         yield run
 
-def _tell(runs, folder):
-    "Pictures, findings and pages."
+def _say(runs, folder):
+    "Write pictures and pages, and say what is in them."
     texts = _draw(runs, folder)
     print('\nIn the pictures:\n', *(f'{path.name}\n    {text}' for path,text in texts.items()), sep='\n')
     print('\nWhat is wrong:\n', *(f'{o.name}: {_findings(o)}' for o in runs), sep='\n')
@@ -204,8 +181,7 @@ def main(
     argv=None # list of options; default: those of the command line
 ):
     "Run the console command; an error the user can mend ends it with one line and exit status 2."
-    parser, start = _parser(), time.time()
-    args = parser.parse_args(argv)
+    (args, parser), start = _options(argv), time.time()
     folder = Path(args.out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -217,7 +193,7 @@ def main(
         matplotlib.use('Agg')
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try: _tell(list(_train_all(dls, args)), folder)
+    try: _say(list(_train_all(dls, args)), folder)
     finally: torch.set_num_threads(threads)
     train, test = dd['train'], dd['test']
     print(f'\nData: {train.info.description} ({len(train):,} training, {len(test):,} test images)')

@@ -110,11 +110,11 @@ def test_diverging_run_is_drawn(tmp_path):
 
 
 @pytest.mark.parametrize('options,words', [
-    (['--epochs', '0'], "'0' is not a whole number above 0"),
-    (['--epochs', '1.5'], "'1.5' is not a whole number above 0"),
-    (['--lr', '-1'], "'-1' is not a number above 0"),
-    (['--lr', 'nan'], "'nan' is not a number above 0"),
-    (['--batch-size', 'x'], "'x' is not a whole number above 0"),
+    (['--epochs', '0'], '--epochs is 0; it must be above 0'),
+    (['--epochs', '1.5'], "--epochs: invalid int value: '1.5'"),
+    (['--lr', '-1'], '--lr is -1.0; it must be above 0'),
+    (['--lr', 'nan'], '--lr is nan; it must be above 0'),
+    (['--batch-size', 'x'], "--batch-size: invalid int value: 'x'"),
     (['--source', 'mnist'], "invalid choice: 'mnist'"),
     (['--source', 'idx', '--path', '.'], 'lacks train-images-idx3-ubyte'),
     (['--path', '.'], "'small' is in the package"),
