@@ -112,7 +112,7 @@ def is_last(learn):
 class Accumulation(Callback):
     "Holds batches, and weighs their gradients; needs `n` and `weight_of`."
     order = Order.batches
-    def before_fit(self, learn): self.batches,self.samples,self.first,self._open = 0,0,0,False
+    def before_fit(self, learn): self.batches,self.samples,self.first,self._open = 0,0,None,False
     def before_batch(self, learn):
         learn.hold = learn.training and self.batches+1 < self.n and not is_last(learn)
 
@@ -121,9 +121,9 @@ class Accumulation(Callback):
         size = getattr(learn.dl, 'n_now', None)   # in all processes together
         if size is None: size = counted(learn, self.weight_of)
         if size is None: size = batch_size(learn.batch)
-        first = self.first or max(batch_size(learn.batch), 1)
-        self.batches,self.samples,self.first,self._open = self.batches+1,self.samples+size,first,True
         # as if all `n` were as large as the first
+        if self.first is None: self.first = size.clamp(min=1) if hasattr(size, 'clamp') else max(size, 1)
+        self.batches,self.samples,self._open = self.batches+1,self.samples+size,True
         if not is_sum(learn.loss_func): weight_gradients(learn, size/(self.n*self.first))
 
     def after_backward(self, learn):

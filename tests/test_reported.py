@@ -2,8 +2,9 @@
 
 The number behind a name is that of the kind; its neighbours are the parameters of its test.
 """
-import copy, io, pickle, subprocess, sys, warnings
+import copy, io, os, pickle, subprocess, sys, warnings
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -471,3 +472,61 @@ def test_21_tables_go_on_after_a_resume(door, tmp_path):
     a, b = one.history.frame(), two.history.frame()
     assert len(a) == len(b) > 40 and a.drop(columns='value').equals(b.drop(columns='value'))
     assert all(np.array_equal(x, y, equal_nan=True) for x,y in zip(a['value'], b['value']))
+
+
+# --- 9, 14: several processes ---
+
+processes = '''
+import sys, warnings, torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from miniai.accel import AccumulateCB, DDPCB
+from miniai.activations import ActivationStats
+from miniai.callback import Callback
+from miniai.datasets import DataLoaders
+from miniai.distributed import rank
+from miniai.learner import Learner, MetricsCB, TrainCB
+
+torch.manual_seed(0)
+x, y = torch.randn(35, 6), torch.randint(0, 3, (35,))
+y[3:12] = -100
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(zip(x, y))
+
+def fit(*cbs, size, loss_func=F.cross_entropy, norm=False, data=TensorDataset(x, y), **kw):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), *[nn.BatchNorm1d(8)]*norm, nn.ReLU(), nn.Linear(8, 3))
+    dl = DataLoader(data, size, **kw)
+    learn = Learner(model, DataLoaders(dl, dl), loss_func, lr=.1, cbs=[TrainCB(), *cbs])
+    learn.fit(2)
+    return learn, torch.cat([p.flatten() for p in model.parameters()]).detach()
+
+for loss_func in (F.cross_entropy, nn.CrossEntropyLoss(weight=torch.tensor([1., 5., .2])), nn.CrossEntropyLoss(reduction='sum')):
+    for more in ([], [AccumulateCB(2)]):
+        (_, one), (_, two) = fit(*more, size=16, loss_func=loss_func), fit(*more, DDPCB('gloo'), size=8, loss_func=loss_func)
+        assert torch.allclose(one, two, atol=1e-5), (loss_func, len(more), (one-two).abs().max())
+one, two = fit(size=16, data=Stream())[1], fit(DDPCB('gloo'), size=8, data=Stream())[1]
+assert torch.allclose(one, two, atol=1e-5)
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter('always')
+    learn = fit(DDPCB('gloo'), size=8, norm=True)[0]
+assert learn.n_steps == 4   # 3 samples are too few for two processes
+assert rank() or any('3 samples at the end of the data are too few' in str(o.message) for o in told)
+for cb in (MetricsCB(), ActivationStats()):
+    try: fit(DDPCB('gloo'), *[cb]*(rank() == 0), size=8)
+    except ValueError as e: assert 'give all the same' in str(e) and type(cb).__name__ in str(e)
+    else: raise AssertionError('not refused')
+class Mine(Callback): "Of one's own, in one process: it waits for nobody."
+fit(DDPCB('gloo'), *[Mine()]*(rank() == 0), size=8)
+print('fine')
+'''
+
+def test_9_and_14_two_processes(tmp_path):
+    (tmp_path/'train.py').write_text(processes)
+    env = {**os.environ, 'PYTHONPATH': str(Path(__file__).resolve().parent.parent), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', str(tmp_path/'train.py')]
+    found = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert found.returncode == 0 and found.stdout.count('fine') == 2, found.stderr[-3000:]
