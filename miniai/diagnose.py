@@ -20,7 +20,7 @@ from .evidence import (Chart, Evidence, Facts, Finding, Findings, Param, Track, 
 from .history import History
 from .inspector import Inspector
 from .learner import Learner
-from .loss_rules import consequences
+from .loss_rules import consequences, explanations
 from .rules import Missing, rule, rules
 
 # %% ../nbs/53_diagnose.ipynb #f4ccef33
@@ -67,7 +67,11 @@ def diagnose(
         new, why = asked(nm, f, evidence, limits)
         found += new
         if why: unchecked[nm] = why
-    found.sort(key=lambda o: levels.index(o.level))   # stable: of one level, in the order of the rules
+    stuck = any(o.rule in consequences and o.level == 'error' for o in found)
+    for o in found:
+        if stuck and o.level == 'warning' and o.rule in explanations: o.level = 'error'
+    # stable: of one level, in the order of the rules, but for what others explain
+    found.sort(key=lambda o: (levels.index(o.level), o.rule in consequences))
     for i,o in enumerate(found):
         if o.rule in consequences and any(above.level == 'error' for above in found[:i]):
             o.causes.insert(0, 'what the findings above this one say')

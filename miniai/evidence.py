@@ -18,7 +18,7 @@ from .history import History, plain_frame, read_table, write_table
 from .hooks import select_modules, unwrap
 from .inspector import Inspector
 from .learner import Learner
-from .loss_stats import first_tensor, is_affine, is_clipped, is_summed
+from .loss_stats import first_tensor, is_affine, is_blind, is_clipped, is_summed
 from .lens import row_stat
 from .visualizer import Recording
 from .watch import Watcher
@@ -40,6 +40,7 @@ class StepFacts:
     rates:tuple = ()                          # (step, learning rate) of some
     norms:dict = field(default_factory=dict)  # BatchNorm -> fraction of its values that is from the start
     summed:bool = None                        # whether the loss is a sum over the batch
+    blind:bool = None                         # whether it does not tell one unit from another
 
 # %% ../nbs/49_evidence.ipynb #24f2c46e
 @dataclass
@@ -284,11 +285,17 @@ def function_name(o):
     "Of a function, a partial or an object that is called."
     return getattr(o, '__name__', None) or getattr(getattr(o, 'func', None), '__name__', type(o).__name__)
 
-def _of_answers(preds):
+# %% ../nbs/49_evidence.ipynb #15c0257a
+def is_constant(a):
+    "Whether the samples of a batch are all the same; None where that is not to be seen."
+    if not isinstance(a, torch.Tensor) or not a.numel() or a.ndim < 2 or len(a) < 2: return None
+    return bool((a - a[:1]).abs().amax() <= 1e-6*a.abs().amax())
+
+def _of_answers(preds, inputs):
     "What the predictions for the last batch show: `constant` and `answers`."
     if not (isinstance(preds, torch.Tensor) and preds.is_floating_point() and preds.numel()): return {}
     a, rows = preds.detach().float(), preds.ndim > 1
-    constant = bool((a - a[:1]).abs().amax() <= 1e-6*a.abs().amax()) if rows and len(a) > 1 else None
+    constant = None if is_constant(inputs) else is_constant(a)   # to one question there is one answer
     if not ((a >= 0) & (a <= 1)).all(): return dict(constant=constant, answers='number')
     sums = a.sum(1) if rows and a.shape[1] > 1 else a.new_zeros(1)
     return dict(constant=constant, answers='distribution' if (sums - 1).abs().amax() < .01 else 'fraction')
@@ -314,17 +321,19 @@ def with_known(facts, known):
 
 # %% ../nbs/49_evidence.ipynb #d3b9af07
 def _of_probes(model, loss_func, inputs, preds, targets):
-    "What the last batch shows when it is tried out: `affine`, `clipped`."
+    "What the last batch shows when it is tried out: `affine`, `clipped`, `summed`, `blind`."
     types = [type(m).__name__ for m in model.modules()]
     weights = sum(o in ('Linear', 'Conv1d', 'Conv2d') for o in types)
     maybe = weights > 1 and not {*types} & {*nn.modules.activation.__all__}
     return dict(affine=is_affine(model, inputs) if maybe else None,
-                clipped=is_clipped(loss_func, preds, targets), summed=is_summed(loss_func, preds, targets))
+                clipped=is_clipped(loss_func, preds, targets), summed=is_summed(loss_func, preds, targets),
+                blind=is_blind(loss_func, preds, targets))
 
 def _of_model(model, opts, loss_func, inputs, predictions, targets):
     "What a model, its optimizers, its loss and its last batch show; None for what is not known."
-    facts = Facts(loss='' if loss_func is None else function_name(loss_func), **_of_optimizer(next(iter(opts), None)),
-                  n_classes=_n_classes(loss_func, predictions), **_of_answers(predictions))
+    facts = Facts(loss='' if loss_func is None else function_name(loss_func),
+                  n_classes=_n_classes(loss_func, predictions), **_of_optimizer(next(iter(opts), None)),
+                  **_of_answers(predictions, inputs))
     if model is None: return facts
     layers = {nm: type(m).__name__ for nm,m in select_modules(model)}
     probes = _of_probes(model, loss_func, inputs, predictions, targets)

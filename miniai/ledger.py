@@ -70,7 +70,7 @@ class GradientWatch:
         if self.handle is not None: self.handle.remove()
         self.handle = None
 
-# %% ../nbs/38_ledger.ipynb #d6beafcc
+# %% ../nbs/38_ledger.ipynb #b87228a3
 class StepCounts:
     "Counts what optimizers do, and what is done to weights between their steps."
     def __init__(self):
@@ -89,12 +89,12 @@ class StepCounts:
         n, self.versions = self.counts['steps'], {id(optimizer): sum(p._version for p in params)}
         self.grads.follow(params)
         self.grads.stepped(is_due(n))
-        rates = [o['lr'] for o in getattr(optimizer, 'param_groups', ()) if isinstance(o.get('lr'), (int, float))]
-        if rates and is_due(n): self.rates.append((n, max(rates)))
+        rates = [o.get('lr') for o in getattr(optimizer, 'param_groups', ())]
+        if is_due(n) and any(isinstance(o, (int, float)) for o in rates[:1]): self.rates.append((n, rates[0]))
         self.counts.update({'steps': 1, 'in eval mode': int(not self.training),
                             'fresh': int(self.fresh and bool(getattr(optimizer, 'state', ())))})
 
-# %% ../nbs/38_ledger.ipynb #be7d0fb7
+# %% ../nbs/38_ledger.ipynb #52b34a0b
 class Ledger(StepCounts):
     "Counts what the steps of a loop find and leave; `facts` has it."
     def __init__(self):
@@ -107,7 +107,7 @@ class Ledger(StepCounts):
         else: self.counts.update({'forwards without grad': 1, 'of these in train mode': int(training)})
 
     def output(self, a, params):
-        "Note the parameters that the first output with a graph was computed from, and that are not among these."
+        "Note the parameters, other than these, that the first output with a graph was computed from."
         if self.strangers is not None or a.grad_fn is None: return
         mine = {id(p) for p in params}
         self.strangers = [(p, head(p).clone()) for p in leaves_of(a) if id(p) not in mine]

@@ -12,18 +12,21 @@ from .loss_stats import entry_stats
 from .rules import Missing, found, is_solved, needed_loss, rule, steps_chart, tracks_of, update_ratios
 from .step_rules import last_called
 
-# %% ../nbs/52_loss_rules.ipynb #77569d47
-consequences = 'constant_output', 'at_chance'   # rules that find what many faults lead to
+# %% ../nbs/52_loss_rules.ipynb #56500451
+consequences = 'not_finite', 'constant_output', 'at_chance'   # rules that find what many faults lead to
+explanations = ('input_scale', 'target_scale', 'no_nonlinearity', 'first_loss_high', 'exclusive_classes',
+                'class_ids', 'sorted_batches', 'norm_of_few', 'summed_loss')   # that explain them
 
-# %% ../nbs/52_loss_rules.ipynb #5ae770c2
+# %% ../nbs/52_loss_rules.ipynb #b30b1dda
 _loss_wants = dict(   # name of the loss, small and without _ -> what it wants
     crossentropy='logits', crossentropyloss='logits', bcewithlogitsloss='logits',
     binarycrossentropywithlogits='logits', nllloss='log-probabilities')
 
-def always_within(evidence, few=10):
-    "Whether the predictions of all steps that were looked at, of `few` at least, are from 0 to 1."
+def always_within(evidence, few=10, width=.5):
+    "Whether predictions are from 0 to 1 in `few` steps at least, and fill `width` of that."
     both = [evidence.track('predictions', 'entries', phase).values for phase in ('train', 'valid')]
-    return len(both[0]) >= few and all((o[:, 0] >= 0).all() and (o[:, 1] <= 1).all() for o in both if len(o))
+    low, high = (np.concatenate([o[:, i] for o in both if len(o)] or [[]]) for i in (0, 1))
+    return len(both[0]) >= few and low.min() >= 0 and high.max() <= 1 and high.max() - low.min() > width
 
 @rule(kind='loss_input', before='identical_units')
 def softmax_before_loss(evidence):
@@ -157,7 +160,7 @@ def head_range(evidence, *, min_beyond=.1): # of the targets' deviation, by whic
                  causes=[f'{what} no others', 'targets that are not scaled'],
                  kind=('head_range', 'wrong_loss' if 'wants' in what else 'target_scale'))
 
-# %% ../nbs/52_loss_rules.ipynb #b5939eb5
+# %% ../nbs/52_loss_rules.ipynb #220fc39c
 @rule(kind='loss_input', before='exploding_activations')
 def loss_input(evidence):
     """Predictions that the loss is not made for: after a ReLU, outside of 0 to 1, or a loss below zero.
@@ -181,12 +184,13 @@ def loss_input(evidence):
         evidence, 'error', f'{facts.loss} wants log-probabilities, but those of a sample do not add up to 1.',
         float(off), .1, causes=['no LogSoftmax, or one over another axis than that of the classes'],
         tries=['LogSoftmax over axis 1, or CrossEntropyLoss of what comes before it'])
-    if kind in ('classes', 'probabilities', 'binary') and loss.late < 0: return found(
+    ids = not kind and facts.shapes.get('targets', ('', ''))[1] == 'int64' and facts.blind is not None
+    if (kind in ('classes', 'probabilities', 'binary') or ids) and loss.late < 0: return found(
         evidence, 'error', f'{facts.loss} ends at {loss.late:.3g}: below zero.', loss.late, 0.,
         dict(loss=loss), causes=['numbers that are no log-probabilities', 'targets outside of 0 to 1'],
         tries=['LogSoftmax before NLLLoss, or CrossEntropyLoss'])
 
-# %% ../nbs/52_loss_rules.ipynb #b0751fd4
+# %% ../nbs/52_loss_rules.ipynb #66b2257e
 @rule(kind=('wrong_loss', 'loss_input'), before='identical_units',
       causes=['a binary loss for each of several classes'],
       tries=['CrossEntropyLoss, with the numbers of the classes as targets'])
@@ -195,6 +199,10 @@ def exclusive_classes(evidence):
 
     Source: Bishop (2006), 5.2: a softmax for classes that exclude each other."""
     t, shape = entries(evidence, 'targets')
+    shares = len(shape) == 2 and shape[1] > 1 and (np.abs([t['sum_min'] - 1, t['sum_max'] - 1]) < 1e-3).all()
+    if shares and t['whole'].max() < 1 and evidence.facts.kind(last_called(evidence.facts)) == 'Sigmoid':
+        return found(evidence, 'warning', f'{shape[1]} targets of a sample add up to 1, answers do not.',
+                     kind=('head_range', 'wrong_loss'), causes=['sigmoids where a softmax is meant'])
     one_each = (np.array([t['whole'], t['sum_min'], t['sum_max'], 1 - t['min']]) == 1).all()
     binary = loss_kind(evidence) in ('binary', 'probabilities')
     if binary and one_each and len(shape) == 2 and shape[1] > 1: return found(
@@ -250,6 +258,25 @@ def no_nonlinearity(evidence):
     if evidence.facts.affine: return found(
         evidence, 'warning', 'The model is an affine function: its layers are worth one.')
 
+# %% ../nbs/52_loss_rules.ipynb #734c4ba7
+@rule(kind=('lr_low', 'too_few_updates'), before='update_ratio',
+      causes=['too low a learning rate{rate}', 'too few updates'], tries=['{find}', 'more epochs'])
+def weights_barely_moved(evidence,
+    *, min_path=.2, # sum of a weight's updates over the run, each in units of the weight; the largest of all
+    min_learned=.06 # fraction by which the loss must be below that of guessing
+):
+    """Weights that have gone next to nowhere in the whole run, and a loss that is near that of guessing.
+
+    Source: Li and Arora, "An exponential learning rate schedule for deep learning" (2019): relative steps."""
+    loss, n = needed_loss(evidence), evidence.facts.n_classes
+    chance = np.log(n) if n else _of_mean(evidence)[0]
+    paths = [o.usual*evidence.n_steps() for o in update_ratios(evidence).values()]
+    path, steps = max(paths, default=np.inf), evidence.n_steps()
+    if path < min_path and loss.late > chance*(1-min_learned): return found(
+        evidence, 'error' if steps >= 50 else 'warning', f'In all {steps} steps together no weight moves by '
+        f'more than {path:.2g} of itself; the loss ends at {loss.late:.3g}, and guessing gives {chance:.3g}.',
+        path, min_path, dict(loss=loss))
+
 # %% ../nbs/52_loss_rules.ipynb #074ac3ca
 @rule(kind='too_few_updates', causes=['too few epochs, or too few batches in one'],
       tries=['more epochs', 'smaller batches', 'a higher learning rate'])
@@ -269,12 +296,12 @@ def stopped_early(evidence,
         evidence, 'warning', f'The run has {n} updates, and its loss still falls: {first:.3g}, {before:.3g}, '
         f'{late:.3g} in its thirds.', float(n), float(min_updates), dict(loss=loss))
 
-# %% ../nbs/52_loss_rules.ipynb #6be2129c
+# %% ../nbs/52_loss_rules.ipynb #cd46c405
 @rule(kind='split_mismatch', before='dead_units', tries=['compare a batch of each by eye'],
       causes=['a transform or a scale for one of the two only', 'data that was sorted when it was split'])
 def split_mismatch(evidence,
     *, max_shift=.5, # between the means, in units of the deviation in training
-    max_ratio=2.     # between the deviations
+    max_ratio=1.75   # between the deviations
 ):
     """Inputs or targets of validation that are spread unlike those of training.
 
@@ -301,7 +328,7 @@ def sorted_batches(evidence, *, max_between=.5): # fraction of the variance of t
         evidence, 'warning', f'{between:.0%} of the variance of targets is between batches: those of one '
         'batch are nearly alike.', float(between), max_between)
 
-# %% ../nbs/52_loss_rules.ipynb #0835b6f2
+# %% ../nbs/52_loss_rules.ipynb #b64c4cfd
 @rule(kind=('leakage', 'shuffle'), before='dead_units', causes=['rows that are in the data more than once'],
       tries=['look for duplicates before the data is split'])
 def repeated_samples(evidence, *, max_repeats=.15): # fraction of a batch that has a twin in it
@@ -310,9 +337,36 @@ def repeated_samples(evidence, *, max_repeats=.15): # fraction of a batch that h
     Source: Kapoor and Narayanan, "Leakage and the reproducibility crisis" (2023), L1.3: duplicates."""
     x, shape = entries(evidence, 'inputs')
     repeats = float(np.nanmean(x.get('repeats', 0.)))
+    if len(x['min']) > 9 and x.get('repeats', x['zeros']*0).min() > .85: return found(
+        evidence, 'error', 'All samples of each batch are the same, entry by entry.', repeats, max_repeats,
+        kind=('data_no_information', 'constant_output'), causes=['a mask or a scale that leaves nothing'])
     if repeats > max_repeats and np.prod(shape[1:]) >= 4 and x['whole'].max() < 1: return found(
         evidence, 'warning', f'{repeats:.0%} of the samples of a batch are in it more than once.', repeats,
         max_repeats)
+
+# %% ../nbs/52_loss_rules.ipynb #e1f84026
+@rule(kind='imbalance', before='dead_units', causes=['one class in nearly all rows'],
+      tries=['weights for the classes, or a sampler', 'a metric that counts classes equally'])
+def one_class_prevails(evidence, *, max_part=.65): # of the targets of a batch
+    """Most targets of a batch of three classes or more are of one class.
+
+    Source: Buda and others, "A systematic study of the class imbalance problem" (2018)."""
+    t, shape = entries(evidence, 'targets')
+    part = float(np.nanmean(t.get('most', 0.)))
+    classes = loss_kind(evidence) == 'classes' and len(shape) == 1 and t['max'].max() > 1
+    if classes and part > max_part: return found(
+        evidence, 'warning', f'{part:.0%} of the targets of a batch are of one class.', part, max_part)
+
+@rule(kind=('wrong_loss', 'class_ids_vs_units'), before='exploding_activations',
+      causes=['a mean over units before the loss', 'a loss for numbers, given numbers of classes'],
+      tries=['CrossEntropyLoss of all units'])
+def blind_loss(evidence):
+    """A loss of several units and numbers of classes that is the same when units change their places.
+
+    Source: PyTorch, `CrossEntropyLoss`: the unit of the class is compared with the others."""
+    if evidence.facts.blind is None: raise Missing('not tried: targets are no numbers of classes')
+    if evidence.facts.blind: return found(
+        evidence, 'error', 'The loss does not depend on which unit is which, so it cannot teach classes.')
 
 @rule(kind=('data_no_information', 'misaligned_labels'), before='dead_units',
       causes=['targets that were cast or scaled to one value'], tries=['print the targets of a batch'])

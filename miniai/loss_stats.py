@@ -17,7 +17,7 @@ from .ledger import Ledger, is_due
 # %% ../nbs/39_loss_stats.ipynb #cff62249
 loss_parts = 'inputs', 'predictions', 'targets'
 entry_stats = ('min', 'max', 'mean', 'std', 'zeros', 'whole', 'sum_min', 'sum_max', 'lse_min', 'lse_max',
-               'repeats')
+               'repeats', 'most')
 
 # %% ../nbs/39_loss_stats.ipynb #c7b0f7e6
 def repeats_of(a):
@@ -37,7 +37,9 @@ def entries_of(a):
     std, mean = torch.std_mean(units, correction=0)
     zeros, whole = ((o == 0).float().mean() for o in (units, units.frac()))
     ends = *units.sum(1).aminmax(), *units.logsumexp(1).aminmax()
-    return torch.stack([*units.aminmax(), mean, std, zeros, whole, *ends, repeats_of(a)])
+    few = units.reshape(-1)[:512]
+    most = (few[:, None] == few).float().mean(1).max()   # of its most frequent number
+    return torch.stack([*units.aminmax(), mean, std, zeros, whole, *ends, repeats_of(a), most])
 
 # %% ../nbs/39_loss_stats.ipynb #00895371
 def parts_of(learn):
@@ -116,7 +118,7 @@ class LossStats(CountsSteps):
         self.history.load_state_dict(state['history'])
         self.shapes, self.seen = dict(state['shapes']), dict(state['seen'])
 
-# %% ../nbs/39_loss_stats.ipynb #9c7cd363
+# %% ../nbs/39_loss_stats.ipynb #a1b2aff1
 @torch.no_grad()
 def is_affine(model, x):
     "Whether f(a) + f(b) = f(a+b) + f(0) for rows of a batch; None where that cannot be tried."
@@ -133,6 +135,7 @@ def is_affine(model, x):
         for m,training in modes: m.training = training
         torch.random.set_rng_state(rng)
 
+# %% ../nbs/39_loss_stats.ipynb #9c7cd363
 @torch.no_grad()
 def is_summed(loss_func, preds, targets):
     "Whether the loss of a batch that is there twice is twice that of the batch; None where that fails."
@@ -142,11 +145,20 @@ def is_summed(loss_func, preds, targets):
     return one != 0 and abs(two/one - 2) < 1e-3
 
 @torch.no_grad()
+def is_blind(loss_func, preds, targets):
+    "Whether the loss stays when units change places, of numbers of classes; None where that cannot be tried."
+    if not isinstance(targets, torch.Tensor) or targets.is_floating_point() or targets.ndim != 1: return None
+    if not isinstance(preds, torch.Tensor) or preds.ndim != 2 or (preds == preds[:, :1]).all(): return None
+    try: one, other = (float(loss_func(o, targets)) for o in (preds, preds.roll(1, 1)))
+    except Exception: return None   # a loss that wants more
+    return abs(one - other) <= 1e-6*abs(one)
+
+@torch.no_grad()
 def is_clipped(loss_func, preds, targets):
     "Whether the loss stays when predictions outside of 0 to 1 move away from it; None where none are."
     if not isinstance(preds, torch.Tensor) or not isinstance(targets, torch.Tensor): return None
     high, low = preds > 1, preds < 0
     if not preds.is_floating_point() or not (high | low).any(): return None
     moved = torch.where(high | low, 2*preds, preds)   # not all by the same amount, which a softmax ignores
-    try: return bool(loss_func(preds, targets) == loss_func(moved, targets))
+    try: return bool(loss_func(preds, targets) == loss_func(moved, targets) != 0)
     except Exception: return None   # a loss that wants more

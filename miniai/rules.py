@@ -228,6 +228,10 @@ def falls_of(track):
     before = np.max([np.r_[np.full(k, np.nan_to_num(v[0])), v[:-k]] for k in (1, 2, 3)], axis=0)
     with np.errstate(all='ignore'): return np.nan_to_num(before/v, nan=0., posinf=0.)
 
+def highest_of_two(values):
+    "The highest value that one beside it reaches, too: one alone may be an odd batch."
+    return (np.minimum(values[1:], values[:-1]) if len(values) > 1 else values).max(initial=-np.inf)
+
 def _jump(loss, step):
     "The highest loss around `step`, in units of the lowest shortly before."
     before = loss.values[(loss.steps >= step-6) & (loss.steps < step)]
@@ -264,7 +268,7 @@ def learning_rate_high(evidence,
 
     Source: Smith, "Cyclical learning rates for training neural networks" (2017)."""
     loss = needed_loss(evidence)
-    first, high, end = loss.first, loss.finite.max(initial=-np.inf), loss[loss.end]
+    first, high, end = loss.first, highest_of_two(loss.finite), loss[loss.end]
     limit = first + (max_rise-1)*abs(first)
     noisy = 0 < np.median(loss.samples) < 16   # losses and deviations over so few samples vary by themselves
     if not high > limit: return [] if noisy else _collapse(evidence, loss, max_fall)

@@ -118,7 +118,7 @@ def zero_gradient(evidence, *, min_steps=10): # in which it is exactly zero
     return at_layers(evidence, 'warning', 'The gradient of {} is exactly zero in every step.',
                      layers_of(zero)) if len(zero) < len(tracks) else []
 
-# %% ../nbs/51_step_rules.ipynb #3c5ab332
+# %% ../nbs/51_step_rules.ipynb #f0f0badb
 @rule(kind='ledger', before='identical_units',
       causes=['`opt.step()` is not called, or is that of another optimizer', 'a learning rate of 0 for them',
               'weights that something puts back after each step'],
@@ -134,11 +134,13 @@ def unchanged(evidence):
     still = [nm for nm,o in late.items() if o == 0 and moved(nm) and nm in params
              and params[nm].trained and params[nm].held is not False]
     began = any(evidence.track(nm, 'update_ratio').finite.any() for nm in still)
+    rates = [o for _,o in evidence.facts.rates] or [1.]
+    if rates[-1] < 1e-4*max(rates): return   # a schedule that has come to its end
     return at_layers(evidence, 'error' if len(still) == len(names) else 'warning',
                      f'No {"late " if began else ""}step changes a weight of {{}}, though it has a gradient.',
                      layers_of(still), kind=('ledger', 'optimizer_state') if began else ())
 
-# %% ../nbs/51_step_rules.ipynb #df907225
+# %% ../nbs/51_step_rules.ipynb #d3050eec
 @rule(kind=('schedule', 'lr_low'), before='learning_rate_low',
       causes=['a schedule of epochs that is stepped in each batch'],
       tries=['step it once an epoch, or give it the number of batches'])
@@ -161,9 +163,13 @@ def _pull(evidence, name, decay):
     with np.errstate(all='ignore'): ratios = decay*size.values[:n]/other.values[:n]
     return float(np.median(ratios))*((evidence.facts.lr or 0.) if apart else 1.) if n else 0.
 
+# %% ../nbs/51_step_rules.ipynb #fba5abda
 @rule(kind='regularisation', before='learning_rate_low', causes=['weight decay that is too strong'],
       tries=['a hundredth of it', 'AdamW, whose decay does not enter the gradient'])
-def weight_decay_high(evidence, *, max_part=1.): # of the decay, in units of the gradient
+def weight_decay_high(evidence,
+    *, max_part=1., # of the decay, in units of the gradient; half of it where weights shrink
+    min_size=.7     # of weights in the end, in units of their first
+):
     """Weight decay that pulls harder than the data: more than the gradient, of most weights, from the start.
 
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization" (2017), section 2."""
@@ -171,7 +177,9 @@ def weight_decay_high(evidence, *, max_part=1.): # of the decay, in units of the
     if decay is None or not names: raise Missing(f'weight decay or sizes of weights are not known; {_watch}')
     if not decay or is_solved(evidence, .5): return
     part = float(np.median([_pull(evidence, nm, decay) for nm in names]))
-    if part > max_part: return found(
+    sizes = [evidence.track(nm, 'param_norm') for nm in names]
+    shrunk = np.median([o.late/o.first if o.first else 1. for o in sizes])
+    if part > max_part or part > max_part/2 and shrunk < min_size: return found(
         evidence, 'error', f'Weight decay ({decay:g}) pulls at most weights with {part:.2g} times the force '
         'of their gradient.', part, max_part, layers=layers_of(names))
 
