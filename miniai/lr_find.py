@@ -42,14 +42,15 @@ class _Curve:
     lrs = losses = ()
 
     def suggest(self) -> SuggestedLRs:
-        "Rates where the loss falls fastest, far down its longest fall, and a tenth of where it is lowest."
+        "Rates where the loss falls fastest, far down its longest fall, and a tenth of the best, if tried."
         lrs,losses = np.array(self.lrs, dtype=float),np.array(self.losses, dtype=float)
         lrs,losses = lrs[np.isfinite(losses)],losses[np.isfinite(losses)]
         if len(lrs) < 4:
             raise ValueError(f'LRFinderCB: {len(lrs)} finite losses are too few for a suggestion; start at a '
                              'lower learning rate, or give more batches or a smaller gamma')
         smooth,best = smoothed(losses, 0.8),lrs[losses.argmin()]
-        res = SuggestedLRs(float(_steepest(lrs, smooth)), float(_valley(lrs, smooth)), float(best/10))
+        found = _steepest(lrs, smooth),_valley(lrs, smooth),max(best/10, lrs[0])
+        res = SuggestedLRs(*map(float, found))
         res.lrs,res.losses = lrs,losses
         return res
 
