@@ -7,6 +7,7 @@ __all__ = ['Param', 'Facts', 'Track', 'Evidence', 'evidence_of', 'Chart', 'Findi
 
 # %% ../nbs/49_evidence.ipynb #83d864a8
 import difflib, html, textwrap
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -507,13 +508,16 @@ class Findings(list):
                     unchecked=self.unchecked)
 
     def summary(self) -> str:
-        "One line."
+        "One line; what could not be asked comes first where it is much."
         counts = [f'{n} {o}{"s"*(n != 1)}' for o in levels if (n := len(self.of(o)))]
         text = f'{", ".join(counts) or "Nothing found"}. Rules checked: {len(self.checked)}.'
-        if not self.unchecked: return text
         n = len(self.unchecked)
+        if n > 3 and n > len(self.checked)/2:
+            (why, most), = Counter(self.unchecked.values()).most_common(1)
+            return (f'{n} of {n+len(self.checked)} rules could not be asked (see `unchecked`), {most} of them '
+                    f'since {why}. {text}')
         which = ', '.join(self.unchecked) if n < 4 else f'{n} (see `unchecked`)'
-        return f'{text} Not checked, for want of records: {which}.'
+        return f'{text} Not checked, for want of records: {which}.' if n else text
 
     def __str__(self): return '\n\n'.join([self.summary(), *map(str, self)])
     __repr__ = __str__

@@ -10,6 +10,7 @@ from torch import nn
 from miniai.datasets import DataLoaders
 from miniai.device import set_seed
 from miniai.diagnose import diagnose
+from miniai.inspector import Inspector
 from miniai.learner import Learner, TrainCB, TrainLearner
 from miniai.loss_stats import LossStats, is_affine
 
@@ -87,3 +88,38 @@ def test_inputs_that_cannot_be_measured_are_a_gap():
     learn = TrainLearner(Net(), DataLoaders(batches, batches[:1]), cbs=[stats])
     with pytest.warns(UserWarning, match="LossStats: 'inputs' could not be measured"): learn.fit(1)
     assert {nm for _, nm, _ in stats.history.keys()} == {'predictions', 'targets'} and learn.n_steps == 3
+
+
+class Hidden(nn.Module):
+    "Has its first layer in a list."
+    def __init__(self): super().__init__(); self.parts, self.out = [nn.Linear(20, 16)], nn.Linear(16, 4)
+    def forward(self, x): return self.out(F.relu(self.parts[0](x)))
+
+
+def looped(model=None, f=corner, zero=True, anew=False, train=True, loss=None, n=3, lr=.05, sort=False, decay=0.):
+    "Rules with an error or a warning in a loop of one's own, watched by an inspector."
+    set_seed(0)
+    model = model or nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Dropout(.1), nn.Linear(32, 4))
+    loss, make = loss or nn.CrossEntropyLoss(), lambda: torch.optim.Adam(model.parameters(), lr, weight_decay=decay)
+    x, opt = torch.randn(640, 20, generator=torch.Generator().manual_seed(0)), make()
+    if sort: x = x[f(x).argsort()]
+    inspector = Inspector(visualizer=None).attach(model, optimizer=None if anew else opt, loss_fn=loss)
+    for _ in inspector.range(n):
+        model.train(train)
+        for xb, yb in zip(x.split(32), f(x).split(32)):
+            if anew: opt = make()
+            if zero: opt.zero_grad()
+            loss(model(xb), yb).backward()
+            opt.step()
+    return {o.rule for o in inspector.detach().diagnose().of('error', 'warning')}
+
+
+@pytest.mark.parametrize('rule,kw', [
+    ('gradients_added_up', dict(zero=False)), ('optimizer_is_new', dict(anew=True)), ('wrong_mode', dict(train=False)),
+    ('sorted_batches', dict(sort=True)), ('weight_decay_high', dict(decay=3.)), ('weights_barely_moved', dict(lr=1e-6)),
+    ('summed_loss', dict(loss=nn.CrossEntropyLoss(reduction='sum'), lr=1.))])
+def test_fault_of_a_loop_is_named(rule, kw): assert rule in looped(**kw)
+
+
+def test_layer_in_a_list_is_named(): assert 'unregistered' in looped(Hidden())
+def test_right_loop_is_left_alone(): assert not looped()
