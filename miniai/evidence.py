@@ -514,7 +514,7 @@ class Findings(list):
         n = len(self.unchecked)
         if n > 3 and n > len(self.checked)/2:
             (why, most), = Counter(self.unchecked.values()).most_common(1)
-            return (f'{n} of {n+len(self.checked)} rules could not be asked (see `unchecked`), {most} of them '
+            return (f'{n} of {n+len(self.checked)} rules could not be asked (see `unchecked`), {most} '
                     f'since {why}. {text}')
         which = ', '.join(self.unchecked) if n < 4 else f'{n} (see `unchecked`)'
         return f'{text} Not checked, for want of records: {which}.' if n else text
