@@ -20,7 +20,7 @@ from miniai.callback import Callback
 from miniai.checkpoint import CheckpointCB
 from miniai.history import History, plain_frame, read_table, write_table
 from miniai.inspector import InspectorCB
-from miniai.learner import Learner, MetricsCB, TrainCB, TrainLearner
+from miniai.learner import Learner, LRFinderCB, MetricsCB, TrainCB, TrainLearner
 import miniai.diagnose  # noqa: F401 (`learn.diagnose`)
 from miniai.watch import RangeStats
 
@@ -486,7 +486,7 @@ from miniai.activations import ActivationStats
 from miniai.callback import Callback
 from miniai.datasets import DataLoaders
 from miniai.distributed import rank
-from miniai.learner import Learner, MetricsCB, TrainCB
+from miniai.learner import Learner, LRFinderCB, MetricsCB, TrainCB
 
 torch.manual_seed(0)
 x, y = torch.randn(35, 6), torch.randint(0, 3, (35,))
@@ -530,3 +530,143 @@ def test_9_and_14_two_processes(tmp_path):
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', str(tmp_path/'train.py')]
     found = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert found.returncode == 0 and found.stdout.count('fine') == 2, found.stderr[-3000:]
+
+
+# --- healthy runs: no warning, no error ---
+
+def images(n=15, size=32, seed=0):
+    "Images of 8x8 with the class in the place of a bright patch, and noise."
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for _ in range(n):
+        y = torch.randint(0, 4, (size,), generator=g)
+        x = torch.randn(size, 1, 8, 8, generator=g)*.5
+        for i,c in enumerate(y.tolist()): x[i, 0, 4*(c//2):4*(c//2)+4, 4*(c%2):4*(c%2)+4] += 1
+        out.append((x, y))
+    return out
+
+def mlp(act, depth=2, norm=None, width=32):
+    layers, n = [nn.Flatten()], 64
+    for _ in range(depth):
+        layers += [nn.Linear(n, width), *([norm(width)] if norm else []), act()]
+        n = width
+    return nn.Sequential(*layers, nn.Linear(n, 4))
+
+def cnn(act, norm=None, pool=False):
+    layers, n = [], 1
+    for nf in (8, 16, 32):
+        layers += [nn.Conv2d(n, nf, 3, stride=1 if pool else 2, padding=1), *([norm(nf)] if norm else []), act(), *([nn.MaxPool2d(2)] if pool else [])]
+        n = nf
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n, 4))
+
+class Residual(nn.Module):
+    def __init__(self, n): super().__init__(); self.body = nn.Sequential(nn.Conv2d(n, n, 3, padding=1), nn.BatchNorm2d(n), nn.ReLU(), nn.Conv2d(n, n, 3, padding=1), nn.BatchNorm2d(n))
+    def forward(self, x): return F.relu(x + self.body(x))
+def resnet(): return nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), Residual(16), nn.MaxPool2d(2), Residual(16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+
+nets = {f'mlp {a.__name__}': partial(mlp, a) for a in (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.ELU, nn.LeakyReLU, nn.SELU)}
+nets |= {'mlp deep': partial(mlp, nn.ReLU, 4), 'mlp bn': partial(mlp, nn.ReLU, 3, nn.BatchNorm1d), 'mlp ln': partial(mlp, nn.GELU, 3, nn.LayerNorm),
+         'mlp wide': partial(mlp, nn.ReLU, 2, None, 128), 'linear': partial(mlp, nn.ReLU, 0), 'cnn': partial(cnn, nn.ReLU), 'cnn gelu': partial(cnn, nn.GELU),
+         'cnn bn': partial(cnn, nn.ReLU, nn.BatchNorm2d), 'cnn gn': partial(cnn, nn.ReLU, partial(nn.GroupNorm, 4)), 'cnn pool': partial(cnn, nn.ReLU, None, True),
+         'cnn pool bn': partial(cnn, nn.ReLU, nn.BatchNorm2d, True), 'dropout': lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Dropout(.2), nn.Linear(64, 4)), 'resnet': resnet}
+opts = dict(SGD=(partial(optim.SGD, momentum=.9), .05), Adam=(optim.Adam, 3e-3), AdamW=(optim.AdamW, 3e-3))
+
+class Tokens(nn.Module):
+    "A small transformer that says which of four tokens a sequence begins with."
+    def __init__(self, norm_first, bert=False, d=16):
+        super().__init__()
+        self.embed, self.place = nn.Embedding(20, d), nn.Parameter(torch.randn(1, 8, d)*.02)
+        self.norm = nn.LayerNorm(d) if bert else nn.Identity()
+        self.body = nn.TransformerEncoder(nn.TransformerEncoderLayer(d, 2, 32, 0., 'gelu', batch_first=True, norm_first=norm_first), 2, enable_nested_tensor=False)
+        self.head = nn.Linear(d, 4)
+        if bert:
+            for m in self.modules():
+                if isinstance(m, (nn.Linear, nn.Embedding)): nn.init.normal_(m.weight, 0, .02)
+    def forward(self, x): return self.head(self.body(self.norm(self.embed(x) + self.place))[:, 0])
+
+class Recurrent(nn.Module):
+    def __init__(self): super().__init__(); self.embed, self.lstm, self.head = nn.Embedding(20, 16), nn.LSTM(16, 32, batch_first=True), nn.Linear(32, 4)
+    def forward(self, x): return self.head(self.lstm(self.embed(x))[1][0][0])
+
+def tokens(n=40, size=32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    xs = [torch.randint(0, 20, (size, 8), generator=g) for _ in range(n)]
+    return [(x, x[:, 0] % 4) for x in xs]
+
+def healthy_fit(make, data, opt, lr, epochs=4):
+    torch.manual_seed(0)
+    learn = TrainLearner(make(), SimpleNamespace(train=data, valid=data[:5]), F.cross_entropy, lr=lr, opt_func=opt)
+    learn.watch()
+    learn.fit(epochs)
+    return learn
+
+class Lora(nn.Module):
+    "A layer that is frozen, and two small ones beside it."
+    def __init__(self, layer, r=2):
+        super().__init__()
+        self.layer, self.down, self.up = layer.requires_grad_(False), nn.Linear(layer.in_features, r, bias=False), nn.Linear(r, layer.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+    def forward(self, x): return self.layer(x) + self.up(self.down(x))
+
+def lora():
+    model = healthy_fit(partial(mlp, nn.ReLU), images(), optim.AdamW, 3e-3).model
+    for i in (1, 3): model[i] = Lora(model[i])
+    for p in model[5].parameters(): p.requires_grad_(False)
+    other = [(.5*x - .5, y) for x,y in images()]
+    return healthy_fit(lambda: model, other, lambda params, lr: optim.AdamW([p for p in params if p.requires_grad], lr), 1e-2)
+
+class GAN(nn.Module):
+    def __init__(self): super().__init__(); self.gen, self.dis = nn.Sequential(nn.Linear(4, 32), nn.LeakyReLU(.2), nn.Linear(32, 2)), nn.Sequential(nn.Linear(2, 32), nn.LeakyReLU(.2), nn.Linear(32, 1))
+    def forward(self, x): return self.dis(x)
+
+class GANCB(TrainCB):
+    "The discriminator and the generator step in turns, each with an optimizer of its own."
+    def before_fit(self, learn):
+        self.opts = optim.Adam(learn.model.gen.parameters(), 2e-3, (.5, .9)), optim.Adam(learn.model.dis.parameters(), 2e-3, (.5, .9))
+    def predict(self, learn):
+        x, m = learn.batch[0], learn.model
+        self.fake = m.gen(torch.randn(len(x), 4))
+        learn.preds = m.dis(torch.cat([x, self.fake.detach()]))
+    def get_loss(self, learn):
+        y = torch.cat([torch.ones(len(learn.preds)//2, 1), torch.zeros(len(learn.preds)//2, 1)])
+        learn.loss = F.binary_cross_entropy_with_logits(learn.preds, y)
+    def backward(self, learn):
+        learn.loss.backward()
+        dis = [None if p.grad is None else p.grad.clone() for p in learn.model.dis.parameters()]
+        F.binary_cross_entropy_with_logits(learn.model.dis(self.fake), torch.ones(len(self.fake), 1)).backward()
+        for p,g in zip(learn.model.dis.parameters(), dis): p.grad = g
+    def step(self, learn):
+        for o in self.opts: o.step()
+    def zero_grad(self, learn):
+        for o in self.opts: o.zero_grad()
+
+def gan():
+    torch.manual_seed(0)
+    t = [torch.rand(64)*6.28 for _ in range(60)]
+    data = [(torch.stack([o.cos(), o.sin()], 1)+.05*torch.randn(64, 2),) for o in t]
+    model = GAN()
+    learn = Learner(model, SimpleNamespace(train=data, valid=data[:5]), None, cbs=GANCB(), opt_func=lambda p, lr: optim.Adam(p, lr), lr=2e-3)
+    learn.watch()
+    learn.fit(4)
+    return learn
+
+pictures, sequences = images(), tokens()
+healthy = {f'{nm}, {o}': partial(healthy_fit, make, pictures, *opts[o]) for nm,make in nets.items() for o in opts}
+healthy |= {'pre-norm, Adam': partial(healthy_fit, partial(Tokens, True), sequences, optim.Adam, 3e-3), 'pre-norm, AdamW': partial(healthy_fit, partial(Tokens, True), sequences, optim.AdamW, 3e-3),
+            'post-norm, Adam': partial(healthy_fit, partial(Tokens, False), sequences, optim.Adam, 3e-3), 'BERT-like, AdamW': partial(healthy_fit, partial(Tokens, False, True), sequences, optim.AdamW, 3e-3),
+            'LSTM, Adam': partial(healthy_fit, Recurrent, sequences, optim.Adam, 1e-2), 'GAN': gan, 'LoRA': lora}
+known_alarms = {'BERT-like, AdamW': {'vanishing_gradients'}}   # a rule that is to be mended
+known_alarms |= {f'{nm}, SGD': {'unchanged'} for nm in ('mlp bn', 'cnn bn', 'cnn pool bn', 'resnet')}   # biases before BatchNorm
+
+@pytest.mark.parametrize('name', healthy)
+def test_8_a_healthy_run_has_no_warning(name):
+    found = healthy[name]().diagnose()
+    told = {o.rule for o in found if o.level != 'note'} - known_alarms.get(name, set())
+    assert not told, found
+
+@pytest.mark.parametrize('losses', [[1., 2, 3, 4, 5], [5., 4, 3, 2, 1], [1., 1, 1, 1, 1], [2., 1, 2, 3, 4], [np.nan, 1, 2, 3, 4, np.inf]])
+def test_8_a_rate_that_is_suggested_was_tried(losses):
+    finder = LRFinderCB()
+    finder.lrs, finder.losses = list(np.geomspace(1e-3, 1., len(losses))), losses
+    tried = np.array(finder.lrs)[np.isfinite(losses)]
+    assert all(tried[0] <= o <= tried[-1] for o in finder.suggest())
