@@ -148,8 +148,9 @@ def is_summed(loss_func, preds, targets):
 def is_blind(loss_func, preds, targets):
     "Whether the loss stays when units change places, of numbers of classes; None where that cannot be tried."
     if not isinstance(targets, torch.Tensor) or targets.is_floating_point() or targets.ndim != 1: return None
-    if not isinstance(preds, torch.Tensor) or preds.ndim != 2 or (preds == preds[:, :1]).all(): return None
-    try: one, other = (float(loss_func(o, targets)) for o in (preds, preds.roll(1, 1)))
+    if not isinstance(preds, torch.Tensor) or preds.ndim != 2 or preds.shape[1] < 2: return None
+    odd = torch.arange(preds.numel(), device=preds.device).sin().sigmoid().view(preds.shape).to(preds.dtype)
+    try: one, other = (float(loss_func(o, targets)) for o in (odd, odd.roll(1, 1)))
     except Exception: return None   # a loss that wants more
     return abs(one - other) <= 1e-6*abs(one)
 

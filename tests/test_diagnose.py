@@ -198,6 +198,7 @@ def test_any_learner(dls):
 
 
 def test_part_of_the_parameters_in_the_optimizer(dls):
+    set_seed(0)
     learn = Learner(mlp(784, 32, 10), dls, F.cross_entropy, cbs=[TrainCB(), GradientStats()],
                     opt_func=lambda params, lr: optim.SGD(list(params)[2:], lr))
     learn.fit(1)
