@@ -20,9 +20,10 @@ from .device import set_seed
 from .history import History
 from .hooks import Hook, Hooks, compiled_modules, named_tensors, select_modules, unwrap
 from .kernels import add_to_row
-from .plots import caption, get_grid, heatmap, plot_lines
+from .plots import caption, get_grid, heatmap, plot_lines, short_name
 from .rows import Rows
-from .stats import Bins, base_name, near_zero, outside, statistics, unit_axis, unit_view
+from .stats import (Bins, base_name, near_zero, outside, own_names, parts_needed, statistics, unit_axis,
+                          unit_view)
 
 # %% ../nbs/40_activations.ipynb #08949e34
 _all_ = ['Hook', 'Hooks', 'set_seed']
@@ -198,7 +199,7 @@ def draw_lines(ax, lines, **about):
     "Draw lines given as [(name, positions, values)]; `about` is what `ax.set` takes."
     from matplotlib import colormaps
     for i,(nm,x,y) in enumerate(lines):
-        color = colormaps['viridis'](.95*i/max(len(lines)-1, 1))
+        color = colormaps['viridis'](.85*i/max(len(lines)-1, 1))   # lighter ones are lost on white
         plot_lines(ax, x, {nm: y}, legend=False, color=color, lw=1)
     ax.set(**about)
 
@@ -224,6 +225,25 @@ def _outside_words(s, bins):
         most = '<1%' if parts.max() < .01 else f'{parts.max():.0%}'
         found.append(f'{most} {what}, first at {s.steps[np.flatnonzero(parts)[0]]}')
     return '\n' + '; '.join(found) if found else ''
+
+# %% ../nbs/40_activations.ipynb #c1ec197d
+def matrix_of(found):
+    "Where the columns of series are, what that is called, and values [n, steps], NaN where there is no row."
+    places = [list(zip(o.runs.tolist(), o.steps.tolist())) for o in found]
+    order = {at: i for i,at in enumerate(sorted(set().union(*places)))}
+    values = np.full((len(found), len(order)), np.nan)
+    for row,at,o in zip(values, places, found): row[[order[k] for k in at]] = o.values
+    steps = np.array([step for _,step in order])
+    if (np.diff(steps) > 0).all(): return steps, 'step', values
+    return np.arange(len(steps)), 'sampled step', values
+
+def draw_map(ax, found, label='', **kw):
+    "Draw [(name, series)] as colours: a row for each, the first at the top; a column a step."
+    x, xlabel, values = matrix_of([s for _,s in found])
+    heatmap(ax, values[::-1], x=x, xlabel=xlabel, **kw)
+    names, every = [short_name(nm) for nm,_ in found], -(-len(found)//40)
+    ax.set_yticks(np.arange(len(names))[::-1][::every], names[::every], fontsize=7)
+    for o in [*ax.get_images(), *ax.collections][:1]: ax.figure.colorbar(o, ax=ax, label=label)
 
 # %% ../nbs/40_activations.ipynb #7f214689
 class Readings:
@@ -254,7 +274,8 @@ class Views(Readings):
     "Draws them."
     def why_nothing(self, stats, names) -> str:
         "Say why there is nothing to draw; an empty text if one of `stats` is recorded, of any `names`."
-        if not set(stats) & set(self.stats): return f'{stats[0]!r} is not among stats={self.stats}.'
+        recorded = {*self.stats, *(stat for _,_,stat in self.history.keys())}
+        if not set(stats) & recorded: return f'{stats[0]!r} is not among stats={self.stats}.'
         if names: return ''
         if len(self.history): return 'nothing of that name has rows.'
         return (f'nothing has been watched yet.\nPut this {type(self).__name__} into the cbs of a Learner '
@@ -483,11 +504,13 @@ class OutputCells(OutputTables):
         "Call `draw(ax, cell, phase)` for each cell; default the sources."
         phases, names = {o for o,_,_ in self.history.keys()}, self.panels()
         phase = self.check_phase(phase or ('valid' if phases == {'valid'} else 'train'))
-        return self.draw(lambda ax, o: draw(ax, o, phase), cells or names, stats, names, text, figsize, phase)
+        rows = min(len(names), 40) if cells and len(names) > 12 else 0   # of a map
+        draw_one = lambda ax, o: draw(ax, o, phase)
+        return self.draw(draw_one, cells or names, stats, names, text, figsize, phase, rows)
 
     def _title(self, source):
         name = next((nm for nm,own in self.sources.items() if source in (nm, *own)), None)
-        return f'{source}  {self.kinds.get(name, "")}'
+        return f'{short_name(source)}  {self.kinds.get(name, "")}'
 
     def _draw_hist(self, ax, source, phase):
         draw_hist(ax, self.rows(source, 'hist', phase), self.bins, self.hist_range, self._title(source))
@@ -503,8 +526,10 @@ class OutputCells(OutputTables):
         ax.set_title(self._title(source), fontsize=9)
 
     def _draw_stat(self, ax, stat, phase):
-        found = [(nm, self.rows(nm, stat, phase)) for nm in self.panels()]
-        draw_series(ax, found, title=dict(mean='means', std='standard deviations')[stat])
+        found, one = [(nm, self.rows(nm, stat, phase)) for nm in self.panels()], statistics[stat]
+        title = dict(mean='means', std='standard deviations').get(stat) or one.title
+        if len(found) > 12: draw_map(ax, found, title=title, log=one.log)
+        else: draw_series(ax, found, title=title, yscale='log' if one.log else 'linear')
 
 # %% ../nbs/40_activations.ipynb #7bef67f6
 class OutputPlots(OutputCells):
@@ -534,16 +559,14 @@ class OutputPlots(OutputCells):
 
     def plot_stats(self,
         figsize=(10, 4), # inches
-        phase:str=None   # 'train' or 'valid'; default training, if there is any
+        phase:str=None,  # 'train' or 'valid'; default training, if there is any
+        stats=None       # names of statistics; default means, deviations, and those that you have added
     ): # the figure
-        "Draw means and standard deviations over time, one line per layer from dark (first) to light (last)."
-        text = 'Over all entries of each output.'
-        return self._draw(self._draw_stat, ('mean', 'std'), text, figsize, phase, ('mean', 'std'))
+        "Draw statistics over time: a line for each layer, first dark, last light; more than twelve as a map."
+        text, stats = 'Over all entries of each output.', stats or ('mean', 'std', *own_names('output'))
+        return self._draw(self._draw_stat, stats, text, figsize, phase, stats)
 
 # %% ../nbs/40_activations.ipynb #8e0f29be
-_parts_of_pass = ({'hist', 'near_zero', 'median', 'q10', 'q90', 'q99'}, {'death_rate'},
-                  {'sample_norm', 'sample_rms'})   # statistics that need them, see `add_to_row`
-
 class ActivationStats(OutputPlots, OutputFacts):
     "Records means, deviations, histograms and dead units of each chosen layer's output, in its `history`."
     def __init__(self,
@@ -568,6 +591,6 @@ class ActivationStats(OutputPlots, OutputFacts):
 
     def forget(self):
         super().forget()
-        what = sum(2**i for i,o in enumerate(_parts_of_pass) if o & set(self.stats))
+        what = parts_needed((*self.stats, *own_names('output')))
         self.tap = OutputTap(self.table, self.sampler, self.told, self.axis, what)
         self.hooks, self.complete, self.parted = self.tap.hooks, False, False

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from fastcore.basics import groupby, noop
 
-from .activations import HooksCallback, Recorder, Views, draw_hist, draw_lines, phase_of
+from .activations import (HooksCallback, Recorder, Views, draw_hist, draw_lines, draw_map, matrix_of,
+                                phase_of)
 from .callback import Order
 from .collect import ParameterTap
 from .device import batch_size
 from .hooks import choose_parameters, find_parameters, named_tensors, parameter_matches, unwrap
-from .plots import heatmap
-from .stats import Bins, effective_rank, unit_axis, widen
+from .stats import Bins, effective_rank, own_names, parts_needed, unit_axis, widen
 
 # %% ../nbs/41_gradients.ipynb #88229cd7
 _why = dict(frozen='is frozen (requires_grad is False)', other='is not among the parameters of the optimizer',
@@ -92,9 +92,9 @@ class AtSteps(ReachedParameters):
         self._new_tap()
 
     def _new_tap(self):
-        "Begin without buffers: there is nothing to compare with yet."
         pairs = any(o.endswith('correlation') for o in self.stats)
-        self.tap = ParameterTap(self.table, self.told, pairs, self.what)
+        own = parts_needed(own_names(self.table.tap)) & 3   # parameters have no samples
+        self.tap = ParameterTap(self.table, self.told, pairs, self.what | own)
         self._there = self._moving = None
 
     def begin(self, learn):
@@ -163,28 +163,11 @@ class ParameterViews(Views):
         names = [o.name for o in self.params] or sorted(seen - {'all'})
         return [nm for nm in names if nm in seen and any(parameter_matches(nm, o) for o in patterns)]
 
-    def _matrix(self, stat, names):
-        "Where the columns are, what that is called, and values [n, steps], NaN where there is no row."
-        found = [self.rows(nm, stat) for nm in names]
-        places = [list(zip(o.runs.tolist(), o.steps.tolist())) for o in found]
-        order = {at: i for i,at in enumerate(sorted(set().union(*places)))}
-        values = np.full((len(names), len(order)), np.nan)
-        for row,at,o in zip(values, places, found): row[[order[k] for k in at]] = o.values
-        steps = np.array([step for _,step in order])
-        if (np.diff(steps) > 0).all(): return steps, 'step', values
-        return np.arange(len(steps)), 'sampled step', values
-
     def _draw_map(self, stat, names, label, title, text, figsize, **kw):
         "Draw colours for log10 of a statistic, the first name at the top."
-        def _draw(ax, _):
-            x, xlabel, values = self._matrix(stat, names)
-            logs = np.log10(np.where(values > 0, values, np.nan))
-            heatmap(ax, logs[::-1], x=x, xlabel=xlabel, title=title, **kw)
-            step = -(-len(names)//40)
-            ax.set_yticks(np.arange(len(names))[::-1][::step], names[::step], fontsize=7)
-            for o in [*ax.get_images(), *ax.collections][:1]:
-                ax.figure.colorbar(o, ax=ax, label=f'log10 of {label}')
-        return self.draw(_draw, [0], (stat,), names, text, figsize, rows=min(len(names), 40))
+        found = [(nm, self.rows(nm, stat)) for nm in names]
+        draw = lambda ax, _: draw_map(ax, found, f'log10 of {label}', title=title, log=True, **kw)
+        return self.draw(draw, [0], (stat,), names, text, figsize, rows=min(len(names), 40))
 
 # %% ../nbs/41_gradients.ipynb #deaa6873
 class GradientMaps(ParameterViews):
@@ -194,7 +177,7 @@ class GradientMaps(ParameterViews):
         figsize=(7, 3)       # inches; higher for more than twelve parameters
     ): # the figure
         "Draw norms of gradients as a map: a row for each parameter, the first at the top; a column a step."
-        text = 'Grey: no gradient, zero, or not finite. Before clipping.'
+        text = 'Grey: no gradient, or NaN. Black: zero. Red: infinite. Before clipping.'
         names = self._names('grad_norm', parameters)
         return self._draw_map('grad_norm', names, 'norm', 'Norm of the gradient', text, figsize)
 
@@ -336,7 +319,7 @@ class UpdateViews(ParameterViews):
         def _draw(ax, _):
             ax.axhspan(1e-4, 1e-2, color='0.93', zorder=0)
             ax.axhline(1e-3, color='0.5', lw=1, ls='--')
-            x, xlabel, values = self._matrix('update_ratio', names)
+            x, xlabel, values = matrix_of([self.rows(nm, 'update_ratio') for nm in names])
             lines = [(nm, x, y) for nm,y in zip(names, values)]
             draw_lines(ax, lines, yscale='log', xlabel=xlabel, ylabel='ratio', title=title)
         text = f'Band: 1e-4 to 1e-2, guide at 1e-3 {rule}'

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from fastcore.basics import noop
 
-from .stats import (Bins, Sums, add_rows, base_name, clear_rows, empty_rows, output_bins, row_width,
-                          scalars, stat_name, statistics)
+from .stats import (Bins, Sums, add_rows, base_name, clear_rows, empty_rows, output_bins, own_names,
+                          row_width, scalars, stat_name, statistics)
 
 # %% ../nbs/14_rows.ipynb #832211d9
 facts = 'runs', 'steps', 'epochs', 'samples', 'calls'
@@ -293,8 +293,7 @@ class ArrivingRows(Slots):
 class ReadRows(ArrivingRows):
     "Rows of sums by the names of statistics."
     def keys(self):   # of what is shown
-        own = [stat_name(self.tap, o.name) for o in statistics.values()
-               if o.own and (o.taps is None or self.tap in o.taps)]
+        own = [stat_name(self.tap, nm) for nm in own_names(self.tap)]
         windows = ['dead_epoch'] if self.follow_units and self.tap == 'output' else []
         shown, whole = dict.fromkeys((*self.stats, *own, *windows)), [stat_name(self.tap, 'norm')]
         return [(*key, stat) for key in self.chunks for stat in (whole if key[1] == 'all' else shown)]

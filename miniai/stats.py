@@ -332,6 +332,18 @@ def base_name(tap, name):
     found = statistics.get(base)
     return base if found is not None and (found.taps is None or tap in found.taps) else None
 
+# %% ../nbs/10_stats.ipynb #3c33df08
+_parts = {'hist', 'near_zero', 'median', 'q10', 'q90', 'q99'}, {'death_rate'}, {'sample_norm', 'sample_rms'}
+
+def own_names(tap):
+    "Name the statistics of a tap that users have added."
+    return [nm for nm,o in statistics.items() if o.own and (o.taps is None or tap in o.taps)]
+
+def parts_needed(names):
+    "Say what statistics need, as a sum of 1 (the histogram), 2 (the units) and 4 (the norms of samples)."
+    own, names = any(statistics[nm].own for nm in names), set(names)
+    return sum(2**i for i,o in enumerate(_parts) if own or o & names)
+
 # %% ../nbs/10_stats.ipynb #3588c7f7
 _units_last = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.MultiheadAttention,
                nn.RNNBase, nn.RNNCellBase, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.RMSNorm)

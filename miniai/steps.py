@@ -16,7 +16,7 @@ from .collect import CallTap, InputCallTap, InputTap, OutputGradTap, OutputTap, 
 from .hooks import named_tensors, select_modules
 from .lens import layer_taps
 from .rows import Rows, joined
-from .stats import grad_bins, output_bins, statistics, unit_axis, widen
+from .stats import grad_bins, output_bins, parts_needed, unit_axis, widen
 
 # %% ../nbs/45_steps.ipynb #818d8c5a
 class Moment(Enum):
@@ -65,21 +65,14 @@ class Steps:
         return True
 
 # %% ../nbs/45_steps.ipynb #a242bf43
-_needs = {'near_zero', 'hist', 'median', 'q10', 'q90', 'q99'}, {'death_rate'}, {'sample_norm', 'sample_rms'}
-
-def parts_needed(lenses):
-    "What the kernels have to sum up: 1 the histogram, 2 the units, 4 the norms of samples."
-    bases = {lens.base(nm) for lens in lenses for nm in lens.named}
-    own = any(statistics[o].own for o in bases)
-    return sum(2**i for i,o in enumerate(_needs) if own or o & bases)
-
 class ChosenRows(Rows):
     "The rows of one tap, of which each lens reads those of the sources that it has chosen."
     def __init__(self, tap, lenses, bins=grad_bins):
         super().__init__(tap, bins, [nm for o in lenses for nm in o.named], follow_units=False)
         self.lenses, self.chosen = lenses, {o: set() for o in lenses}   # names of layers or parameters
         self.sources = {}   # layer -> names of its rows
-        self.what, self.pairs = parts_needed(lenses), any(o.before for o in lenses)
+        self.what = parts_needed([o.base(nm) for o in lenses for nm in o.named])
+        self.pairs = any(o.before for o in lenses)
 
     def of(self, lens, phase):   # {source: its chunks}
         names = {nm for o in self.chosen[lens] for nm in self.sources.get(o, (o,))}

@@ -20,7 +20,7 @@ from miniai.inspector import Inspector, InspectorCB
 from miniai.learner import DeviceCB, Learner, TrainCB
 from miniai.lens import Lens
 import miniai.watch  # noqa: F401 (`learn.watch`)
-from miniai.stats import Sums, grad_bins, measure, output_bins, stat_name, statistics, unit_axis
+from miniai.stats import Sums, grad_bins, measure, output_bins, stat_name, statistic, statistics, unit_axis
 
 
 # --- models: each is a function that makes it, and one that makes a batch of n inputs ---
@@ -228,3 +228,27 @@ def test_a_watched_fit_on_meta(monkeypatch):
         warnings.simplefilter('error')
         learn.fit(2, valid=False)
     assert len(watcher.activations.rows('0', 'mean')) == 12 == len(watcher.updates.rows('0.weight', 'update_ratio'))
+
+
+# --- a statistic that a user adds ---
+
+def test_an_added_statistic_is_right_through_all_doors():
+    "It may need any part of the sums, whatever else is recorded; it is in the picture, too."
+    data = batches((6,))
+    statistic('above_one', taps=('output',))(lambda o: (o.hist[:, 4:40].sum(1) + o.hist[:, 41])/o.n)   # 40 bins to 10
+    try:
+        found = {}
+        for stats in (('mean',), ('above_one',), ('mean', 'std', 'hist', 'death_rate')):
+            acts = ActivationStats(stats=stats)
+            Learner(make('MLP'), DataLoaders(data, data), F.cross_entropy, lr=.1, cbs=[TrainCB(), acts]).fit(1, valid=False)
+            found[stats] = acts.rows('1', 'above_one').values
+        inspector = Inspector([Lens('output', above='above_one', inplace=False)], visualizer=None)
+        by_hand(make('MLP'), data, inspector, 1)
+        found['lens'] = inspector.history.series('1', 'above').values
+        titles = [ax.get_title() for ax in acts.plot_stats().axes]
+    finally: del statistics['above_one']
+    ref = Reference(make('MLP'), data)
+    wanted = Sums.of(torch.stack(ref.rows['output', '1']), output_bins).hist
+    wanted = (wanted[:, 4:40].sum(1) + wanted[:, 41])/wanted.sum(1)
+    assert wanted.max() > 0 and all(np.allclose(o, wanted) for o in found.values()), found
+    assert 'Above one' in titles
