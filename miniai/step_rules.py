@@ -17,7 +17,7 @@ from .rules import (Missing, at_layers, found, is_solved, layers_of, needed, rul
 # %% ../nbs/51_step_rules.ipynb #303b8477
 def counted(evidence):
     "What was counted of the steps: name -> number, 0 where there was none."
-    if not evidence.facts.ledger: raise Missing(f'no steps were counted; watch with {_watch}')
+    if not evidence.facts.ledger.get('steps'): raise Missing(f'no steps were counted; watch with {_watch}')
     return Counter(evidence.facts.ledger)
 
 _watch = '`learn.watch()`, or an Inspector'
@@ -33,7 +33,7 @@ def gradients_added_up(evidence, *, min_kept=.5): # fraction of the steps
         evidence, 'error', f'In {kept:.0%} of the steps the gradients of the step before were still there, '
         'and new ones were added to them.', kept, min_kept, causes=['`zero_grad` is not called in each step'],
         tries=['`opt.zero_grad()` before each backward pass'])
-    if n['added'] >= 2*n['steps'] and thrown > min_kept: return found(   # a second one may be another loss
+    if n['dropped'] > 1.5*n['steps'] and thrown > min_kept: return found(   # one may be of another loss
         evidence, 'error', f'There are {n["added"]/n["steps"] + 1:.0f} backward passes to a step, and '
         'gradients of all but the last are thrown away.', thrown, min_kept,
         causes=['`zero_grad` is called for each part of a batch'], tries=['`zero_grad` after the step only'])
@@ -89,7 +89,10 @@ def unregistered(evidence):
 # %% ../nbs/51_step_rules.ipynb #ee18a4dd
 @rule(kind=('init', 'ledger'), before='exploding_activations', causes=['weights that are initialised again'],
       tries=['initialise the model once, before the loop'])
-def weights_are_reset(evidence, *, min_lost=.5): # of what the loss had fallen by
+def weights_are_reset(evidence,
+    *, min_lost=.5, # of what the loss had fallen by
+    min_fall=.1     # by which it must have fallen, in units of the first loss
+):
     """Weights that something else than the optimizer writes to, whereupon the loss is back near its start.
 
     Source: PyTorch, "Autograd mechanics": each change in place gives a tensor a new version."""
@@ -97,7 +100,8 @@ def weights_are_reset(evidence, *, min_lost=.5): # of what the loss had fallen b
     if not written or not len(loss) or loss.per == 'epoch': return
     at = loss.steps - loss.steps[0]
     around = [(loss[(at < o) & (at >= o-4)].usual, loss[(at >= o) & (at < o+2)].usual) for o in written]
-    lost = [(after - before)/max(loss.first - before, 1e-9) for before,after in around]
+    lost = [(after - before)/(loss.first - before) if loss.first - before > min_fall*abs(loss.first)
+            else np.nan for before,after in around]
     back = [step for step,o in zip(written, lost) if o > min_lost]
     if len(back) > 1 and 2*len(back) > len(written): return found(
         evidence, 'error', f'Before {len(back)} steps something else than the optimizer has changed weights, '
@@ -124,10 +128,13 @@ def zero_gradient(evidence, *, min_steps=10): # in which it is exactly zero
               'weights that something puts back after each step'],
       tries=['compare a weight before and after `opt.step()`'])
 def unchanged(evidence):
-    """Parameters that are trained, have a gradient, and are the same after every step.
+    """Weights that are trained, have a gradient, and are the same after every step.
+
+    Biases may stay as they are: before a BatchNorm they have no gradient that counts.
 
     Source: PyTorch, `torch.optim`: a step changes every parameter with a gradient."""
-    names = needed(evidence, 'update_ratio')
+    needed(evidence, 'update_ratio')
+    names = weights_with(evidence, 'update_ratio')
     grads, params = evidence.sources('grad_norm'), evidence.facts.params
     moved = lambda nm: nm not in grads or evidence.track(nm, 'grad_norm').usual > 0
     late = {nm: evidence.track(nm, 'update_ratio').late for nm in names}
@@ -155,6 +162,7 @@ def rate_falls_early(evidence, *, min_rate=.01): # median rate of the run, in un
         evidence, 'error', f'The learning rate falls from {high:.3g} to {middle:.2g} in the first half.',
         float(middle/high), min_rate, chart=Chart(dict(rate=(steps, rates)), 'Learning rate', log=True))
 
+_decays = 'SGD', 'Adam', 'Adagrad', 'RMSprop', 'AdamW'   # how they decay is known; AdamW: beside the gradient
 def _pull(evidence, name, decay):
     "The decay of a weight in units of its gradient (AdamW: of its update), in the first half of the run."
     apart = evidence.facts.optimizer == 'AdamW'
@@ -175,6 +183,7 @@ def weight_decay_high(evidence,
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization" (2017), section 2."""
     decay, names = evidence.facts.weight_decay, weights_with(evidence, 'param_norm')
     if decay is None or not names: raise Missing(f'weight decay or sizes of weights are not known; {_watch}')
+    if evidence.facts.optimizer not in _decays: raise Missing(f'decay is known of {", ".join(_decays)} only')
     if not decay or is_solved(evidence, .5): return
     part = float(np.median([_pull(evidence, nm, decay) for nm in names]))
     sizes = [evidence.track(nm, 'param_norm') for nm in names]

@@ -656,7 +656,6 @@ healthy |= {'pre-norm, Adam': partial(healthy_fit, partial(Tokens, True), sequen
             'post-norm, Adam': partial(healthy_fit, partial(Tokens, False), sequences, optim.Adam, 3e-3), 'BERT-like, AdamW': partial(healthy_fit, partial(Tokens, False, True), sequences, optim.AdamW, 3e-3),
             'LSTM, Adam': partial(healthy_fit, Recurrent, sequences, optim.Adam, 1e-2), 'GAN': gan, 'LoRA': lora}
 known_alarms = {'BERT-like, AdamW': {'vanishing_gradients'}}   # a rule that is to be mended
-known_alarms |= {f'{nm}, SGD': {'unchanged'} for nm in ('mlp bn', 'cnn bn', 'cnn pool bn', 'resnet')}   # biases before BatchNorm
 
 @pytest.mark.parametrize('name', healthy)
 def test_8_a_healthy_run_has_no_warning(name):
