@@ -9,7 +9,8 @@ __all__ = []
 import numpy as np
 
 from .loss_stats import entry_stats
-from .rules import Missing, found, is_solved, needed_loss, rule, steps_chart, tracks_of, update_ratios
+from .rules import (Missing, fall_of, found, is_solved, needed_loss, rule, steps_chart, tracks_of,
+                          update_ratios)
 from .step_rules import last_called
 
 # %% ../nbs/52_loss_rules.ipynb #56500451
@@ -147,6 +148,8 @@ def head_range(evidence, *, min_beyond=.1): # of the targets' deviation, by whic
     last, low, high = last_called(facts), t['min'].min(), t['max'].max()
     beyond = min_beyond*np.nanmax(t['std'])
     bounds, what = _bounds.get(facts.kind(last), (-np.inf, np.inf)), f'{facts.named(last)} gives'
+    p = entries(evidence, 'predictions')[0]   # of another layer, if they go beyond
+    if p['min'].min() < bounds[0] or p['max'].max() > bounds[1]: bounds = -np.inf, np.inf
     if loss_kind(evidence) in ('binary', 'probabilities'): bounds, what = (0, 1), f'{facts.loss} wants'
     several = (low, high, t['whole'].min()) == (0, 1, 1) and t['sum_max'].max() > 1
     if several and sums_to_one(evidence): return found(
@@ -223,7 +226,7 @@ def input_scale(evidence,
     first = next((o for o in facts.layers.values() if o not in ('Flatten', 'Identity', 'Dropout')), '')
     whole = facts.shapes['inputs'][1].startswith(('int', 'uint', 'bool'))
     size = float(max(np.nanmax(np.abs(x['mean'])), np.nanmax(x['std'])))
-    small = 0 < np.nanmax(x['std']) < min_input
+    small = 0 < np.nanmax(x['std']) < min_input and np.nanmean(x['zeros']) < .5   # rows that are sparse
     if whole or not first.startswith(('Linear', 'Conv', 'LSTM', 'GRU', 'RNN')): return
     if size > max_size or small: return found(
         evidence, 'warning', f'Inputs go from {x["min"].min():.3g} to {x["max"].max():.3g} (mean '
@@ -312,8 +315,15 @@ def split_mismatch(evidence,
         by_chance = 3/np.sqrt(max(1, np.median(evidence.track(what, 'entries', 'valid').samples)))
         shift, ratio = abs(its - mean)/max(std, 1e-9), max(wide, 1e-9)/max(std, 1e-9)
         if shift > max_shift + by_chance or max(ratio, 1/ratio) > max_ratio + by_chance: return found(
-            evidence, 'warning', f'{what.title()} of training have mean {mean:.3g} and deviation {std:.3g}, '
+            evidence, 'warning' if what == 'inputs' else 'note',   # targets: a sampler may be meant
+            f'{what.title()} of training have mean {mean:.3g} and deviation {std:.3g}, '
             f'those of validation {its:.3g} and {wide:.3g}.', float(shift), max_shift)
+
+def is_by_turns(evidence):
+    "Whether all targets of a batch are one of two numbers that are no classes, as of a discriminator."
+    t, kind = evidence.track('targets', 'entries'), evidence.facts.shapes.get('targets', ((), ''))[1]
+    if not len(t) or 'float' not in kind or t.samples.min() < 2: return False
+    return (t.values[:, 0] == t.values[:, 1]).all() and len(np.unique(t.values[:, 0])) == 2
 
 @rule(kind='shuffle', before='dead_units', causes=['data that is sorted by class, and not shuffled'],
       tries=['`shuffle=True` for the loader of training'])
@@ -324,6 +334,7 @@ def sorted_batches(evidence, *, max_between=.5): # fraction of the variance of t
     t, n = entries(evidence, 'targets')[0], np.median(evidence.track('targets', 'entries').samples)
     std = spread(t)[1]
     between = 1 - np.mean(t['std']**2)/std**2 if std > 0 else 0.
+    if is_by_turns(evidence): return
     if (t['whole'] == 1).all() and len(t['std']) > 5 and n >= 8 and between > max_between: return found(
         evidence, 'warning', f'{between:.0%} of the variance of targets is between batches: those of one '
         'batch are nearly alike.', float(between), max_between)
@@ -360,12 +371,14 @@ def one_class_prevails(evidence, *, max_part=.65): # of the targets of a batch
 @rule(kind=('wrong_loss', 'class_ids_vs_units'), before='exploding_activations',
       causes=['a mean over units before the loss', 'a loss for numbers, given numbers of classes'],
       tries=['CrossEntropyLoss of all units'])
-def blind_loss(evidence):
+def blind_loss(evidence, *, max_fall=.03): # fraction by which the loss falls over the run
     """A loss of several units and numbers of classes that is the same when units change their places.
 
     Source: PyTorch, `CrossEntropyLoss`: the unit of the class is compared with the others."""
     if evidence.facts.blind is None: raise Missing('not tried: targets are no numbers of classes')
-    if evidence.facts.blind: return found(
+    t, units = entries(evidence, 'targets')[0], (*entries(evidence, 'predictions')[1], 1)[1]
+    classes = units == t['max'].max() + 1   # else they may be an embedding
+    if evidence.facts.blind and classes and not fall_of(evidence.loss()) > max_fall: return found(
         evidence, 'error', 'The loss does not depend on which unit is which, so it cannot teach classes.')
 
 @rule(kind=('data_no_information', 'misaligned_labels'), before='dead_units',
@@ -457,7 +470,7 @@ def at_chance(evidence,
     chance, how = (np.log(n), f'guessing among {n} classes gives') if n else _of_mean(evidence)
     early = steps < min_steps
     if loss.late > chance*(1-min_gain): return found(
-        evidence, 'note' if early else 'error',
+        evidence, 'note' if early or is_by_turns(evidence) else 'error',
         f'The training loss ends at {loss.late:.3g}; {how} {chance:.3g}.',
         loss.late, float(chance*(1-min_gain)), dict(loss=loss), chart='Training loss', caveats=[
             early and f'only {steps} steps so far', n and 'with unequal classes guessing is better'])
