@@ -42,11 +42,14 @@ def rule(
     return asked
 
 # %% ../nbs/50_rules.ipynb #00895371
+decays = 'SGD', 'Adam', 'Adagrad', 'RMSprop', 'AdamW'   # how these decay is known
+
 def filled(texts, evidence):
     "Texts with {rate}, {find} and {decay} filled in; without those that are empty then."
     o = evidence.facts
-    strong = o.weight_decay and (o.weight_decay*(o.lr or 0) >= 1e-3   # of a weight in a step
-                                 or o.weight_decay >= .1 and o.optimizer != 'AdamW')
+    strong = o.weight_decay and o.optimizer in decays and (
+        o.weight_decay*(o.lr or 0) >= 1e-3   # of a weight in a step
+        or o.weight_decay >= .1 and o.optimizer != 'AdamW')
     words = {'{rate}': f' (it was {o.lr:g})' if o.lr else '',
              '{decay}': f'weight decay that is too strong (it was {o.weight_decay:g})' if strong else '',
              '{find}': '`learn.lr_find()`' if o.optimizer else 'a few steps at each of several rates'}
@@ -55,13 +58,13 @@ def filled(texts, evidence):
 
 # %% ../nbs/50_rules.ipynb #76abecd2
 _or = '`learn.watch()`, or an Inspector'
-_recorders = dict(grad_norm=('gradients', 'GradientStats'), update_ratio=('updates', 'UpdateStats'))
+_recorders = dict(grad='GradientStats', update='UpdateStats', param='UpdateStats')   # first word of a name
 
 def needed(evidence, stat):
     "Sources that have `stat`; `Missing` where none has."
     found = evidence.sources(stat)
-    what, watcher = _recorders.get(stat, ('outputs of layers', 'ActivationStats'))
-    if not found: raise Missing(f'no {what} were recorded; watch with {watcher}, {_or}')
+    watcher = _recorders.get(stat.partition('_')[0], 'ActivationStats')
+    if not found: raise Missing(f'no {stat} was recorded; watch with {watcher}, {_or}')
     return found
 
 def needed_loss(evidence, phase='train'):
@@ -229,8 +232,10 @@ def falls_of(track):
     with np.errstate(all='ignore'): return np.nan_to_num(before/v, nan=0., posinf=0.)
 
 def highest_of_two(values):
-    "The highest value that one beside it reaches, too: one alone may be an odd batch."
-    return (np.minimum(values[1:], values[:-1]) if len(values) > 1 else values).max(initial=-np.inf)
+    "The highest value that one beside it reaches, or that ends a run: one alone may be an odd batch."
+    beside = np.append(np.where(np.isfinite(values), values, np.inf), np.inf)
+    pairs = np.minimum(beside[1:], beside[:-1])
+    return pairs[np.isfinite(pairs)].max(initial=-np.inf)
 
 def _jump(loss, step):
     "The highest loss around `step`, in units of the lowest shortly before."
@@ -268,7 +273,7 @@ def learning_rate_high(evidence,
 
     Source: Smith, "Cyclical learning rates for training neural networks" (2017)."""
     loss = needed_loss(evidence)
-    first, high, end = loss.first, highest_of_two(loss.finite), loss[loss.end]
+    first, high, end = loss.first, highest_of_two(loss.values), loss[loss.end]
     limit = first + (max_rise-1)*abs(first)
     noisy = 0 < np.median(loss.samples) < 16   # losses and deviations over so few samples vary by themselves
     if not high > limit: return [] if noisy else _collapse(evidence, loss, max_fall)
@@ -279,8 +284,9 @@ def learning_rate_high(evidence,
     lost = not np.isfinite(loss.values[-1]) or loss.late > first or bool(died)
     harmless = high < np.log(evidence.facts.n_classes or 1) or not lost and is_solved(evidence, .35)
     level = levels[int(not lost) + int(harmless)]   # not above chance, or over
+    last = loss.late if loss.values[-1] <= limit else loss.values[-1]
     text = f'The training loss rises from {first:.3g} to {high:.3g}, and '
-    text += f'{"ends at" if lost else "comes back to"} {loss.late:.3g}.'
+    text += f'{"ends at" if lost or last > limit else "comes back to"} {last:.3g}.'
     if died: text += f' By then units have died in {died[0]}'
     return found(evidence, level, text, float(high/first) if first else np.inf, max_rise, dict(loss=loss),
                  loss.values > limit, died,
@@ -487,7 +493,8 @@ def saturated(evidence, *, min_slope=.1): # mean slope of the activation, in uni
 def vanishing_gradients(evidence, *, min_gradient=1e-3): # smallest of a weight, in units of the last layer's
     """Gradients that shrink on their way back to the first layers; a tenth of the limit is an error.
 
-    Gradients that are exactly zero are the business of other rules. Source: Hochreiter, "The vanishing
+    Those that are exactly zero are the business of other rules. A note if Adam or its like makes the steps
+    of usual size (1e-4 of a weight or more) and the loss falls. Source: Hochreiter, "The vanishing
     gradient problem during learning recurrent neural nets" (1998); Glorot and Bengio (2010)."""
     needed(evidence, 'grad_norm')
     names = weights_with(evidence, 'grad_norm')
@@ -498,9 +505,11 @@ def vanishing_gradients(evidence, *, min_gradient=1e-3): # smallest of a weight,
     if not layers: return
     smallest, bounded = float(both.min()), set(evidence.facts.layers.values()) & set(_slopes)
     cause = 'many layers of sigmoid or tanh' if bounded else 'weights that are too small at the start'
-    return found(evidence, 'error' if smallest < min_gradient/10 else 'warning',
-                 f'The gradient of {layers[0]} is {smallest:.1g} of that of {names[-1]} (root mean squares), '
-                 'so it hardly learns.', smallest, min_gradient, tracks_of(evidence, layers, 'grad_norm'),
+    steps = np.nan_to_num(read(evidence, layers, 'update_ratio', 'usual'))
+    scaled = 'Adam' in evidence.facts.optimizer and steps.min() >= 1e-4 and is_solved(evidence, .9)
+    return found(evidence, 'note' if scaled else 'error' if smallest < min_gradient/10 else 'warning',
+                 f'The gradient of {layers[0]} is {smallest:.1g} of that of {names[-1]} (root mean squares)'
+                 f'{"" if scaled else ", so it hardly learns"}.', smallest, min_gradient, tracks_of(evidence, layers, 'grad_norm'),
                  causes=['{decay}', cause, 'no shortcuts in a deep net'],
                  chart=depth_chart("Gradient (RMS), in the last layer's", names, **sizes))
 

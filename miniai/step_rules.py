@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 
 from .evidence import Chart
-from .rules import (Missing, at_layers, found, is_solved, layers_of, needed, rule, tracks_of,
+from .rules import (Missing, at_layers, decays, found, is_solved, layers_of, needed, rule, tracks_of,
                           weights_with)
 
 # %% ../nbs/51_step_rules.ipynb #303b8477
@@ -162,7 +162,6 @@ def rate_falls_early(evidence, *, min_rate=.01): # median rate of the run, in un
         evidence, 'error', f'The learning rate falls from {high:.3g} to {middle:.2g} in the first half.',
         float(middle/high), min_rate, chart=Chart(dict(rate=(steps, rates)), 'Learning rate', log=True))
 
-_decays = 'SGD', 'Adam', 'Adagrad', 'RMSprop', 'AdamW'   # how they decay is known; AdamW: beside the gradient
 def _pull(evidence, name, decay):
     "The decay of a weight in units of its gradient (AdamW: of its update), in the first half of the run."
     apart = evidence.facts.optimizer == 'AdamW'
@@ -183,7 +182,7 @@ def weight_decay_high(evidence,
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization" (2017), section 2."""
     decay, names = evidence.facts.weight_decay, weights_with(evidence, 'param_norm')
     if decay is None or not names: raise Missing(f'weight decay or sizes of weights are not known; {_watch}')
-    if evidence.facts.optimizer not in _decays: raise Missing(f'decay is known of {", ".join(_decays)} only')
+    if evidence.facts.optimizer not in decays: raise Missing(f'decay is known of {", ".join(decays)} only')
     if not decay or is_solved(evidence, .5): return
     part = float(np.median([_pull(evidence, nm, decay) for nm in names]))
     sizes = [evidence.track(nm, 'param_norm') for nm in names]
