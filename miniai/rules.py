@@ -509,7 +509,8 @@ def vanishing_gradients(evidence, *, min_gradient=1e-3): # smallest of a weight,
     scaled = 'Adam' in evidence.facts.optimizer and steps.min() >= 1e-4 and is_solved(evidence, .9)
     return found(evidence, 'note' if scaled else 'error' if smallest < min_gradient/10 else 'warning',
                  f'The gradient of {layers[0]} is {smallest:.1g} of that of {names[-1]} (root mean squares)'
-                 f'{"" if scaled else ", so it hardly learns"}.', smallest, min_gradient, tracks_of(evidence, layers, 'grad_norm'),
+                 f'{"" if scaled else ", so it hardly learns"}.', smallest, min_gradient,
+                 tracks_of(evidence, layers, 'grad_norm'),
                  causes=['{decay}', cause, 'no shortcuts in a deep net'],
                  chart=depth_chart("Gradient (RMS), in the last layer's", names, **sizes))
 

@@ -655,6 +655,7 @@ healthy = {f'{nm}, {o}': partial(healthy_fit, make, pictures, *opts[o]) for nm,m
 healthy |= {'pre-norm, Adam': partial(healthy_fit, partial(Tokens, True), sequences, optim.Adam, 3e-3), 'pre-norm, AdamW': partial(healthy_fit, partial(Tokens, True), sequences, optim.AdamW, 3e-3),
             'post-norm, Adam': partial(healthy_fit, partial(Tokens, False), sequences, optim.Adam, 3e-3), 'BERT-like, AdamW': partial(healthy_fit, partial(Tokens, False, True), sequences, optim.AdamW, 3e-3),
             'LSTM, Adam': partial(healthy_fit, Recurrent, sequences, optim.Adam, 1e-2), 'GAN': gan, 'LoRA': lora}
+
 @pytest.mark.parametrize('name', healthy)
 def test_8_a_healthy_run_has_no_warning(name):
     found = healthy[name]().diagnose()
