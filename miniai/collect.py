@@ -110,7 +110,9 @@ class Prices:
 
     @property
     def knows(self): return bool(self.own) and len(self.times[False]) >= 5   # what a step takes by itself
-    def affordable(self): return self.knows and self.credit >= self.price
+    def affordable(self):
+        if not self.own: return True   # as after a resume: the price is not known yet
+        return self.knows and self.credit >= self.price
 
 # %% ../nbs/16_collect.ipynb #081a61f6
 class Sampler(Account):
@@ -141,8 +143,8 @@ class Sampler(Account):
         "Decide, once for each step."
         if step is not None and phase == 'train' and self.decided == (phase, step): return self.answer
         now, n = self.now(), self.seen[phase]
-        if self.budget and self.decided and self.decided[0] == 'train':
-            took = None if self.step_began is None else now - self.step_began
+        if self.budget and self.decided:
+            took = None if self.step_began is None or self.decided[0] != 'train' else now - self.step_began
             self.prices.note(self.answer, took, self.seconds - self.seconds_before)
         if n <= self.always: self.prices.credit = 0.
         self.step_began, self.seconds_before = (now if phase == 'train' else None), self.seconds
@@ -266,6 +268,7 @@ class ModuleTap(Listener):
 # %% ../nbs/16_collect.ipynb #b9798008
 class TensorTap(ModuleTap):
     "Takes outputs apart, and knows those that are like the last ones."
+    verb = 'returns'
     def _is_alike(self, hook, outp):
         if type(outp) is not torch.Tensor or outp.shape != hook.shape or hook.forward == self.forward:
             return False
@@ -282,7 +285,7 @@ class TensorTap(ModuleTap):
         found = [o for o in named_tensors(outp, hook.name) if o[1].is_floating_point() or o[1].is_complex()]
         if not found:   # indices, masks, lengths
             kind = f'one of {outp.dtype}' if isinstance(outp, torch.Tensor) else type(outp).__name__
-            self.told(hook.name, f'returns no tensor to measure, but {kind}')
+            self.told(hook.name, f'{self.verb} no tensor to measure, but {kind}')
         for source,a in found:
             if hook.call: source = f'{source} (call {hook.call+1})'
             axis = self.axes[source] = self.units.find(mod, a, source)
@@ -407,6 +410,7 @@ class CallTap(TensorTap):
 # %% ../nbs/16_collect.ipynb #bf7874b8
 class Inputs:
     "Takes what modules are given instead of what they return."
+    verb = 'is given'
     def _hook(self, modules, leaves):
         return Hooks(modules, self._on_input, before=True, keywords=True), Hooks(leaves, self._pass)
 

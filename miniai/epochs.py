@@ -18,7 +18,7 @@ from miniai.history import History
 from miniai.hooks import choose_parameters, find_parameters
 from miniai.kernels import add_to_row, empty_row
 from miniai.lens import aggregates, epoch_taps, layer_taps, row_stat, summary
-from miniai.loss_stats import first_tensor
+from miniai.loss_stats import few
 from miniai.rows import to_host
 from miniai.stats import Sums, grad_bins, unit_view
 from miniai.steps import Moment
@@ -52,10 +52,9 @@ class Numbers:
     ):
         "Record a loss, for every `LossMetrics` without a `loss_fn`."
         if self.active: self._guard('what enters the loss', self._enter_loss, preds, targets)
+        phase, samples = 'train' if train else 'valid', self.samples if samples is None else samples
         for lens in self._loss_lenses():
-            if lens.loss_fn is None:
-                phase = 'train' if train else 'valid'
-                self._push(lens, 'loss', value, phase, samples or self.samples, not running)
+            if lens.loss_fn is None: self._push(lens, 'loss', value, phase, samples, not running)
 
     def push_metric(self,
         name:str,          # of the metric
@@ -92,7 +91,8 @@ class Keeping:
         self._keep(lens, name, name, one_number(name, value), self.steps.phase or phase, samples, keep)
 
     def _keep(self, lens, source, stat, value, phase, samples, keep=False):
-        where = dict(step=self.steps.number, epoch=self.epoch, phase=phase, samples=samples or 1)
+        samples = 1 if samples is None else samples   # an empty batch weighs nothing
+        where = dict(step=self.steps.number, epoch=self.epoch, phase=phase, samples=samples)
         self.seen.values.record(source, f'{self.lenses.index(lens)} {stat}', value, **where)
         if keep or not lens.inplace: self.history.record(source, stat, value, **where)
         self.seen.fresh = True
@@ -110,7 +110,7 @@ class Losses:
         "Record what enters model and loss, in few steps; the last of it is kept."
         if not self.is_due: return
         self.is_due, given = False, dict(predictions=preds, targets=targets)
-        self.batch |= {nm: o.detach() for nm,a in given.items() if (o := first_tensor(a)) is not None}
+        self.batch |= {nm: o for nm,a in given.items() if (o := few(a)) is not None}
         self.loss_stats.record(self.batch, step=self.steps.number, epoch=self.epoch, phase=self.phase)
 
     def _take_loss(self, lens, mod, inp, outp):

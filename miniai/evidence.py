@@ -6,7 +6,7 @@
 __all__ = ['Param', 'Facts', 'Track', 'Evidence', 'evidence_of', 'Chart', 'Finding', 'Findings']
 
 # %% ../nbs/49_evidence.ipynb #83d864a8
-import difflib, html, textwrap
+import copy, difflib, html, textwrap
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -296,7 +296,7 @@ def _of_answers(preds, inputs):
     "What the predictions for the last batch show: `constant` and `answers`."
     if not (isinstance(preds, torch.Tensor) and preds.is_floating_point() and preds.numel()): return {}
     a, rows = preds.detach().float(), preds.ndim > 1
-    constant = None if is_constant(inputs) else is_constant(a)   # to one question there is one answer
+    constant = None if tried(is_constant, inputs) else is_constant(a)   # to one question there is one answer
     if not ((a >= 0) & (a <= 1)).all(): return dict(constant=constant, answers='number')
     sums = a.sum(1) if rows and a.shape[1] > 1 else a.new_zeros(1)
     return dict(constant=constant, answers='distribution' if (sums - 1).abs().amax() < .01 else 'fraction')
@@ -321,25 +321,38 @@ def with_known(facts, known):
     return replace(facts, **{nm: v for nm,v in known.items() if v or nm == 'unreached' and v is not None})
 
 # %% ../nbs/49_evidence.ipynb #d3b9af07
+def copied(o):
+    "A copy of a module, whose hooks do nothing; None where there is none."
+    try: return copy.deepcopy(o)
+    except Exception: return None
+
+def tried(f, *args, default=None):
+    "What `f` says; the default where it fails, as of odd layouts and devices."
+    try: return f(*args)
+    except Exception: return default
+
 def _of_probes(model, loss_func, inputs, preds, targets):
     "What the last batch shows when it is tried out: `affine`, `clipped`, `summed`, `blind`."
+    loss_func = copied(loss_func)   # what is asked counts nowhere, and changes nothing
     types = [type(m).__name__ for m in model.modules()]
     weights = sum(o in ('Linear', 'Conv1d', 'Conv2d') for o in types)
     maybe = weights > 1 and not {*types} & {*nn.modules.activation.__all__}
-    return dict(affine=is_affine(model, inputs) if maybe else None,
+    return dict(affine=is_affine(copied(model), inputs) if maybe else None,
                 clipped=is_clipped(loss_func, preds, targets), summed=is_summed(loss_func, preds, targets),
                 blind=is_blind(loss_func, preds, targets))
 
 def _of_model(model, opts, loss_func, inputs, predictions, targets):
     "What a model, its optimizers, its loss and its last batch show; None for what is not known."
     facts = Facts(loss='' if loss_func is None else function_name(loss_func),
-                  n_classes=_n_classes(loss_func, predictions), **_of_optimizer(next(iter(opts), None)),
-                  **_of_answers(predictions, inputs))
+                  n_classes=tried(_n_classes, loss_func, predictions),
+                  **_of_optimizer(next(iter(opts), None)),
+                  **tried(_of_answers, predictions, inputs, default={}))
     if model is None: return facts
     layers = {nm: type(m).__name__ for nm,m in select_modules(model)}
-    probes = _of_probes(model, loss_func, inputs, predictions, targets)
+    probes = tried(_of_probes, model, loss_func, inputs, predictions, targets, default={})
     return replace(facts, model=type(model).__name__, params=_of_parameters(model, opts), layers=layers,
-                   copies=copies_of_units(model), norms=starting_parts(model), **probes)
+                   copies=tried(copies_of_units, model, default={}),
+                   norms=tried(starting_parts, model, default={}), **probes)
 
 # %% ../nbs/49_evidence.ipynb #3c3fd97a
 def is_pair(batch): return isinstance(batch, (tuple, list)) and len(batch) > 1

@@ -41,7 +41,8 @@ class Hook:
         f,           # called as f(hook, mod, inp, outp) after each call of the module; its result is dropped
         name:str='', # name to show, such as the module's dotted path
         before:bool=False, # call it before each call of the module; `outp` is None then
-        keywords:bool=False # also give it what came by keyword, a dictionary: f(hook, mod, inp, kw, outp)
+        keywords:bool=False # also give it what came by keyword, a dictionary: f(hook, mod, inp, kw, outp), or
+                            # f(hook, mod, inp, kw) before
     ):
         self.handle = None
         if not isinstance(m, nn.Module):

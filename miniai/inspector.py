@@ -25,7 +25,7 @@ from .epochs import (Computing, Epochs, Keeping, Losses, Numbers, Parameters, Pr
 from .history import History
 from .hooks import Hook, choose_parameters, named_tensors, select_modules, unwrap, warn_if_compiled
 from .lens import OutputStats, aggregates, checked_loss, default_lenses, layer_taps, row_stat
-from .loss_stats import LossStats, first_tensor, loss_parts, parts_of
+from .loss_stats import LossStats, few, first_tensor, loss_parts, parts_of
 from .steps import ClipNorms, Layers, OptimizerTaps, Steps, tables_for
 from .visualizer import Recording, save_parquet, visualizer_named
 
@@ -174,7 +174,8 @@ class Forwards:
     def _begin_forward(self, mod, inp, kwargs):
         inp = inp or tuple(kwargs.values())
         self.samples, raw = batch_size(inp), self._enter(mod)
-        self.loss_stats.count('forward', mod.training, torch.is_grad_enabled())
+        attached = getattr(first_tensor(inp), 'grad_fn', None) is not None
+        self.loss_stats.count('forward', mod.training, torch.is_grad_enabled(), attached)
         self._keep_inputs(inp)
         self.seen.batches[self.phase][self.samples] += 1
         if raw != 'valid': self.steps.samples += self.samples
@@ -206,7 +207,7 @@ class AfterForwards:
     "Keeps what a forward was given and gave, in few steps, and notices that a backward pass runs."
     def _keep_inputs(self, inp):
         self.is_due = self.loss_stats.is_next_due(self.phase)
-        if self.is_due and (a := first_tensor(inp)) is not None: self.batch = dict(inputs=a.detach())
+        if self.is_due: self.batch = {} if (a := few(inp)) is None else dict(inputs=a)
 
     def _end(self, hook, mod, inp, outp):
         if not self.active or in_backward(): return
@@ -215,9 +216,9 @@ class AfterForwards:
         if self.steps.sampled and self.clip.lenses: self._guard('the gradients', self.clip.ask, outp)
 
     def _take_output(self, outp):
-        if self.is_due and (a := first_tensor(outp)) is not None:
-            self.batch['predictions'] = a.detach()
-            self.loss_stats.count('output', a, [o.p for o in self.params])
+        if self.is_due:
+            if (a := few(outp)) is not None: self.batch['predictions'] = a
+            self.loss_stats.count('output', first_tensor(outp), [o.p for o in self.params])
         if self.phase == 'valid' or self.steps.n_stepped: return
         note = lambda grad, steps=self.steps: setattr(steps, 'backward_ran', True)
         for _,a in named_tensors(outp)[:1]:
@@ -232,7 +233,7 @@ class OptimizerSteps:
         if held is None or not held.is_of(optimizer):
             params = self.params if self.optimizer in (None, optimizer) else []
             held = self.held[id(optimizer)] = OptimizerTaps(optimizer, params, self.tables, self.warn)
-            if held.params and held.ref not in self.opts: self.opts.append(held.ref)
+            if held.params: self.opts = [o for o in self.opts if o() not in (None, optimizer)] + [held.ref]
             for nm,tap in held.taps.items(): tap.before.update(self.last_gradients.get(nm, {}))
         return held
 
@@ -463,7 +464,8 @@ class Starting:
         # other processes may be gone, after an error
         if self.attached and self.seen.fresh: self._tick(everywhere=False)
         self.sampler.stop()
-        self.model, self.held = None, {}
+        self.model, self.optimizer, self.held = None, None, {}
+        self.loss_stats.ledger.end()
         return self
 
 # %% ../nbs/47_inspector.ipynb #ea581065

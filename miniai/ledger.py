@@ -34,92 +34,130 @@ def is_due(n, often=4):
     return n < often or n % (1 << (n//often).bit_length() - 1) == 0
 
 # %% ../nbs/38_ledger.ipynb #801cd452
-class GradientWatch:
+class FollowsGradient:
     "Compares the gradient of one parameter with what it was at the last step, as each backward pass comes."
     def __init__(self):
         self.p, self.handle, self.at_step, self.backwards, self.stepping = None, None, None, 0, False
-        self.counts, self.kept, self.dropped = Counter(), 0, 0
+        self.counts, self.kept, self.dropped, self.old, self.some = Counter(), 0, 0, False, False
 
     def follow(self, params):
-        "Choose a parameter that has a gradient."
+        "Choose a parameter that has a plain gradient."
         if self.p is not None: return
-        self.p = next((p for p in reversed(params) if p.requires_grad and p.grad is not None), None)
+        plain = lambda g: type(g) is torch.Tensor and g.layout is torch.strided
+        self.p = next((p for p in reversed(params) if p.requires_grad and plain(p.grad)), None)
         if self.p is not None: self.handle = self.p.register_hook(self._before)
 
     def _before(self, grad):
         self.backwards += 1
         if self.stepping: return   # an optimizer that asks for several
-        if self.backwards == 1 and self.at_step is not None: self._compare()
-        if self.backwards > 1: self._count_dropped()
+        try: self._compare(grad)
+        except Exception: self.remove()   # nothing is raised into a backward pass
 
-    def _compare(self):
-        self.counts['compared'] += 1
-        if self.p.grad is None: return
-        old = head(self.p.grad)
-        self.kept = self.kept + ((old == self.at_step).all() & (old != 0).any())
-
-    def _count_dropped(self):
-        self.counts['added'] += 1
-        self.dropped = self.dropped + (1 if self.p.grad is None else (head(self.p.grad) == 0).all())
-
-    def stepped(self, sampled):
-        self.stepping, known = False, sampled and self.p is not None and self.p.grad is not None
-        self.at_step, self.backwards = head(self.p.grad).clone() if known else None, 0
+    def _compare(self, grad):
+        now = None if self.p.grad is None else head(self.p.grad)
+        if self.backwards == 1:
+            known = now is not None and self.at_step is not None
+            self.old = (now == self.at_step).all() & (now != 0).any() if known else False
+        else:
+            self.counts['added'] += 1
+            self.dropped = self.dropped + (self.some if now is None else (now == 0).all() & self.some)
+            self.old = False if now is None else self.old & (now != 0).any()
+        self.some = (head(grad) != 0).any()
 
     def remove(self):
         if self.handle is not None: self.handle.remove()
-        self.handle = None
+        self.handle = self.p = None
+
+# %% ../nbs/38_ledger.ipynb #0bf536f3
+class GradientWatch(FollowsGradient):
+    "Judges the gradient of one parameter at the steps of the optimizer."
+    def before_step(self):
+        "Judge what an optimizer finds: old gradients may have been another loss's, and zeroed since."
+        self.stepping = True
+        if self.at_step is None or not self.backwards: return
+        self.counts['compared'] += 1
+        self.kept = self.kept + self.old
+
+    def stepped(self, sampled):
+        self.stepping, self.at_step, self.backwards = False, None, 0
+        known = sampled and self.p is not None and self.p.grad is not None
+        if known: self.at_step = head(self.p.grad).clone()
 
 # %% ../nbs/38_ledger.ipynb #b87228a3
 class StepCounts:
     "Counts what optimizers do, and what is done to weights between their steps."
     def __init__(self):
         self.counts, self.grads, self.written, self.rates = Counter(), GradientWatch(), [], []
-        self.training, self.versions, self.fresh = True, {}, False
+        self.training, self.versions, self.fresh, self.first = True, {}, False, None
 
     def before_step(self, optimizer, params):
         "Note what an optimizer finds."
-        self.fresh, self.grads.stepping = not getattr(optimizer, 'state', True), True
+        self.fresh = not getattr(optimizer, 'state', True)
+        self.grads.before_step()
         now = sum(p._version for p in params)
         if self.versions.get(id(optimizer), now) != now: self.written.append(self.counts['steps'])
         del self.written[1000:]
 
     def after_step(self, optimizer, params):
         "Note what an optimizer leaves."
-        n, self.versions = self.counts['steps'], {id(optimizer): sum(p._version for p in params)}
+        n, others = self.counts['steps'], [*self.versions.items()][-8:]
+        self.versions = dict(others) | {id(optimizer): sum(p._version for p in params)}
+        self.first = self.first or id(optimizer)   # its rates are kept
         self.grads.follow(params)
         self.grads.stepped(is_due(n))
         rates = [o.get('lr') for o in getattr(optimizer, 'param_groups', ())]
-        if is_due(n) and any(isinstance(o, (int, float)) for o in rates[:1]): self.rates.append((n, rates[0]))
+        known = self.first == id(optimizer) and rates and isinstance(rates[0], (int, float))
+        if is_due(n) and known: self.rates.append((n, rates[0]))
         self.counts.update({'steps': 1, 'in eval mode': int(not self.training),
                             'fresh': int(self.fresh and bool(getattr(optimizer, 'state', ())))})
 
 # %% ../nbs/38_ledger.ipynb #52b34a0b
-class Ledger(StepCounts):
-    "Counts what the steps of a loop find and leave; `facts` has it."
+class Forwards(StepCounts):
+    "Counts what forwards find, besides."
     def __init__(self):
         super().__init__()
-        self.strangers = None
+        self.strangers, self.attached, self.before = None, False, {}
 
-    def forward(self, training, grad):
-        "Note the mode of a forward: of the model, and of grad."
+    def forward(self, training, grad, attached=False):
+        "Note the mode of a forward, of the model and of grad, and whether its input has a graph of its own."
+        self.attached = attached
         if grad: self.training = training
         else: self.counts.update({'forwards without grad': 1, 'of these in train mode': int(training)})
 
     def output(self, a, params):
         "Note the parameters, other than these, that the first output with a graph was computed from."
-        if self.strangers is not None or a.grad_fn is None: return
+        if self.strangers is not None or a is None or a.grad_fn is None or self.attached: return
         mine = {id(p) for p in params}
         self.strangers = [(p, head(p).clone()) for p in leaves_of(a) if id(p) not in mine]
 
+# %% ../nbs/38_ledger.ipynb #6fa30fc7
+class Ledger(Forwards):
+    "Counts what the steps of a loop find and leave; `facts` has it."
     def end(self):
-        "Let go of the model."
+        "Let go of the model; waits for the device."
         self.grads.remove()
+        self.before, self.strangers = self.state_dict(), None
+
+    def _n_still(self):
+        "How many of the strangers are what they were."
+        def is_still(p, start):
+            try: return torch.equal(head(p), start)
+            except Exception: return False   # memory that is gone, as under sharding
+        return sum(is_still(*o) for o in self.strangers or ()) or self.before.get('unregistered', 0)
+
+    def state_dict(self):
+        "Give what was counted, as plain numbers; waits for the device."
+        found = dict(self.counts + self.grads.counts)
+        return found | dict(kept=int(self.grads.kept), dropped=int(self.grads.dropped),
+                            unregistered=self._n_still())
+
+    def load_state_dict(self, state, written=(), rates=()):
+        "Go on counting from there."
+        kept = {nm: state.get(nm, 0) for nm in ('kept', 'dropped', 'unregistered')}
+        self.counts, self.before = Counter({nm: n for nm,n in state.items() if nm not in kept}), kept
+        self.grads.kept, self.grads.dropped = kept['kept'], kept['dropped']
+        self.written, self.rates = list(written), [tuple(o) for o in rates]
 
     def facts(self) -> dict: # ledger: name -> number; written: steps before which weights changed; rates
         "Give what was counted; waits for the device."
-        still = [p for p,start in self.strangers or () if torch.equal(head(p), start)]
-        found = self.counts + self.grads.counts
-        found.update(kept=int(self.grads.kept), dropped=int(self.grads.dropped), unregistered=len(still))
-        return dict(ledger={nm: int(n) for nm,n in found.items()}, written=tuple(self.written),
-                    rates=tuple(self.rates))
+        return dict(ledger=self.state_dict(), written=tuple(self.written), rates=tuple(self.rates))

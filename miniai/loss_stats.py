@@ -22,8 +22,9 @@ entry_stats = ('min', 'max', 'mean', 'std', 'zeros', 'whole', 'sum_min', 'sum_ma
 # %% ../nbs/39_loss_stats.ipynb #c7b0f7e6
 def repeats_of(a):
     "The fraction of samples of a tensor [B, entries] or more that are in it once more."
-    rows = a[:1024].flatten(1)
-    rows = rows[:, ::max(1, rows.shape[1]//64)].double() if a.device.type != 'mps' else rows.float()
+    most = max(2, 2**21//max(1, a[:1].numel()))   # all entries of so many
+    rows = a[:min(most, 1024)].flatten(1)
+    rows = rows.float() if a.device.type == 'mps' else rows.double()
     mixed = (rows*torch.arange(1, 1+rows.shape[1], device=a.device).sin()).sum(1).sort().values
     same = mixed[1:] == mixed[:-1]
     return same.float().mean() if len(same) else same.new_zeros((), dtype=torch.float32)
@@ -54,6 +55,12 @@ def first_tensor(o):
     parts = o.values() if isinstance(o, dict) else o if isinstance(o, (tuple, list)) else ()
     return next((t for part in parts if (t := first_tensor(part)) is not None), None)
 
+def few(o, samples=64, most=2**22):
+    "A copy of the first samples of the first tensor, to be asked about later; None if that is large."
+    a = first_tensor(o)
+    if a is None or a.layout is not torch.strided or a[:samples].numel() > most: return None
+    return a.detach()[:samples].clone()
+
 # %% ../nbs/39_loss_stats.ipynb #c07a15e1
 class CountsSteps(Callback):
     "Tells a `Ledger` what happens in a fit."
@@ -74,13 +81,33 @@ class CountsSteps(Callback):
 
     def after_backward(self, learn): self.count('before_step', learn.opt, self.params)
     def after_step(self, learn): self.count('after_step', learn.opt, self.params)
-    def cleanup_fit(self, learn): self.ledger.end()
+    def cleanup_fit(self, learn):
+        self.ledger.end()
+        self.params = []
+
     def after_predict(self, learn):
         self.count('forward', learn.model.training, learn.training)
         if learn.training: self.count('output', first_tensor(learn.preds), self.params)
 
+# %% ../nbs/39_loss_stats.ipynb #1a25727a
+class SavedCounts(CountsSteps):
+    "Can be copied and saved in the middle of a fit."
+    def __getstate__(self):
+        ledger, known = Ledger(), self.ledger.facts()
+        ledger.load_state_dict(known['ledger'], known['written'], known['rates'])
+        return {**vars(self), 'learn': None, 'ledger': ledger, 'params': []}
+
+    def state_dict(self):
+        return dict(history=self.history.state_dict(), shapes=self.shapes, seen=self.seen,
+                    counted=self.ledger.facts())
+
+    def load_state_dict(self, state):
+        self.history.load_state_dict(state['history'])
+        self.shapes, self.seen, known = dict(state['shapes']), dict(state['seen']), state['counted']
+        self.ledger.load_state_dict(known['ledger'], known['written'], known['rates'])
+
 # %% ../nbs/39_loss_stats.ipynb #18a47504
-class LossStats(CountsSteps):
+class LossStats(SavedCounts):
     "Records numbers of the inputs, the predictions and the targets of a few steps; `history` has them."
     def after_loss(self, learn):
         if not self.is_next_due(learn.phase): return
@@ -112,11 +139,6 @@ class LossStats(CountsSteps):
         "Name what was recorded."
         parts = [f'{nm} {list(shape)} {kind}' for nm,(shape,kind) in self.shapes.items()]
         return ', '.join(parts) or 'nothing yet'
-    def __getstate__(self): return {**vars(self), 'learn': None, 'ledger': Ledger(), 'params': []}
-    def state_dict(self): return dict(history=self.history.state_dict(), shapes=self.shapes, seen=self.seen)
-    def load_state_dict(self, state):
-        self.history.load_state_dict(state['history'])
-        self.shapes, self.seen = dict(state['shapes']), dict(state['seen'])
 
 # %% ../nbs/39_loss_stats.ipynb #a1b2aff1
 @torch.no_grad()
