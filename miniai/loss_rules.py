@@ -371,15 +371,18 @@ def one_class_prevails(evidence, *, max_part=.65): # of the targets of a batch
 @rule(kind=('wrong_loss', 'class_ids_vs_units'), before='exploding_activations',
       causes=['a mean over units before the loss', 'a loss for numbers, given numbers of classes'],
       tries=['CrossEntropyLoss of all units'])
-def blind_loss(evidence, *, max_fall=.03): # fraction by which the loss falls over the run
+def blind_loss(evidence, *, max_fall=.03): # fraction by which the loss falls; beyond it is a note
     """A loss of several units and numbers of classes that is the same when units change their places.
 
     Source: PyTorch, `CrossEntropyLoss`: the unit of the class is compared with the others."""
     if evidence.facts.blind is None: raise Missing('not tried: targets are no numbers of classes')
     t, units = entries(evidence, 'targets')[0], (*entries(evidence, 'predictions')[1], 1)[1]
     classes = units == t['max'].max() + 1   # else they may be an embedding
-    if evidence.facts.blind and classes and not fall_of(evidence.loss()) > max_fall: return found(
-        evidence, 'error', 'The loss does not depend on which unit is which, so it cannot teach classes.')
+    falls = fall_of(evidence.loss()) > max_fall
+    if evidence.facts.blind and classes: return found(
+        evidence, 'note' if falls else 'error',
+        'The loss does not depend on which unit is which, so it cannot teach classes.',
+        caveats=[falls and 'the loss falls: the units may be an embedding'])
 
 @rule(kind=('data_no_information', 'misaligned_labels'), before='dead_units',
       causes=['targets that were cast or scaled to one value'], tries=['print the targets of a batch'])
