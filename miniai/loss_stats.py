@@ -114,7 +114,9 @@ class LossStats(SavedCounts):
         self.record(dict(zip(loss_parts, parts_of(learn))), step=learn.n_steps, epoch=learn.epoch,
                     phase=learn.phase)
 
-    def is_next_due(self, phase):
+    def is_next_due(self,
+        phase # 'train' or 'valid'
+    ) -> bool:
         "Count the next step of a phase; say whether it is one to record."
         n = self.seen[phase] = self.seen.get(phase, -1) + 1
         return is_due(n)

@@ -232,10 +232,13 @@ def falls_of(track):
     with np.errstate(all='ignore'): return np.nan_to_num(before/v, nan=0., posinf=0.)
 
 def highest_of_two(values):
-    "The highest value that one beside it reaches, or that ends a run: one alone may be an odd batch."
+    """The highest value that one beside it reaches, or that ends a run.
+
+    One alone may be an odd batch, but not where it is more than a hundred times the first."""
     beside = np.append(np.where(np.isfinite(values), values, np.inf), np.inf)
     pairs = np.minimum(beside[1:], beside[:-1])
-    return pairs[np.isfinite(pairs)].max(initial=-np.inf)
+    high, most = (o[np.isfinite(o)].max(initial=-np.inf) for o in (pairs, values))
+    return most if most > 100*abs(values[0]) else high
 
 def _jump(loss, step):
     "The highest loss around `step`, in units of the lowest shortly before."

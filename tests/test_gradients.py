@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shared import ClosureCB, CountReads, HandSGD, ReadsPerStep
 
 from miniai.accel import AccumulateCB, GradClipCB, MixedPrecision
+from miniai.activations import matrix_of
 from miniai.callback import Callback, CancelBatchException, CancelFitException
 from miniai.checkpoint import CheckpointCB, checkpoints
 from miniai.conv import conv
@@ -348,8 +349,8 @@ def test_frozen_again_and_unfrozen():
         assert s.steps.tolist() == [0, 1, 4, 5] and np.isfinite(s.values).all()      # a gap is no row
     assert values(grads, '0.weight', 'grad_hist').sum(1).tolist() == [48]*4 and not grads.gaps
     assert len(grads.rows('0.weight', 'has_grad')) == 0
-    assert grads._matrix('grad_norm', ['0.weight', '2.weight'])[2].shape == (2, 6)
-    assert np.isnan(grads._matrix('grad_norm', ['0.weight', '2.weight'])[2][0]).tolist() == [False, False, True, True, False, False]
+    assert matrix_of([grads.rows(nm, 'grad_norm') for nm in ('0.weight', '2.weight')])[2].shape == (2, 6)
+    assert np.isnan(matrix_of([grads.rows('0.weight', 'grad_norm'), grads.rows('2.weight', 'grad_norm')])[2][0]).tolist() == [False, False, True, True, False, False]
     assert np.isfinite(values(grads, '2.weight', 'grad_norm')).all()
 
 def test_parameters_that_the_optimizer_does_not_have():
