@@ -155,7 +155,7 @@ def test_hooks_a_changed_page_and_the_template(sh):
     out = sh(commands('A callback').replace('nbdev_test ', 'nbdev_test --n_workers 0 '))   # in this process: its own take longer to start
     assert re.search(r'\d+ passed', out) and 'failed' not in out
     assert {o for o in out.splitlines() if re.match('( M|[?]{2}) ', o)} == {
-        ' M miniai/_modidx.py', ' M miniai/conv.py', ' M nbs/27_conv.ipynb', ' M nbs/sidebar.yml',
+        ' M miniai/_modidx.py', ' M miniai/conv.py', ' M nbs/27_conv.ipynb', ' M nbs/sidebar.yml', ' M nbs/contributing.ipynb',
         '?? miniai/my_callback.py', '?? nbs/29_my_callback.ipynb'}
     assert 'def _twice' in (sh.copy/'miniai'/'conv.py').read_text(encoding='utf-8')
     assert 'an editor wrote' not in path.read_text(encoding='utf-8')
