@@ -11,8 +11,9 @@ from html import escape
 from itertools import cycle
 
 import numpy as np
+from fastcore.basics import groupby
 
-from .evidence import Evidence, Track
+from .evidence import Evidence, Track, loop_sources
 from .lens import aggregates
 from .plots import short_name
 from .rows import Rows
@@ -31,26 +32,21 @@ def kept_rows(values, most): # values [k, n]: k lines of n rows; gives rising nu
     "Choose about `most` rows: first, last, and of each stretch where a line is lowest and highest."
     (k, n), values = values.shape, np.where(np.isnan(values), np.inf, values)   # a NaN is a highest value
     if n <= most: return np.arange(n)
-    size = -(-n//max(1, most//(2*k)))
-    stretches = np.pad(values, ((0, 0), (0, -n % size)), mode='edge').reshape(k, -1, size)
-    start = np.arange(stretches.shape[1])*size
-    found = [start + getattr(stretches, how)(-1) for how in ('argmin', 'argmax')]
-    return np.unique(np.minimum(np.concatenate([[0, n-1], *(o.reshape(-1) for o in found)]), n-1))
+    ends = np.linspace(0, n, max(1, most//(2*k)) + 1).astype(int)
+    found = [a + f(values[:, a:b], axis=1) for a,b in zip(ends, ends[1:]) for f in (np.argmin, np.argmax)]
+    return np.unique(np.concatenate([[0, n-1], *found]))
 
 def thinned(lines, most): # lines: label -> (positions, values)
     "Thin each line; lines at the same positions keep the same rows, so that one cursor reads them all."
-    groups = {}
-    for nm,(x,_) in lines.items(): groups.setdefault(np.asarray(x).tobytes(), []).append(nm)
-    rows = {nm: kept_rows(np.stack([np.asarray(lines[o][1], dtype=float) for o in names]), most)
-            for names in groups.values() for nm in names}
+    groups = groupby(lines, lambda nm: np.asarray(lines[nm][0]).tobytes()).values()
+    rows = {nm: kept_rows(np.array([lines[o][1] for o in names], dtype=float), most)
+            for names in groups for nm in names}
     return {nm: (np.asarray(x)[rows[nm]], np.asarray(y)[rows[nm]]) for nm,(x,y) in lines.items()}
 
 # %% ../nbs/55_charts.ipynb #bcc6084c
 colors = '#2a7ab8', '#c8571b', '#1f8f63', '#a8509f', '#8f7a1a', '#5a7d92'
 
-def text(name, most=10_000):
-    "Give a name as plotly shows it literally."
-    return escape(short_name(name, most), quote=False)
+def text(name, most=10_000): return escape(short_name(name, most), quote=False)   # plotly reads markup
 
 def figure(traces, xlabel, ylabel='', height=260, xaxis=(), yaxis=(), hovermode='x unified'):
     "Make a figure in the style of the page."
@@ -92,7 +88,7 @@ def line_chart(title, xlabel, lines, caption='', ylabel='', log=False, limits=No
     kept, rows = (max((len(x) for x,_ in o.values()), default=0) for o in (shown, lines))
     if any(o['mode'] == 'markers' for o in traces): caption += ' Crosses: NaN or infinite.'
     if kept < rows: caption += f' {kept:,} of {rows:,} rows are on this page, highest and lowest among them.'
-    xaxis = dict(zip(('tickvals', 'ticktext'), shown_ticks(range(len(ticks)), ticks))) if ticks else {}
+    xaxis = shown_ticks(range(len(ticks)), ticks) if ticks else {}
     xs = [o for x,_ in shown.values() for o in x]
     if xlabel == 'epoch' and xs and max(xs) - min(xs) < 10: xaxis['dtick'] = 1
     scale = dict(type='log', tickformat='~g') if log else dict(range=limits)
@@ -103,9 +99,9 @@ def line_chart(title, xlabel, lines, caption='', ylabel='', log=False, limits=No
     return dict(title=title, caption=caption.strip(), xlabel=xlabel, figure=fig)
 
 def shown_ticks(places, names, most=25):
-    "Choose at most so many of the places on an axis of names, and their shortened names."
+    "Choose at most so many of the places on an axis of names; their names are shortened."
     every = -(-len(names)//most) or 1
-    return list(places)[::every], [text(o, 26) for o in names][::every]
+    return dict(tickvals=list(places)[::every], ticktext=[text(o, 26) for o in names][::every])
 
 # %% ../nbs/55_charts.ipynb #e82b0338
 def count_colors(high):
@@ -136,8 +132,7 @@ def map_chart(title, xlabel, x, rows, values, caption='', ylabel='', value='valu
     if log:
         with np.errstate(all='ignore'): z = np.round(np.log10(shown.astype(float)), 2)
         trace |= dict(z=numbers(z), customdata=numbers(shown), colorbar=log_bar(z[np.isfinite(z)]))
-    at, ticks = shown_ticks(names, rows, height//25)
-    axis, traces = dict(type='category', tickvals=at, ticktext=ticks), [trace]
+    traces, axis = [trace], dict(type='category', **shown_ticks(names, rows, height//25))
     special = ('Black: zero', '#000', shown == 0), ('Red: not finite', '#d0342c', np.isinf(shown))
     for what,color,mask in special:
         if not log or not mask.any(): continue
@@ -148,8 +143,6 @@ def map_chart(title, xlabel, x, rows, values, caption='', ylabel='', value='valu
     return dict(title=title, caption=caption.strip(), xlabel=xlabel, figure=fig)
 
 # %% ../nbs/55_charts.ipynb #8905fe0d
-whole = 'batch', 'batches', 'epoch', 'loss', 'all'   # sources that are no layers
-
 def plain_stat(stat):
     "Name a statistic without the aggregate of an epoch."
     name, _, how = stat.rpartition(' ')
@@ -160,20 +153,18 @@ class RunData:
     def __init__(self, evidence:Evidence, order=()): # order: names of all modules in model order, if known
         self.evidence, self.stats, self.loop, facts = evidence, {}, {}, evidence.facts
         for _,source,stat in evidence.keys(): self.stats.setdefault(source, {})[plain_stat(stat)] = None
-        self.layers, others = {nm: [] for nm in facts.layers}, {*whole, *evidence.metrics()}
-        place = {nm: i for i,nm in enumerate(facts.params)}   # gradients come in any order
-        for source,stats in sorted(self.stats.items(), key=lambda o: place.get(o[0], -1)):
-            if source in others: continue
-            is_param = '.' in source and any(o.startswith(('grad_', 'update_', 'param_')) for o in stats)
-            known = is_param or source in {**facts.sources, **facts.layers, **facts.params}
+        places = [{nm: i for i,nm in enumerate(o)} for o in (order or facts.layers, facts.params)]
+        layers, others = {nm: [] for nm in facts.layers}, {*loop_sources, *evidence.metrics()}
+        # gradients come in any order
+        for source in sorted((o for o in self.stats if o not in others), key=lambda o: places[1].get(o, -1)):
+            of_param = [o for o in self.stats[source] if o.startswith(('grad_', 'update_', 'param_'))]
+            is_param = source in facts.params or '.' in source and of_param
+            layer = source.rpartition('.')[0] if is_param else facts.sources.get(source, source)
             # without facts nobody knows what is a layer
-            if not known and (facts.layers or source.startswith('recorder')): self.loop[source] = stats
-            else:
-                is_param = is_param or source in facts.params
-                layer = source.rpartition('.')[0] if is_param else facts.sources.get(source, source)
-                self.layers.setdefault(layer, []).append(source)
-        place = {nm: i for i,nm in enumerate(order or facts.layers)}
-        self.layers = dict(sorted(self.layers.items(), key=lambda o: place.get(o[0], len(place))))
+            other = source.startswith('recorder') or facts.layers and layer not in facts.layers
+            if other and not is_param: self.loop[source] = self.stats[source]
+            else: layers.setdefault(layer, []).append(source)
+        self.layers = dict(sorted(layers.items(), key=lambda o: places[0].get(o[0], len(layers))))
 
     def track(self, source, stat) -> Track:
         "Find values in training; those in validation where only that was watched."
@@ -200,16 +191,14 @@ def first_line(run, layer, stat):
 
 def lines_of(run, sources, stats, prefix=''):
     "Give label -> (positions, values), and what the positions are; labels leave out `prefix`."
-    tracks = {(source, stat): run.track(source, stat) for source in sources for stat in stats}
-    tracks = {key: o for key,o in tracks.items() if is_line(o)}
-    alone, xlabel, lines = len({stat for _,stat in tracks}) == 1, None, {}
-    for (source,stat),track in tracks.items():
+    found = [(source, stat, run.track(source, stat)) for source in sources for stat in stats]
+    found = [(source, stat, *by_step(o), o.values) for source,stat,o in found if is_line(o)]
+    alone, xlabel, lines = len({o[1] for o in found}) == 1, found[0][3] if found else 'step', {}
+    for source,stat,x,what,y in found:
         own = source.removeprefix(prefix).lstrip('. ')
-        x, what = by_step(track)
-        xlabel = xlabel or what
-        label = ' '.join(o for o in (own, '' if alone and own else stat.replace('_', ' ')) if o)
-        if what == xlabel: lines[label] = x, track.values
-    return lines, xlabel or 'step'
+        label = own if alone and own else f'{own} {stat.replace("_", " ")}'.strip()
+        if what == xlabel: lines[label] = x, y
+    return lines, xlabel
 
 # %% ../nbs/55_charts.ipynb #ed1e9a20
 together = {'Mean and standard deviation': ('mean', 'std'), 'Dead units': ('death_rate',),
@@ -233,13 +222,13 @@ def stat_chart(run, layer, title, stats, most):
     "Chart statistics of one layer, as a list; empty if nothing was recorded of them."
     lines, xlabel = lines_of(run, run.layers[layer], stats, layer)
     if not lines: return []
-    known = [o for o in map(meaning, stats) if o]
+    known, style = [o for o in map(meaning, stats) if o], dict(gaps=has_gaps(stats[0]), most=most)
     caption = ' '.join(o.caption.replace('`', '') for o in known)
     if xlabel == 'epoch': caption += ' Here the mean of each epoch.'
     if 'death_rate' in stats: caption += ''.join(dead_units(run, o) for o in run.layers[layer])
-    style = dict(gaps=has_gaps(stats[0]), most=most)
-    if known: style |= dict(log=known[0].log, guides=[o.guide for o in known[:1] if o.guide is not None])
-    if known and known[0].limits: style['limits'] = [known[0].limits[0]-.03, known[0].limits[1]+.03]
+    for o in known[:1]:
+        style |= dict(log=o.log, guides=() if o.guide is None else [o.guide],
+                      limits=o.limits and [o.limits[0]-.03, o.limits[1]+.03])
     return [line_chart(title, xlabel, lines, caption, **style)]
 
 def dead_units(run, source):
@@ -271,24 +260,24 @@ def hist_chart(run, source, stat, most):
     "Chart the counts of each bin over time, as a list; empty if there are none."
     track = run.track(source, stat)
     if not len(track) or track.values.ndim != 2: return []
-    (x, xlabel), (title, what), n = by_step(track), hist_titles[stat], track.values.shape[1] - len(outside)
-    rows = np.flatnonzero(track.values[:, :n].any(0))   # of sixteen decades most are empty
-    used = slice(rows[0], rows[-1]+1) if len(rows) and stat == 'grad_hist' else slice(0, n)
-    caption = f'How many entries of {what} were in each bin; colour: log(1 + count).'
-    return [map_chart(f'{title}: {source}', xlabel, x, bin_names(run, source, stat, n)[used],
-                      track.values[:, :n].T[used], caption + outside_note(track.values), what, 'count',
+    (x, xlabel), (title, what), counts = by_step(track), hist_titles[stat], track.values.T[:-len(outside)]
+    rows = np.flatnonzero(counts.any(1))   # of sixteen decades most are empty
+    used = slice(rows[0], rows[-1]+1) if len(rows) and stat == 'grad_hist' else slice(None)
+    names, note = bin_names(run, source, stat, len(counts)), outside_note(track.values)
+    caption = f'How many entries of {what} were in each bin; colour: log(1 + count).{note}'
+    return [map_chart(f'{title}: {source}', xlabel, x, names[used], counts[used], caption, what, 'count',
                       most=most)]
 
 def layer_charts(run, layer, most, columns):
     "Chart everything that was recorded of one layer."
     sources = run.layers[layer]
     stats = dict.fromkeys(['near_zero', *(stat for o in sources for stat in run.stats[o])])
-    known = {o for names in together.values() for o in names} | set(no_lines)
+    known = {*no_lines, *(o for names in together.values() for o in names)}
     own = {o.replace('_', ' ').capitalize(): (o,) for o in stats if o not in known}
     hists = [o for stat in hist_titles for source in sources for o in hist_chart(run, source, stat, columns)]
-    return [*hists,
-            *(o for title,names in {**together, **own}.items() if set(names) & set(stats)
-              for o in stat_chart(run, layer, title, names, most))]
+    lines = [o for title,names in {**together, **own}.items() if set(names) & set(stats)
+             for o in stat_chart(run, layer, title, names, most)]
+    return hists + lines
 
 # %% ../nbs/55_charts.ipynb #1f10bfd8
 maps = dict(std='Standard deviation of the outputs', death_rate='Dead units (batch window)',
@@ -297,20 +286,18 @@ maps = dict(std='Standard deviation of the outputs', death_rate='Dead units (bat
 def overview_charts(run, columns):
     "Chart all layers, or parameters, over time."
     import pandas as pd
-    charts = []
+    charts, caption = [], 'From the first on top to the last. Blank: not measured.'
     for stat,title in maps.items():
-        tracks = {o: run.track(o, stat) for own in run.layers.values() for o in own}
-        tracks = {o: track for o,track in reversed(tracks.items()) if is_line(track)}
+        tracks = [(o, run.track(o, stat)) for own in reversed(run.layers.values()) for o in reversed(own)]
+        tracks = {o: track for o,track in tracks if is_line(track)}
         if len(tracks) < 2: continue
-        seen = lambda o: o.values if has_gaps(stat) else np.where(np.isnan(o.values), np.inf, o.values)
-        found = {i: pd.Series(seen(o), by_step(o)[0]) for i,o in enumerate(tracks.values())}
-        found = pd.DataFrame(found).sort_index()
-        log = stat != 'death_rate'
-        caption = 'From the first on top to the last. Blank: not measured.'
-        limits = (None, None) if log else (0, 1)
-        xlabel = by_step(next(iter(tracks.values())))[1]
-        charts.append(map_chart(title, xlabel, found.index, list(tracks), found.values.T, caption, '',
-                                stat.replace('_', ' '), log, limits, min(600, 120 + 22*len(tracks)), columns))
+        seen = lambda y: y if has_gaps(stat) else np.where(np.isnan(y), np.inf, y)
+        x, (xlabel, *_) = zip(*map(by_step, tracks.values()))
+        found = [pd.Series(seen(o.values), at) for o,at in zip(tracks.values(), x)]
+        table, log = pd.concat(found, axis=1).sort_index(), stat != 'death_rate'
+        limits, height = (None, None) if log else (0, 1), min(600, 120 + 22*len(found))
+        charts.append(map_chart(title, xlabel, table.index, list(tracks), table.values.T, caption, '',
+                                stat.replace('_', ' '), log, limits, height, columns))
     return charts
 
 # %% ../nbs/55_charts.ipynb #0d7cfc08
@@ -325,29 +312,28 @@ def loop_charts(run, most):
     "Chart the loss, metrics, the gradient as a whole, and what callbacks recorded."
     evidence, (lines, per) = run.evidence, loss_lines(run.evidence)
     caption = 'Mean of each epoch.' if per == 'epoch' else 'Training: each batch. Validation: each pass.'
-    charts = [line_chart('Loss', per, lines, caption, most=most)] if lines else []
+    found = [('Loss', per, lines, caption, False)]
     for nm in evidence.metrics():
-        found = {'training': evidence.metric(nm, 'train'), 'validation': evidence.metric(nm, 'valid')}
-        lines = {label: (getattr(o, f'{per}s'), o.values) for label,o in found.items() if is_line(o)}
-        if lines: charts.append(line_chart(nm, per, lines, 'Of each epoch.', most=most))
+        tracks = {'training': evidence.metric(nm, 'train'), 'validation': evidence.metric(nm, 'valid')}
+        lines = {label: (getattr(o, f'{per}s'), o.values) for label,o in tracks.items() if is_line(o)}
+        found.append((nm, per, lines, 'Of each epoch.', False))
+    lines, xlabel = lines_of(run, ['all'], ('grad_norm', 'grad_norm_clipped'), 'all')
     caption = "L2 norm at the optimizer's step, before and, where something clips, after clipping."
-    found = [('Gradient of all parameters', 'all', ('grad_norm', 'grad_norm_clipped'), True, caption)]
-    found += [(f'{source}: {stat}', source, (stat,), False, 'As a callback recorded it.')
-              for source,stats in run.loop.items() for stat in stats]
-    for title,source,stats,log,caption in found:
-        lines, xlabel = lines_of(run, [source], stats, source)
-        if lines: charts.append(line_chart(title, xlabel, lines, caption, log=log, most=most))
-    return charts
+    found.append(('Gradient of all parameters', xlabel, lines, caption, True))
+    for source,stat in ((source, stat) for source,stats in run.loop.items() for stat in stats):
+        lines, xlabel = lines_of(run, [source], [stat], source)
+        found.append((f'{source}: {stat}', xlabel, lines, 'As a callback recorded it.', False))
+    return [line_chart(title, xlabel, lines, caption, log=log, most=most)
+            for title,xlabel,lines,caption,log in found if lines]
 
 def finding_chart(finding, most):
     "Chart what a finding was read from, with its steps and its layer marked; None if it does not say."
     c = finding.chart
     if c is None: return None
-    lines = {nm: (np.asarray(x), np.asarray(y)) for nm,(x,y) in c.lines.items()}
-    focus = next((o for o in (*lines, *c.ticks) if o == finding.layer), '')
+    focus = finding.layer if finding.layer in {*c.lines, *c.ticks} else ''
     steps = finding.steps if c.xlabel == 'step' else ()
     caption = 'Shaded: the steps that the finding speaks of.' if len(steps) else ''
-    return line_chart(c.title or 'Evidence', c.xlabel, lines, caption, c.ylabel, c.log, guides=c.guides,
+    return line_chart(c.title or 'Evidence', c.xlabel, c.lines, caption, c.ylabel, c.log, guides=c.guides,
                       ticks=tuple(c.ticks), steps=steps, focus=focus, most=most)
 
 # %% ../nbs/55_charts.ipynb #d0eba377
@@ -357,9 +343,7 @@ def spark_path(values, width=80, height=24):
     values = np.where(np.isfinite(values), values, np.nan)[kept_rows(values[None], width//2)]
     if np.isnan(values).all(): return ''
     low, high = np.nanmin(values), np.nanmax(values)
-    y = (height-2)*(1 - (values-low)/(high-low or 1)) + 1
-    x = np.linspace(1, width-5, len(values))
-    ok = np.isfinite(y)
-    starts = ok & ~np.concatenate([[False], ok[:-1]])
-    points = zip(np.where(starts, 'M', 'L')[ok], x[ok], y[ok], np.where(starts, 'h1', '')[ok])
-    return ''.join(f'{how}{a:.3g} {b:.3g}{dot}' for how,a,b,dot in points)
+    y, x = (height-2)*(1 - (values-low)/(high-low or 1)) + 1, np.linspace(1, width-5, len(values))
+    before = np.r_[np.nan, y[:-1]]
+    return ''.join(f'M{a:.3g} {b:.3g}h1' if np.isnan(gap) else f'L{a:.3g} {b:.3g}'
+                   for gap,a,b in zip(before, x, y) if not np.isnan(b))

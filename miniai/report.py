@@ -13,17 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastcore.basics import patch
+from fastcore.basics import GetAttr, patch
 
 import miniai
 from .callback import Callback, Order
 from .charts import (RunData, finding_chart, first_line, has_gaps, is_line, layer_charts, line_chart,
-                           loop_charts, loss_lines, overview_charts, spark_path, whole)
+                           loop_charts, loss_lines, overview_charts, spark_path)
 from .collect import Cost
 from .compare import compare
 from .diagnose import diagnose
 from .distributed import is_main
-from .evidence import Findings, evidence_of, levels
+from .evidence import Findings, evidence_of, levels, loop_sources
 from .files import atomic_write
 from .hooks import unwrap
 from .inspector import Inspector
@@ -39,27 +39,23 @@ def run_facts(evidence, learn=None):
     "Say what was run, as name -> value; what is not known is left out."
     f, loss = evidence.facts, evidence.loss()
     count = lambda params: f'{sum(int(np.prod(o.shape)) for o in params):,}' if f.params else ''
-    settings = getattr(getattr(learn, 'opt', None), 'defaults', {})
-    settings = {k: v for k,v in settings.items()
-                if k != 'lr' and v is not False and isinstance(v, (int, float, tuple))}
-    samples = f.batch_size or (len(loss) and int(np.bincount(loss.samples).argmax()))
+    settings = [f'{k} {v}' for k,v in getattr(getattr(learn, 'opt', None), 'defaults', {}).items()
+                if k != 'lr' and v is not False and isinstance(v, (int, float, tuple))]
     kept = {stat: n for h in evidence.histories for stat,n in h.thinned().items()}
     first = next(iter(getattr(unwrap(learn.model), 'parameters', tuple)()), None) if learn else None
-    versions = {'miniai': miniai.__version__, 'PyTorch': torch.__version__,
-                'Python': platform.python_version(), platform.system(): platform.machine()}
     found = {'model': f.model, 'parameters': count(f.params.values()),
              'parameters that are trained': count([o for o in f.params.values() if o.trained]),
-             'optimizer': f.optimizer, 'learning rate': f.lr,
-             'its other settings': ', '.join(f'{k} {v}' for k,v in settings.items()), 'loss': f.loss,
-             'batch size': samples, 'epochs': len(np.unique(loss.epochs)),
-             'training steps': f'{evidence.n_steps():,}',
-             'data': ', '.join(filter(None, (data_size(learn, o) for o in ('train', 'valid')))),
-             'classes': f.n_classes,
-             'callbacks': ', '.join(type(o).__name__ for o in getattr(learn, 'cbs', ())),
+             'optimizer': f.optimizer, 'learning rate': f.lr, 'its other settings': settings, 'loss': f.loss,
+             'batch size': f.batch_size or (len(loss) and int(np.bincount(loss.samples).argmax())),
+             'epochs': len(np.unique(loss.epochs)), 'training steps': f'{evidence.n_steps():,}',
+             'data': [o for o in (data_size(learn, phase) for phase in ('train', 'valid')) if o],
+             'classes': f.n_classes, 'callbacks': [type(o).__name__ for o in getattr(learn, 'cbs', ())],
              'batches sampled': '; '.join(f'{nm} {n:,} of {seen:,}' for nm,(n,seen) in f.sampled.items()),
-             'rows kept': ', '.join(f'one row of {stat} in {n}' for stat,n in kept.items()),
+             'rows kept': [f'one row of {stat} in {n}' for stat,n in kept.items()],
              'device': '' if first is None else str(first.device),
-             'versions': ', '.join(f'{nm} {o}' for nm,o in versions.items())}
+             'versions': [f'miniai {miniai.__version__}', f'PyTorch {torch.__version__}',
+                          f'Python {platform.python_version()}', f'{platform.system()} {platform.machine()}']}
+    found = {nm: ', '.join(o) if isinstance(o, list) else o for nm,o in found.items()}
     return {nm: o for nm,o in found.items() if o not in (None, '', 0, '0')}
 
 # %% ../nbs/56_report.ipynb #565141bf
@@ -158,19 +154,18 @@ def room_for(evidence):
 def content_of(x, title=None, findings=None):
     "Gather what the page of one run says in words and numbers."
     evidence, kinds = evidence_of(x), module_types(x)
-    if findings is None: findings = diagnose(evidence)
+    findings = diagnose(evidence) if findings is None else findings
     run, facts, costs = RunData(evidence, kinds), evidence.facts, costs_of(x)
     learn = next((o for o in parts_of(x) if isinstance(o, Learner)), None)
     rate = f' at {facts.lr:g}' if facts.optimizer and facts.lr is not None else ''
-    written = f'written {datetime.datetime.now():%Y-%m-%d %H:%M:%S}'
-    line = facts.model, facts.optimizer + rate, facts.loss, f'{evidence.n_steps():,} steps', written
+    steps, written = f'{evidence.n_steps():,}', f'{datetime.datetime.now():%Y-%m-%d %H:%M:%S}'
+    line = facts.model, facts.optimizer + rate, facts.loss, f'{steps} steps', f'written {written}'
     seconds, watching = max(((o.run_seconds, o.fraction) for _,o in costs), default=(0, 0))
     titles, rows = layer_rows(run, findings, kinds)
-    where = [next((i for i,(nm,own) in enumerate(run.layers.items()) if o.layer in (nm, *own)), None)
-             for o in findings]
-    title = title or f'Training of {facts.model or "a model"}'
-    return dict(title=title, line=' · '.join(filter(None, line)), run=run, tiles=tiles_of(evidence),
-                steps=f'{evidence.n_steps():,}', findings=findings, levels=levels,
+    place = {nm: i for i,(layer,own) in enumerate(run.layers.items()) for nm in (layer, *own)}
+    where = [place.get(o.layer) for o in findings]
+    return dict(title=title or f'Training of {facts.model or "a model"}', line=' · '.join(filter(None, line)),
+                run=run, tiles=tiles_of(evidence), steps=steps, findings=findings, levels=levels,
                 where=where, first=next((i for i in where if i is not None), 0),
                 time=f'{seconds:.1f} s, of which {watching:.1%} watching' if seconds else 'time not measured',
                 columns=titles, rows=rows, csv=csv_link(titles, rows), facts=run_facts(evidence, learn),
@@ -179,9 +174,9 @@ def content_of(x, title=None, findings=None):
 def charts_of(run, findings):
     "Draw all charts of one run: name of a group -> charts."
     most, width = room_for(run.evidence)
-    drawn = [finding_chart(o, most//2) for o in findings]
+    drawn = {f'finding {i}': finding_chart(o, most//2) for i,o in enumerate(findings)}
     return dict(curves=loop_charts(run, most), overview=overview_charts(run, width),
-                **{f'finding {i}': [o] for i,o in enumerate(drawn) if o},
+                **{nm: [o] for nm,o in drawn.items() if o},
                 **{f'layer {i}': layer_charts(run, nm, most, width) for i,nm in enumerate(run.layers)})
 
 # %% ../nbs/56_report.ipynb #3d081293
@@ -208,22 +203,14 @@ def compared(runs, title):
     each = {nm: content_of(o) for nm,o in runs.items()}
     data = {nm: o['run'] for nm,o in each.items()}
     table = compare({nm: o.evidence for nm,o in data.items()}).table
-    keys = [o for o in zip(table.layer, table.stat) if o[0] not in whole and o[1] in columns][:6]
-    charts = dict(curves=compared_charts(data, keys, 500))
-    for nm,o in each.items():
-        charts |= {f'{nm} {i}': [c] for i,f in enumerate(o['findings']) if (c := finding_chart(f, 300))}
+    keys = [o for o in zip(table.layer, table.stat) if o[0] not in loop_sources and o[1] in columns][:6]
+    found = {f'{nm} {i}': finding_chart(f, 300) for nm,o in each.items() for i,f in enumerate(o['findings'])}
+    charts = dict(curves=compared_charts(data, keys, 500), **{nm: [o] for nm,o in found.items() if o})
     return dict(title=title or ' and '.join(runs), line=f'{len(runs)} runs', each=each, levels=levels,
                 table=table.head(40)), charts
 
 # %% ../nbs/56_report.ipynb #60903aa2
 _live_seconds = 5   # between two readings of its file by a live page
-
-def _rendered(name, content, charts, live=None):
-    "Fill a template with words, and with charts by name of their group."
-    script, page = plotly_script(), template(name)
-    from plotly.utils import PlotlyJSONEncoder
-    charts = packed(json.dumps(charts, cls=PlotlyJSONEncoder))
-    return page.render(content, live=live, nonce=secrets.token_hex(12), plotly=script, charts=charts)
 
 def report_html(
     x,                      # as for `diagnose`; several runs: a dictionary by name, or a list of Learners
@@ -232,11 +219,14 @@ def report_html(
     live:float=None         # seconds after which the page reads itself anew; None: it stands still
 ) -> str:
     "Make the page about the last run of `x`; it waits for the device, for all that is recorded is read."
-    plotly_script()   # says what is missing before any work is done
-    runs = runs_in(x)
-    if runs: return _rendered('runs.html', *compared(runs, title))
-    content = content_of(x, title, findings)
-    return _rendered('run.html', content, charts_of(content['run'], content['findings']), live)
+    script, runs = plotly_script(), runs_in(x)   # says what is missing before any work is done
+    page, encoder = template('runs.html' if runs else 'run.html'), needed('plotly.utils').PlotlyJSONEncoder
+    if runs: (content, charts), live = compared(runs, title), None
+    else:
+        content = content_of(x, title, findings)
+        charts = charts_of(content['run'], content['findings'])
+    charts = packed(json.dumps(charts, cls=encoder))   # by name of their group
+    return page.render(content, live=live, nonce=secrets.token_hex(12), plotly=script, charts=charts)
 
 # %% ../nbs/56_report.ipynb #80cbf81e
 def write_report(
@@ -270,18 +260,13 @@ class ReportCB(Callback):
         self.path, self.every, self.seconds, self.title = Path(path), every, seconds, title
 
     def before_fit(self, learn): self.warned, self.due = False, time.monotonic() + (self.seconds or 0)
-
-    def cleanup_batch(self, learn):
-        if self.seconds: self.write_if_due(learn)
-
-    def cleanup_epoch(self, learn):
-        if (learn.epoch+1) % self.every == 0: self.write_if_due(learn)
-
+    def cleanup_batch(self, learn): self.write_if_due(learn, self.seconds)
+    def cleanup_epoch(self, learn): self.write_if_due(learn, (learn.epoch+1) % self.every == 0)
     def cleanup_fit(self, learn): self.write(learn)
 
-    def write_if_due(self, learn):
-        "Write a live page when its time has come."
-        if time.monotonic() >= self.due: self.write(learn, _live_seconds)
+    def write_if_due(self, learn, wanted=True):
+        "Write a live page if it is `wanted` and its time has come."
+        if wanted and time.monotonic() >= self.due: self.write(learn, _live_seconds)
 
     def write(self, learn, live=None):
         "Write, reloading each `live` seconds; what goes wrong is a warning and never ends a training."
@@ -305,12 +290,11 @@ def report(self:Learner,
     self.cbs.append(ReportCB(path, **kw))
     return write_report(self, path, title=kw.get('title'), live=_live_seconds)
 
-class _LiveVisualizer:
+class _LiveVisualizer(GetAttr):
     "Draws as the visualizer that was there, and writes the page at each tick."
-    def __init__(self, inner, write): self._inner, self._write = inner, write
-    def __getattr__(self, nm): return getattr(self.__dict__['_inner'], nm)
+    def __init__(self, inner, write): self.default, self._write = inner, write
     def tick(self, recording, epoch):
-        if self._inner is not None: self._inner.tick(recording, epoch)
+        if self.default is not None: self.default.tick(recording, epoch)
         self._write()
 
 @patch
@@ -320,8 +304,7 @@ def report(self:Inspector,
     **kw                # `title`, `findings`: as for `report_html`
 ) -> Path: # of the page
     "Write the page about the run that was watched."
-    inner = self.visualizer
-    if isinstance(inner, _LiveVisualizer): inner = self.visualizer = inner._inner
+    if isinstance(self.visualizer, _LiveVisualizer): self.visualizer = self.visualizer.default
     write = lambda: write_report(self, path, live=_live_seconds if live else None, **kw)
-    if live: self.visualizer = _LiveVisualizer(inner, write)
+    if live: self.visualizer = _LiveVisualizer(self.visualizer, write)
     return write()
