@@ -38,6 +38,8 @@ class Series:
 # %% ../nbs/15_history.ipynb #daf6b26b
 _np_types = {getattr(torch, nm): np.dtype(nm) for nm in 'float32 float64 int64 int32 uint8 bool'.split()}
 
+def _like(o): return o[1], o[2].shape, getattr(o[2], 'device', None)   # (facts, type, value)
+
 class WaitingValues(MergedTable):
     "Values on their way from a device to series."
     def __init__(self):
@@ -46,21 +48,29 @@ class WaitingValues(MergedTable):
 
     def record(self, key, value, facts):
         "Copy a small tensor; how many of its series wait."
+        waiting = self.waiting.get(key)
+        if type(value) is float: kind, copy = _np_types[torch.float32], np.float64(value)
+        else: kind, copy = self._copy(key, value)
+        if waiting is None:
+            self.chunks.setdefault(key, Column())
+            waiting = self.waiting[key] = []
+        waiting.append((facts, kind, copy))
+        return len(waiting)
+
+    def _copy(self, key, value):
         value = torch.as_tensor(value).detach()
         if value.is_complex():
             raise TypeError(f'History.record: {key[2]} of {key[1]} is complex; record its modulus or parts')
         kind = _np_types.get(value.dtype, np.dtype('float32' if value.is_floating_point() else 'int64'))
-        wide = torch.float32 if value.device.type == 'mps' else torch.float64   # the widest it has
-        if key not in self.chunks: self.chunks[key] = Column()
-        waiting = self.waiting.setdefault(key, [])
-        waiting.append((facts, kind, value.to(wide, copy=True)))
-        return len(waiting)
+        wide = torch.float32 if value.is_mps else torch.float64   # the widest it has
+        return kind, value.to(wide, copy=True)
 
     def flush(self):
         groups = [(key, *like, *zip(*rows)) for key,waiting in self.waiting.items()
-                  for like,rows in groupby(waiting, lambda o: (o[1], o[2].shape, o[2].device))]
+                  for like,rows in groupby(waiting, _like)]
         self.waiting = {}
-        arrays = to_host([torch.stack(values) for *_,values in groups])
+        stack = lambda o: torch.stack(o) if isinstance(o[0], torch.Tensor) else torch.tensor(o)
+        arrays = to_host([stack(values) for *_,values in groups])
         for (key,kind,_,_,facts,*_),values in zip(groups, arrays):
             self.add(key, Chunk(np.array(facts, np.int64), (values.astype(kind),)))
         return self

@@ -48,16 +48,16 @@ class FollowsGradient:
         if self.p is not None: self.handle = self.p.register_hook(self._before)
 
     def _before(self, grad):
+        # of an optimizer that asks for several, or of a step that has none to compare with
+        if self.stepping or self.at_step is None: return
         self.backwards += 1
-        if self.stepping: return   # an optimizer that asks for several
         try: self._compare(grad)
         except Exception: self.remove()   # nothing is raised into a backward pass
 
     def _compare(self, grad):
         now = None if self.p.grad is None else head(self.p.grad)
         if self.backwards == 1:
-            known = now is not None and self.at_step is not None
-            self.old = (now == self.at_step).all() & (now != 0).any() if known else False
+            self.old = False if now is None else (now == self.at_step).all() & (now != 0).any()
         else:
             self.counts['added'] += 1
             self.dropped = self.dropped + (self.some if now is None else (now == 0).all() & self.some)

@@ -63,35 +63,33 @@ def active(x, n):
     return k
 
 @njit(fastmath=_reorder, inline='never')
-def add_active(x, n, C, S, units):
-    "Count for each unit what is not zero, in `n` blocks [C, S]."
-    if S == 1:
-        for i in range(0, n*C, C):
-            for c in range(C): units[c] += 1. if x[i+c] != 0 else 0.
+def add_active(x, n, C, S, units, few):
+    "Count for each unit what is not zero, in `n` blocks [C, S]; `few` is room of the type of `x`."
+    if S > 1:
+        for i in range(n*C): units[i % C] += active(x[i*S:(i+1)*S], S)
         return
-    i = 0
-    for _ in range(n):
-        for c in range(C):
-            if S >= 32: units[c] += active(x[i:], S)
-            else:
-                for j in range(i, i + S): units[c] += 1. if x[j] != 0 else 0.
-            i += S
+    few, one, none = few[:C], few.dtype.type(1), few.dtype.type(0)
+    few[:] = none
+    for i in range(n):
+        block = x[i*C:(i+1)*C]
+        for c in range(C): few[c] += one if block[c] != 0 else none
+    for c in range(C): units[c] += few[c]
 
 # %% ../nbs/11_loops.ipynb #c07b3210
 @njit(inline='never')
-def finite_squares(x, first, last):
+def finite_squares(x, n):
     squares = 0.
-    for j in range(first, last):
+    for j in range(n):
         if np.isfinite(x[j]): squares += np.float64(x[j])**2
     return squares
 
 @njit(fastmath=_reorder, inline='never')
 def sample_norms(x, n, size):
     norms = 0.
-    for i in range(0, n*size, size):
-        squares = 0.
-        for j in range(i, i + size): squares += np.float64(x[j])*np.float64(x[j])
-        norms += np.sqrt(squares if squares <= 1.7e308 else finite_squares(x, i, i + size))
+    for i in range(n):
+        sample, squares = x[i*size:(i+1)*size], 0.
+        for j in range(size): squares += np.float64(sample[j])*np.float64(sample[j])
+        norms += np.sqrt(squares if squares <= 1.7e308 else finite_squares(sample, size))
     return norms
 
 @njit(inline='never')
@@ -217,9 +215,9 @@ def add_tensor(at, start, before, counts, out, B, P, C, S, what, like, work, spe
                 x = add_pair(at, start, before, counts, n, row, work, like)
                 squares += add_piece(x, n, row, work, spec, what, table, edges)
                 if not what & 2: row[4] += active(x, n)
-                elif block <= piece: add_active(x, m, C, S, units)
+                elif block <= piece: add_active(x, m, C, S, units, work[1])
                 elif S >= piece: units[k//S] += active(x, n)
-                else: add_active(x, 1, n//S, S, units[k//S:])
+                else: add_active(x, 1, n//S, S, units[k//S:], work[1])
                 if what & 4 and samples > 1: row[11] += sample_norms(x, here, P*block)
                 at += n*size
                 if start: start += n*size

@@ -185,8 +185,8 @@ class Cell:
     "The pending rows of one source, [capacity, width] on its device."
     def __init__(self, bins, n_units, call, slots, device):
         self.n_units, self.call, width = n_units, call, row_width(bins, n_units)
-        # room for up to 64 slots on the CPU, 512 elsewhere, in up to 256 kB (2 MB), and those there are
-        most, size = (64, 2**18) if torch.device(device).type == 'cpu' else (512, 2**21)
+        # room for up to 256 slots on the CPU, 512 elsewhere, in up to 512 kB (2 MB), and those there are
+        most, size = (256, 2**19) if torch.device(device).type == 'cpu' else (512, 2**21)
         self._own(empty_rows(max(slots, min(most, max(8, size//(8*width)))), width, device))
 
     def _own(self, rows):
@@ -215,6 +215,7 @@ class Slots(MergedTable):
     def __init__(self, bins):
         super().__init__()
         self.bins, self.cells, self.slots, self.closed, self.i = bins, {}, [], True, -1
+        self.room = np.inf   # slots, as many as the smallest cell has
         self.after_flush = noop   # is called when rows have come to the host by themselves
 
     def open(self, phase, run, step, epoch, samples=0, new=False):
@@ -224,7 +225,7 @@ class Slots(MergedTable):
             self.slots[-1] = *mine, self.slots[-1][4] + samples
             return self.i
         self.closed = True
-        if len(self.slots) >= min((o.room for o in self.cells.values()), default=np.inf):
+        if len(self.slots) >= self.room:
             self.flush()
             self.after_flush()
         self.slots.append((*mine, samples))
@@ -237,8 +238,9 @@ class Slots(MergedTable):
         found = self.cells.get(source)
         if found and found.n_units == n_units and found.rows.device == torch.device(device): return found
         if found: self.empty()
-        self.cells[source] = Cell(self.bins, n_units, call, len(self.slots), device)
-        return self.cells[source]
+        new = self.cells[source] = Cell(self.bins, n_units, call, len(self.slots), device)
+        self.room = min(o.room for o in self.cells.values())
+        return new
 
     def take(self, n):
         "Bring the first `n` slots to the host: slots, and an array for each source; the rest stays."

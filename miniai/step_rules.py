@@ -33,8 +33,10 @@ def gradients_added_up(evidence, *, min_kept=.5): # fraction of the steps
         evidence, 'error', f'In {kept:.0%} of the steps the gradients of the step before were still there, '
         'and new ones were added to them.', kept, min_kept, causes=['`zero_grad` is not called in each step'],
         tries=['`opt.zero_grad()` before each backward pass'])
-    if n['dropped'] > 1.5*n['steps'] and thrown > min_kept: return found(   # one may be of another loss
-        evidence, 'error', f'There are {n["added"]/n["steps"] + 1:.0f} backward passes to a step, and '
+    each = n['added']/max(1, n['compared'])
+    # one may be of another loss
+    if n['dropped'] > max(4, 1.5*n['compared']) and thrown > min_kept: return found(
+        evidence, 'error', f'There are {each + 1:.0f} backward passes to a step, and '
         'gradients of all but the last are thrown away.', thrown, min_kept,
         causes=['`zero_grad` is called for each part of a batch'], tries=['`zero_grad` after the step only'])
 
@@ -142,10 +144,12 @@ def unchanged(evidence):
              and params[nm].trained and params[nm].held is not False]
     began = any(evidence.track(nm, 'update_ratio').finite.any() for nm in still)
     rates = [o for _,o in evidence.facts.rates] or [1.]
+    measured, seen = evidence.facts.sampled.get('train', (0, 0))
     if rates[-1] < 1e-4*max(rates): return   # a schedule that has come to its end
     return at_layers(evidence, 'error' if len(still) == len(names) else 'warning',
                      f'No {"late " if began else ""}step changes a weight of {{}}, though it has a gradient.',
-                     layers_of(still), kind=('ledger', 'optimizer_state') if began else ())
+                     layers_of(still), kind=('ledger', 'optimizer_state') if began else (),
+                     caveats=[measured < seen and 'steps that were not measured may change it'])
 
 # %% ../nbs/51_step_rules.ipynb #d3050eec
 @rule(kind=('schedule', 'lr_low'), before='learning_rate_low',
