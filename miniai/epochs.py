@@ -74,7 +74,9 @@ class Numbers:
 
 # %% ../nbs/46_epochs.ipynb #96337e30
 def one_number(name, value):
-    "The value called `name` as a 0-d tensor."
+    "The value called `name`, as a number or a 0-d tensor."
+    plain = isinstance(value, torch.Tensor) and value.dtype is torch.float32 and not value.ndim
+    if plain or type(value) is float: return value
     try: return torch.as_tensor(value).detach().float().reshape(())
     except (TypeError, ValueError, RuntimeError):
         what = tuple(value.shape) if isinstance(value, torch.Tensor) else repr(value)
@@ -104,6 +106,7 @@ class Losses:
         if not self.active: return
         inp = dict(zip(('input', 'target'), inp)) | kwargs
         self._guard('the loss', self._take_loss, hook.lens, mod, tuple(inp.values()), outp)
+        if not self.is_due: return
         self._guard('what enters the loss', self._enter_loss, inp.get('input'), inp.get('target'))
 
     def _enter_loss(self, preds, targets):
