@@ -66,7 +66,7 @@ def to_cpu(
 
 # %% ../nbs/00_device.ipynb #8e1174fa
 def _first_len(o):
-    if isinstance(o, torch.Tensor): return len(o) if o.ndim else None
+    if isinstance(o, torch.Tensor): return o.shape[0] if o.ndim else None
     if isinstance(o, Mapping): o = o.values()
     elif not isinstance(o, (list, tuple)): return None
     return next((n for n in map(_first_len, o) if n is not None), None)

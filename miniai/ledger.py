@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/38_ledger.ipynb #62df8ab5
 from collections import Counter
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -84,6 +85,8 @@ class GradientWatch(FollowsGradient):
         if known: self.at_step = head(self.p.grad).clone()
 
 # %% ../nbs/38_ledger.ipynb #b87228a3
+version = attrgetter('_version')   # rises with each change of a tensor in place
+
 class StepCounts:
     "Counts what optimizers do, and what is done to weights between their steps."
     def __init__(self):
@@ -94,14 +97,14 @@ class StepCounts:
         "Note what an optimizer finds."
         self.fresh = not getattr(optimizer, 'state', True)
         self.grads.before_step()
-        now = sum(p._version for p in params)
+        now = sum(map(version, params))
         if self.versions.get(id(optimizer), now) != now: self.written.append(self.counts['steps'])
         del self.written[1000:]
 
     def after_step(self, optimizer, params):
         "Note what an optimizer leaves."
         n, others = self.counts['steps'], [*self.versions.items()][-8:]
-        self.versions = dict(others) | {id(optimizer): sum(p._version for p in params)}
+        self.versions = dict(others) | {id(optimizer): sum(map(version, params))}
         self.first = self.first or id(optimizer)   # its rates are kept
         self.grads.follow(params)
         self.grads.stepped(is_due(n))
