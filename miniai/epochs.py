@@ -36,7 +36,8 @@ class Seen:
         found = {}
         for phase,source,name in self.values.keys():
             (i, stat), s = name.split(' ', 1), self.values.series(source, name, phase)
-            found[phase, int(i), stat, source] = s.values.astype(float), s.samples
+            there = s.samples > 0 if s.samples.any() else slice(None)   # an empty batch has no mean
+            found[phase, int(i), stat, source] = s.values[there].astype(float), s.samples[there]
         return found
 
 # %% ../nbs/46_epochs.ipynb #0dc73194

@@ -279,7 +279,9 @@ def _of_optimizer(opt):
 def _of_parameters(model, opts=()):
     groups = [group for o in opts for group in getattr(o, 'param_groups', ())]
     held = {id(p) for group in groups for p in group['params']}
-    return {nm: Param(tuple(p.shape), p.requires_grad, id(p) in held if groups else None)
+    # one with a hook may step in the backward pass, without an optimizer
+    unknown = lambda p: not groups or getattr(p, '_post_accumulate_grad_hooks', None)
+    return {nm: Param(tuple(p.shape), p.requires_grad, None if unknown(p) else id(p) in held)
             for nm,p in unwrap(model).named_parameters() if is_ready(p)}
 
 def function_name(o):

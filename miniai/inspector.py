@@ -92,8 +92,10 @@ class Facts:
         sampled = {phase: (self.sampler.sampled[phase], n) for phase,n in self.sampler.seen.items() if n}
         sources = {source: nm for o in self.tables for nm,own in o.sources.items() for source in own or [nm]}
         seen = {source for _,source,stat in self.history.keys() if stat.startswith('grad_')}
-        chosen = {o.name for lens in self.lenses if lens.tap == 'grad'
-                  for o in choose_parameters(self.params, lens.parameters) if o.p.requires_grad}
+        of = lambda lens: choose_parameters(self.params, lens.parameters)
+        # a hook may take the gradient away in the backward pass
+        chosen = {o.name for lens in self.lenses if lens.tap == 'grad' for o in of(lens)
+                  if o.p.requires_grad and not getattr(o.p, '_post_accumulate_grad_hooks', None)}
         unreached = tuple(o.name for o in self.params if o.name in chosen - seen) if chosen and seen else None
         return dict(layers=dict(self.kinds), sources=sources, silent=self.silent, sampled=sampled,
                     unreached=unreached, **self.loss_stats.facts())
@@ -245,16 +247,19 @@ class OptimizerSteps:
         self.loss_stats.count('before_step', optimizer, [o.p for o in held.params])
         if not self.steps.sampled: return
         self.sampler.begin_watch()
-        where, samples = (self.history.run, self.steps.current, self.epoch), self.steps.samples or 1
+        late, samples = has_closure and self.steps.bare, self.steps.samples or int(self.steps.bare and not has_closure)
+        where = self.history.run, self.steps.current, self.epoch
         for tap in held.taps.values(): tap.rows.open('train', *where, samples, new=True)
-        self._guard('the gradients', held.before, optimizer, has_closure, self.compute)
+        self._guard('the gradients', held.before, has_closure, self.compute, late)
         keep = lambda lens, stat, value: self._keep(lens, 'all', stat, value, 'train', samples)
         self._guard('the norm of all gradients', self.clip.write, held.params, keep)
         self.sampler.end_watch()
 
     def _after_step(self, optimizer):
         if not self.active or not self.steps.after(optimizer): return
-        held = self._held_by(optimizer)
+        held, where = self._held_by(optimizer), (self.history.run, self.steps.current, self.epoch)
+        if held.late:   # whose samples came in the closure
+            for tap in held.taps.values(): tap.rows.open('train', *where, self.steps.samples)
         self.loss_stats.count('after_step', optimizer, [o.p for o in held.params])
         self.sampler.begin_watch()
         self._guard('the updates', held.after, self.compute)
@@ -519,6 +524,7 @@ class InspectorCB(Callback):
 
     def before_fit(self, learn):
         self.inspector.attach(learn.model, getattr(learn, 'opt', None))
+        self.inspector.optimizer = None   # others that step count, too
         if self._state is not None: self.load_state_dict(self._state)
 
     def before_epoch(self, learn):

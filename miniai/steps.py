@@ -35,6 +35,8 @@ class Steps:
         self.number = self.current = self.samples = 0   # steps done; the step that has begun, its samples
         self.phase, self.forwards, self.backward_ran = None, 0, False   # phase: where a loop says it
         self.stepping, self.stepped, self.n_stepped = None, set(), 0   # ids of optimizers; all their steps
+        self.turns, self.known = [], set()   # optimizers that stepped since sampling was decided; in a round
+        self.bare = False   # the step of an optimizer began without a forward
 
     def forward(self, params):   # one that trains begins
         if self._is_over(params): self.begin()
@@ -49,12 +51,18 @@ class Steps:
         return over
 
     def begin(self):
+        self.turns += self.stepped
         self.moment, self.current, self.samples, self.stepped = Moment.FORWARD, self.number, 0, set()
-        self.backward_ran, self.sampled = False, self.sampler.wants('train', self.number)
+        self.backward_ran = False
+        # optimizers that take turns share a decision: else every second step would miss one of two
+        if not self.known <= set(self.turns) and len(self.turns) < 8: return
+        self.known, self.turns = set(self.turns), []
+        self.sampled = self.sampler.wants('train', self.number)
 
     def before(self, optimizer):   # False if another one is inside its step
         if self.moment is Moment.STEPPING and self.stepping != id(optimizer): return False
-        if self.moment is Moment.BEFORE or id(optimizer) in self.stepped: self.begin()
+        self.bare = self.moment is Moment.BEFORE or id(optimizer) in self.stepped
+        if self.bare: self.begin()
         self.moment, self.stepping, self.n_stepped = Moment.STEPPING, id(optimizer), self.n_stepped + 1
         return True
 
@@ -178,6 +186,7 @@ class LayerTaps:
         raws = {raw for lens in lenses for phase in ('train', 'valid') for raw in lens.phases(phase)}
         tap.raws = {'train', 'eval'} if lenses[0].tap == 'output_grad' else raws
         tap.attach([o for o in self.layers if o[0] in wanted], self.leaves)
+        tap.end()   # a layer may be called before the model is
         self.taps.append(tap)
 
 # %% ../nbs/45_steps.ipynb #3dcaa101
@@ -228,7 +237,7 @@ class OptimizerTaps:
     "What is read around the steps of one optimizer."
     def __init__(self, optimizer, params, tables, warn):
         held = {id(p) for group in optimizer.param_groups for p in group['params']}
-        self.ref, self.size, self.moving = weakref.ref(optimizer), n_held(optimizer), None
+        self.ref, self.size, self.moving, self.late = weakref.ref(optimizer), n_held(optimizer), None, False
         self.params, self.taps = [o for o in params if id(o.p) in held], {}
         for rows in (o for o in tables if o.tap in ('grad', 'update')):
             tap = self.taps[rows.tap] = ParameterTap(rows, warn, rows.pairs, rows.what & 3)
@@ -237,19 +246,25 @@ class OptimizerTaps:
             tap.choose(o for o in self.params if o.name in chosen)
 
     def is_of(self, optimizer): return self.ref() is optimizer and self.size == n_held(optimizer)
-    def before(self, optimizer, has_closure, compute):   # reads gradients; copies what updates begin from
-        if 'grad' in self.taps:
-            tap, scale = self.taps['grad'], getattr(optimizer, 'grad_scale', None)
-            grads = [o.p.grad for o in tap.params]
-            tap.read(grads if scale is None else [None if o is None else o/scale for o in grads])
-            self._call(tap, compute, lambda o: o.p.grad)
+    def before(self, has_closure, compute, late):   # reads gradients; copies what updates begin from
+        self.late = late   # those of this step come in its closure
+        if not late: self._read_gradients(compute)
         if 'update' in self.taps:
             tap = self.taps['update']
             moves = lambda p: has_closure and p.requires_grad or p.grad is not None
             self.moving = [o.p if moves(o.p) else None for o in tap.params]
             tap.start(self.moving)
 
+    def _read_gradients(self, compute):
+        if 'grad' not in self.taps: return
+        tap, scale = self.taps['grad'], getattr(self.ref(), 'grad_scale', None)
+        grads = [o.p.grad for o in tap.params]
+        tap.read(grads if scale is None else [None if o is None else o/scale for o in grads])
+        self._call(tap, compute, lambda o: o.p.grad)
+
     def after(self, compute):   # reads the updates
+        if self.late: self._read_gradients(compute)
+        self.late = False
         tap, moved, self.moving = self.taps.get('update'), self.moving, None
         if moved is None: return
         tap.read(moved, from_start=True)

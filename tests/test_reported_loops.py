@@ -1,0 +1,138 @@
+"""Kinds of error that people have reported of systems like this one, in loops written by hand that an Inspector watches.
+
+A comment names the kind; its neighbours are the parameters of its tests. The same kinds in a `Learner`: test_reported.py.
+"""
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn, optim
+
+from miniai.inspector import Inspector, InspectorCB
+from miniai.learner import Learner, TrainCB
+from miniai.lens import OutputNorm, ParameterGradientGeometry, ParameterUpdateGeometry
+import miniai.diagnose  # noqa: F401 (`inspector.diagnose`)
+from test_reported import batches, loaders, net
+
+
+def table(inspector, source, stat, phase='train'): return inspector.history.series(source, stat, phase)
+
+def quietly(f, *args, **kw):
+    "What a function gives that warns of nothing."
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        return f(*args, **kw)
+
+
+# --- sampling is decided once for all optimizers that take turns ---
+
+class Parts(nn.Module):
+    "Two networks, one behind the other."
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Sequential(nn.Linear(6, 12), nn.ReLU()), nn.Linear(12, 3)
+    def forward(self, x): return self.two(self.one(x))
+
+@pytest.mark.parametrize('every', [2, 4])
+@pytest.mark.parametrize('steps_of_one', [1, 5])
+def test_optimizers_that_take_turns_are_all_sampled(every, steps_of_one):
+    "As generator and critic: each second step is not always that of the same."
+    model = Parts()
+    inspector = Inspector(visualizer=None, every=every).attach(model)
+    opts = [optim.SGD(o.parameters(), .1) for o in (model.one, model.two)]
+    def run():
+        for i,(x, y) in enumerate(batches(48)):
+            opt = opts[i % (steps_of_one+1) == steps_of_one]
+            F.cross_entropy(model(x), y).backward()
+            opt.step()
+            for o in opts: o.zero_grad()
+        inspector.tick_epoch()
+    quietly(run)
+    steps = [table(inspector, nm, 'update_ratio').steps for nm in ('one.0.weight', 'two.weight')]
+    share = np.array([len(o) for o in steps])*every/48
+    assert abs(share - [steps_of_one/(steps_of_one+1), 1/(steps_of_one+1)]).max() < .25 and min(map(len, steps)) > 0
+    assert not {'no_gradient', 'unchanged'} & {o.rule for o in inspector.diagnose()}
+    assert table(inspector, 'two', 'mean').samples.tolist() == [16]*sum(map(len, steps))
+
+def test_turns_of_optimizers_in_a_learner():
+    "Optimizers that a callback makes for itself count, too."
+    class Turns(TrainCB):
+        def before_fit(self, learn): self.opts = [optim.SGD(o.parameters(), .1) for o in (learn.model.one, learn.model.two)]
+        def step(self, learn): self.opts[learn.iter % 2].step()
+        def zero_grad(self, learn):
+            for o in self.opts: o.zero_grad()
+    cb = InspectorCB(visualizer=None, every=2)
+    learn = Learner(Parts(), loaders(), F.cross_entropy, cbs=[Turns(), cb])
+    quietly(learn.fit, 2)
+    assert all(len(table(cb, nm, 'grad_norm')) == 4 for nm in ('one.0.weight', 'two.weight'))
+
+def test_a_layer_that_is_called_before_the_model_is_has_its_first_row():
+    model = Parts()
+    inspector = Inspector([OutputNorm(inplace=False)], module=model, visualizer=None)
+    for x,_ in batches(3):
+        model.two(model.one(x).detach()).sum().backward()
+        optim.SGD(model.parameters(), .1).step()
+    inspector.tick_epoch()
+    assert len(table(inspector, 'one.1', 'norm')) == 3
+
+
+# --- steps inside backward, and by closures ---
+
+def test_gradients_of_a_closure_are_those_of_its_own_step():
+    "LBFGS: what is there when its step begins is of the step before."
+    model, loss_fn, wanted = net(), nn.CrossEntropyLoss(), []
+    opt = optim.LBFGS(model.parameters(), .1, max_iter=3)
+    inspector = Inspector([ParameterGradientGeometry(inplace=False), ParameterUpdateGeometry(inplace=False)], visualizer=None)
+    inspector.attach(model, optimizer=opt)
+    for x,y in batches():
+        def closure(x=x, y=y):
+            opt.zero_grad()
+            loss = loss_fn(model(x), y)
+            loss.backward()
+            return loss
+        opt.step(closure)
+        wanted.append(model[0].weight.grad.norm().item())
+    inspector.tick_epoch()
+    found = table(inspector, '0.weight', 'grad_norm')
+    assert np.allclose(found.values, wanted) and found.samples.tolist() == [48]*8   # three calls of 16
+    assert table(inspector, '0.weight', 'update_norm').samples.tolist() == [48]*8
+
+@pytest.mark.parametrize('inside', ['', '0.', '2.'], ids=['all', 'the first', 'the last'])
+def test_parameters_that_step_in_backward_are_not_untrained(inside):
+    "By a hook of one's own, without an optimizer: what is not known is not said."
+    model, loss_fn = net(), nn.CrossEntropyLoss()
+    def step(p):
+        with torch.no_grad(): p -= .1*p.grad
+        p.grad = None
+    for nm,p in model.named_parameters():
+        if nm.startswith(inside): p.register_post_accumulate_grad_hook(step)
+    rest = [p for nm,p in model.named_parameters() if not nm.startswith(inside)]
+    opt = optim.SGD(rest, .1) if rest else None
+    inspector = Inspector(visualizer=None).attach(model, optimizer=opt, loss_fn=loss_fn)
+    for x,y in batches():
+        loss_fn(model(x), y).backward()
+        if opt: opt.step(); opt.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore' if not rest else 'error')
+        inspector.tick_epoch()
+    assert not {'no_gradient', 'not_trained'} & {o.rule for o in inspector.diagnose()}
+
+
+# --- what a batch weighs ---
+
+@pytest.mark.parametrize('reduction', ['mean', 'sum'])
+def test_an_empty_batch_weighs_nothing(reduction):
+    model, loss_fn = net(), nn.CrossEntropyLoss(reduction=reduction)
+    inspector = Inspector(visualizer=None).attach(model, optimizer=(opt := optim.SGD(model.parameters(), 0.)), loss_fn=loss_fn)
+    for n in (5, 0):
+        loss_fn(model(torch.ones(n, 6)), torch.zeros(n).long()).backward()
+        opt.step(); opt.zero_grad()
+    inspector.tick_epoch()
+    loss, = table(inspector, 'loss', 'loss mean').values
+    norms = table(inspector, '0.weight', 'grad_norm')
+    assert np.isclose(loss, loss_fn(model(torch.ones(5, 6)), torch.zeros(5).long()).item())
+    assert norms.samples.tolist() == [5, 0]
+    assert np.isclose(table(inspector, '0.weight', 'grad_norm mean').values[0], norms.values[0])
