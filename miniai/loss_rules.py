@@ -348,8 +348,10 @@ def repeated_samples(evidence, *, max_repeats=.15): # fraction of a batch that h
     Source: Kapoor and Narayanan, "Leakage and the reproducibility crisis" (2023), L1.3: duplicates."""
     x, shape = entries(evidence, 'inputs')
     repeats = float(np.nanmean(x.get('repeats', 0.)))
-    if len(x['min']) > 9 and x.get('repeats', x['zeros']*0).min() > .85: return found(
-        evidence, 'error', 'All samples of each batch are the same, entry by entry.', repeats, max_repeats,
+    same = len(x['min']) > 9 and x.get('repeats', x['zeros']*0).min() > .85
+    if same and fall_of(evidence.loss()) < .5: return found(   # a few kinds of samples may be all there are
+        evidence, 'error', f'{repeats:.0%} of the samples of a batch are in it more than once, entry by entry, '
+        'and nothing is learned from them.', repeats, max_repeats,
         kind=('data_no_information', 'constant_output'), causes=['a mask or a scale that leaves nothing'])
     if repeats > max_repeats and np.prod(shape[1:]) >= 4 and x['whole'].max() < 1: return found(
         evidence, 'warning', f'{repeats:.0%} of the samples of a batch are in it more than once.', repeats,
@@ -364,7 +366,7 @@ def one_class_prevails(evidence, *, max_part=.65): # of the targets of a batch
     Source: Buda and others, "A systematic study of the class imbalance problem" (2018)."""
     t, shape = entries(evidence, 'targets')
     part = float(np.nanmean(t.get('most', 0.)))
-    classes = loss_kind(evidence) == 'classes' and len(shape) == 1 and t['max'].max() > 1
+    classes = loss_kind(evidence) == 'classes' and len(shape) == 1 and t['max'].max() > 1 and shape[0] >= 8
     if classes and part > max_part: return found(
         evidence, 'warning', f'{part:.0%} of the targets of a batch are of one class.', part, max_part)
 
