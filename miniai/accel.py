@@ -13,13 +13,13 @@ from itertools import islice
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
 from .augment import joined
+from .batches import counted, weight_of_batch
 from .callback import Callback, Order
 from .device import batch_size, generators, to_device
 from .distributed import gather, rank, start_processes, world_size
@@ -34,19 +34,19 @@ def half_type(device_type, name=None):
     "The 16-bit type to compute in, bf16 unless it is a GPU that has none; a wrong one is refused."
     if name is None: name = 'fp16' if device_type == 'cuda' and not torch.cuda.is_bf16_supported() else 'bf16'
     if name not in half_types: raise ValueError(f"MixedPrecision: dtype is {name!r}; it is 'bf16' or 'fp16'")
-    if name == 'fp16' and device_type != 'cuda':
-        raise ValueError(f"MixedPrecision: dtype is 'fp16' and the model is on {device_type}; its gradients "
-                         "need a scaler, which is for CUDA. Use 'bf16'")
+    if name == 'fp16' and device_type != 'cuda': raise ValueError(
+        f"MixedPrecision: dtype is 'fp16', which needs CUDA, and the model is on {device_type}. Use 'bf16'")
     return half_types[name]
 
 # %% ../nbs/35_accel.ipynb #c5b49355
 class MixedPrecision(TrainCB):
     "Instead of `TrainCB`: predicts and computes the loss in mixed precision."
     def __init__(self,
-        n_inp=1,   # how many parts of a batch are inputs of the model
-        dtype=None # 'bf16' or 'fp16'; default bf16 unless it is a GPU that has none
+        n_inp=1,    # how many parts of a batch are inputs of the model
+        dtype=None, # 'bf16' or 'fp16'; default bf16 unless it is a GPU that has none
+        **parts     # others, as for `TrainCB`
     ):
-        super().__init__(n_inp)
+        super().__init__(n_inp, **parts)
         self.dtype,self.scaler,self._used = dtype,None,None
 
     def before_fit(self, learn): self._used = None
@@ -83,16 +83,6 @@ def is_sum(loss_func):
     said = getattr(loss_func, 'keywords', {}).get('reduction', getattr(loss_func, 'reduction', 'mean'))
     return said == 'sum'
 
-def counted(learn, weight_of=None):
-    "What the loss of this batch is a mean over, on its device; None if over samples."
-    if weight_of: return weight_of(learn.batch)
-    f, y = learn.loss_func, learn.batch[-1] if isinstance(learn.batch, (tuple, list)) else None
-    said = lambda nm, default: getattr(f, 'keywords', {}).get(nm, getattr(f, nm, default))
-    classes = getattr(f, 'func', f) in (F.cross_entropy, F.nll_loss) or hasattr(f, 'ignore_index')
-    if not classes or not isinstance(y, torch.Tensor) or y.is_floating_point(): return
-    there, weight = y != said('ignore_index', -100), said('weight', None)
-    return there.sum() if weight is None else (weight[y.where(there, 0)]*there).sum()
-
 # %% ../nbs/35_accel.ipynb #4b168d4e
 def weight_gradients(learn, weight):
     "The gradients of this batch times `weight`; the loss keeps its value."
@@ -110,7 +100,7 @@ def is_last(learn):
 
 # %% ../nbs/35_accel.ipynb #6261995d
 class Accumulation(Callback):
-    "Holds batches, and weighs their gradients; needs `n` and `weight_of`."
+    "Holds batches, and weighs their gradients; needs `n`."
     order = Order.batches
     def before_fit(self, learn): self.batches,self.samples,self.first,self._open = 0,0,None,False
     def before_batch(self, learn):
@@ -119,8 +109,7 @@ class Accumulation(Callback):
     def after_loss(self, learn):
         if not learn.training: return
         size = getattr(learn.dl, 'n_now', None)   # in all processes together
-        if size is None: size = counted(learn, self.weight_of)
-        if size is None: size = batch_size(learn.batch)
+        if size is None: size = weight_of_batch(learn)
         # as if all `n` were as large as the first
         if self.first is None: self.first = size.clamp(min=1) if hasattr(size, 'clamp') else max(size, 1)
         self.batches,self.samples,self._open = self.batches+1,self.samples+size,True
@@ -136,7 +125,7 @@ class AccumulateCB(Accumulation):
     "One step for every `n` training batches, with the gradient that they would have as one."
     def __init__(self,
         n:int,         # batches to a step
-        weight_of=None # function of a batch: what its loss is a mean over, as its tokens; see `counted`
+        weight_of=None # function of a batch: what its loss is a mean over, default: what `TrainCB` says
     ):
         if not isinstance(n, int) or n < 1:
             raise ValueError(f'AccumulateCB: n is {n!r}; it must be a whole number, 1 or more')
@@ -227,8 +216,7 @@ def parts_of(batches, shard, size, join, cut):
         n = sum(sizes)
         if drop_last and not full: return
         if n < world*shard.least: return shard.rank or warnings.warn(
-            f'Shard: {n} samples at the end of the data are too few for {world} processes and are left '
-            'out', stacklevel=3)
+            f'Shard: {n} samples at the end of the data are too few for {world} processes and left out')
         # parts differ by one at most
         start,stop = (n//world*o + min(o, n%world) for o in (shard.rank, shard.rank+1))
         yield n,group[shard.rank] if full and len(set(sizes)) == 1 else cut(join(group), slice(start, stop))
@@ -295,14 +283,12 @@ def same_callbacks(learn):
     "Refuse callbacks that only some processes have: they would wait for the others for ever."
     mine = [type(o).__name__ for o in learn.cbs if type(o).__module__.startswith('miniai.')]
     for i,names in enumerate(gather(mine)):
-        if names != mine: raise ValueError(
-            f"fit: process {rank()} has the callbacks {', '.join(mine)}, and process {i} {', '.join(names)}; "
-            'give all the same. Process 0 alone prints and writes, without being told')
+        if names != mine: raise ValueError(f"fit: process {rank()} has the callbacks {', '.join(mine)}, and "
+                                           f"process {i} {', '.join(names)}; give all the same")
 
 def count_together(learn):
     "Weigh the loss of this process by what it is a mean over, where that is not its samples."
-    dl, weight_of = learn.dl, next((o.weight_of for o in learn.cbs if getattr(o, 'weight_of', None)), None)
-    mine = counted(learn, weight_of)
+    dl, mine = learn.dl, counted(learn)
     if is_sum(learn.loss_func): dl.weight = learn.n_processes
     elif mine is not None:
         total = torch.as_tensor(mine, device=next(learn.model.parameters()).device).clone()
@@ -346,13 +332,19 @@ class ProcessesCB(Parts):
         if self._before and learn.training: weight_gradients(learn, learn.dl.weight)
 
     def after_batch(self, learn):
-        if self._before and learn.trial: average_loss(learn)   # `lr_find` must decide alike everywhere
+        if not self._before or not learn.trial: return
+        learn.loss = learn.loss.detach()*learn.dl.weight/learn.n_processes
+        torch.distributed.all_reduce(learn.loss)   # `lr_find` must decide alike everywhere
 
     def after_epoch(self, learn):
         if self._before: merge_epoch(learn)
 
     def after_fit(self, learn):
-        if self._before and learn.epochs: merge_fit(learn)   # one resumed at its end is merged already
+        if not self._before or not learn.epochs: return   # one resumed at its end is merged already
+        merge_history(learn)
+        same_buffers(learn.model)
+        for cb in learn.cbs:
+            if hasattr(cb, 'merge_processes') and not learn.trial: cb.merge_processes(gather)
 
     def cleanup_fit(self, learn):
         if self._before: learn.dls,learn.n_processes = self._before,1
@@ -363,9 +355,8 @@ def same_buffers(model):
     "Buffers as process 0 has them."
     for o in unwrap(model).buffers(): torch.distributed.broadcast(o, 0)
 
-def average_loss(learn):
-    learn.loss = learn.loss.detach()*learn.dl.weight/learn.n_processes
-    torch.distributed.all_reduce(learn.loss)
+def merge_history(learn):   # rows since the last time; the metrics' are of all already
+    learn.history.merge(gather(learn.history.state_dict(unmerged=True)), whole=('epoch',))
 
 def merge_epoch(learn):
     "What each process has counted and recorded in this epoch becomes what all have."
@@ -374,22 +365,14 @@ def merge_epoch(learn):
         if not isinstance(cb, MetricsCB): continue
         for nm,o in cb.all_metrics.items(): merge_metric(nm, o)
         cb.n = sum(gather(cb.n))
-    # rows since the last time; the metrics' are of all already
-    learn.history.merge(gather(learn.history.state_dict(unmerged=True)), whole=('epoch',))
-
-def merge_fit(learn):
-    learn.history.merge(gather(learn.history.state_dict(unmerged=True)), whole=('epoch',))
-    same_buffers(learn.model)
-    for cb in learn.cbs:
-        if hasattr(cb, 'merge_processes') and not learn.trial: cb.merge_processes(gather)
+    merge_history(learn)
 
 # %% ../nbs/35_accel.ipynb #64f55642
 def merge_metric(nm, o):
     if hasattr(o, 'metric_state'): return   # of torchmetrics, which does this itself
     if isinstance(o, RunningMean): return merge_mean(o)
     if not hasattr(o, 'merge_state'):
-        return warnings.warn(f'{nm} ({type(o).__name__}) has no merge_state; what is shown is of one process '
-                             'only', stacklevel=3)
+        return warnings.warn(f'{nm} ({type(o).__name__}) has no merge_state; only one process is shown')
     mine = copy.deepcopy(o)
     first,*others = gather(mine.to('cpu') if hasattr(mine, 'to') else mine)
     first.merge_state(others)
@@ -432,8 +415,7 @@ def make_accelerator(mixed_precision, **kw):
     except ImportError as e:
         raise ImportError('AccelerateCB needs the package accelerate: pip install accelerate') from e
     if mixed_precision == 'fp16' and not torch.cuda.is_available():
-        warnings.warn("AccelerateCB: mixed_precision is 'fp16' and there is no CUDA device; it computes in "
-                      'float32', stacklevel=4)
+        warnings.warn("AccelerateCB: mixed_precision is 'fp16' and there is no CUDA; it computes in float32")
         mixed_precision = 'no'
     many = int(os.environ.get('WORLD_SIZE', 1)) > 1
     if many and not getattr(torch, 'accelerator', torch.cuda).is_available():
@@ -447,9 +429,10 @@ class AccelerateCB(ProcessesCB, TrainCB):
     def __init__(self,
         n_inp=1,                # how many parts of a batch are inputs of the model
         mixed_precision='fp16', # 'no', 'fp16' or 'bf16'; without CUDA, fp16 is 'no', with a warning
+        parts=None,             # others for `TrainCB`, as dict(inp_nm=..., lbl_nm=...)
         **kw                    # for `accelerate.Accelerator`
     ):
-        TrainCB.__init__(self, n_inp)
+        TrainCB.__init__(self, n_inp, **(parts or {}))
         self.mixed_precision,self.kw = mixed_precision,kw
 
     def before_fit(self, learn):

@@ -8,6 +8,7 @@ __all__ = ['loss_parts', 'entry_stats', 'LossStats']
 # %% ../nbs/39_loss_stats.ipynb #02021be6
 import torch
 
+from .batches import inputs_and_targets
 from .callback import Callback
 from .collect import Told
 from .history import History
@@ -45,9 +46,8 @@ def entries_of(a):
 # %% ../nbs/39_loss_stats.ipynb #00895371
 def parts_of(learn):
     "Inputs, predictions and targets of a Learner's batch, each a tensor or a tuple of them."
-    n_inp = next((cb.n_inp for cb in learn.cbs if isinstance(getattr(cb, 'n_inp', None), int)), 1)
-    batch = learn.batch if isinstance(learn.batch, (tuple, list)) else ()
-    return batch[:n_inp], learn.preds, batch[n_inp:]
+    inputs, targets = inputs_and_targets(learn)
+    return ((), learn.preds, ()) if targets is learn.batch else (inputs, learn.preds, targets)
 
 def first_tensor(o):
     "Of a tensor, a tuple, a list or a dictionary; None where there is none."

@@ -11,6 +11,7 @@ import math, warnings
 import numpy as np
 import torch
 
+from .batches import batch_parts, weight_of_batch
 from .callback import Callback, explained
 from .device import batch_size, full_precision, to_cpu
 from .distributed import is_main
@@ -18,7 +19,8 @@ from .history import RunningMean
 
 # %% ../nbs/21_metrics.ipynb #82cccba8
 class _FuncMetric(RunningMean):
-    "A function of predictions and targets, averaged over samples."
+    "A function of predictions and targets, averaged over samples, or by the `share` of a batch."
+    share = None
     def __init__(self, f):
         super().__init__()
         self.f = f
@@ -26,7 +28,7 @@ class _FuncMetric(RunningMean):
     def update(self, preds, *targets):
         res = self.f(preds, *targets)
         if not isinstance(res, torch.Tensor): res = torch.tensor(float(res))
-        super().update(res, batch_size(targets))
+        super().update(res, batch_size(targets) if self.share is None else self.share)
 
 def _as_metric(nm, o):
     "A metric from what the user gave under the name `nm`."
@@ -97,13 +99,12 @@ class _Metrics(Callback):
 
     def after_batch(self, learn):
         self._move(learn.loss.device)
-        n_inp = getattr(next((cb for cb in learn.cbs if hasattr(cb, 'n_inp')), learn), 'n_inp', 1)
-        targets = learn.batch[n_inp:] if isinstance(learn.batch, (tuple, list)) else [learn.batch]
         with torch.no_grad():
-            args = full_precision((learn.preds, *targets))
+            args = full_precision((learn.preds, *batch_parts(learn).targets_of(learn.batch)))
             for nm,o in self.metrics.items():
+                if isinstance(o, _FuncMetric): o.share = weight_of_batch(learn, by_class=False)
                 self._do(nm, o.update, *(to_cpu(args) if nm in self._on_cpu else args))
-        self.loss.update(learn.loss, weight=batch_size(learn.batch))
+            self.loss.update(learn.loss, weight_of_batch(learn))
         self.n += 1
 
 # %% ../nbs/21_metrics.ipynb #0b65e09f
@@ -123,7 +124,7 @@ class MetricsCB(_Metrics):
         values = {nm: self._do(nm, o.compute) for nm,o in self.all_metrics.items()} if self.n else {}
         for nm,v in values.items():   # others than numbers do not fit into a table
             if isinstance(v, (torch.Tensor, int, float, np.number)):
-                learn.record('epoch', nm, v, samples=self.loss.weight)
+                learn.record('epoch', nm, v, samples=int(self.loss.weight))
         # waits for the device, once an epoch
         log = {nm: log_text(values.get(nm, math.nan)) for nm in self.all_metrics}
         self._log({**log, 'epoch': learn.epoch, 'train': 'train' if learn.training else 'eval'})

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from .batches import weight_of_batch
 from .callback import Callback, Order
-from .device import batch_size
 from .distributed import is_main
 from .history import RunningMean
 from .metrics import log_text
@@ -158,7 +158,7 @@ class _Bar(Callback):
         loss = learn.loss.detach()
         if learn.training:
             self._smooth = loss.clone() if self._smooth is None else self._smooth.lerp(loss, 0.1)
-        if self._printer is None: self._mean.update(loss, batch_size(learn.batch))
+        if self._printer is None: self._mean.update(loss, weight_of_batch(learn))
 
     def cleanup_batch(self, learn):
         if self._bar is None: return

@@ -17,7 +17,7 @@ from miniai.callback import (Callback, CancelBatchException, CancelEpochExceptio
                              events, misspelt, work_events)
 from miniai.datasets import DataLoaders
 from miniai.device import set_seed
-from miniai.learner import Learner, MetricsCB, TrainCB
+from miniai.learner import KeywordCB, Learner, MetricsCB, TrainCB
 from miniai.lens import LossMetrics, OutputNorm, ParameterNorm
 from shared import CountReads, ReadsPerStep
 
@@ -75,6 +75,16 @@ class Net(nn.Module):
     def forward(self, x): return self.head(self.body(x))
 
 
+class NetWithLoss(Net):
+    "Called by keywords, and returns its loss."
+    def forward(self, x, labels):
+        logits = super().forward(x)
+        return dict(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
+
+
+def by_name(samples): return {nm: torch.stack(o) for nm, o in zip(('x', 'labels'), zip(*samples))}
+
+
 def accuracy(preds, targets): return (preds.argmax(1) == targets).float().mean()
 
 
@@ -82,11 +92,12 @@ def learner(cb):
     "A learner with `cb` and what it needs, seeded; two batches a pass."
     set_seed(0)
     x, y = torch.randn(6, 4), torch.randint(3, (6,))
-    dls = DataLoaders(*[torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 3)]*2)
+    net, collate = (NetWithLoss(), by_name) if isinstance(cb, KeywordCB) else (Net(), None)
+    dls = DataLoaders(*[torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 3, collate_fn=collate)]*2)
     works = any(hasattr(cb, o) for o in ('predict', 'backward'))
     others = [*([] if works else [TrainCB()]), *([] if isinstance(cb, MetricsCB) else [Quiet(accuracy=accuracy)])]
     if isinstance(cb, MetricsCB): cb._log = lambda d: None
-    return Learner(Net().eval(), dls, nn.CrossEntropyLoss(), lr=0.01, cbs=[*others, cb],
+    return Learner(net.eval(), dls, nn.CrossEntropyLoss(), lr=0.01, cbs=[*others, cb],
                    opt_func=partial(optim.SGD, momentum=0.9))
 
 

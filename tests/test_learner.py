@@ -139,7 +139,7 @@ def test_a_level_added_by_a_user():
 # ---- all callbacks: fit twice, cancelled anywhere, failing anywhere, nothing left behind
 
 CALLBACKS = {nm: cls for nm, cls in vars(module).items() if nm in module.__all__
-             and isinstance(cls, type) and issubclass(cls, Callback) and cls is not Callback}
+             and isinstance(cls, type) and issubclass(cls, Callback) and nm not in ('Callback', 'KeywordCB')}   # it needs other batches
 MAKE = dict(MetricsCB=lambda: MetricsCB(MulticlassAccuracy(), acc=accuracy), DeviceCB=lambda: DeviceCB('cpu'),
             ProgressCB=lambda: ProgressCB(plot=True), LRFinderCB=lambda: LRFinderCB(plot=False))
 
@@ -279,9 +279,7 @@ def test_unused_provider_is_warned_about():
 def test_subclass_may_override_one_part():
     class SumLearner(Learner):
         def get_loss(self): self.loss = F.cross_entropy(self.preds, self.batch[1], reduction='sum')
-    class PartCB(Callback):
-        predict, backward, step, zero_grad = TrainCB.predict, TrainCB.backward, TrainCB.step, TrainCB.zero_grad
-        n_inp = 1
+    class PartCB(TrainCB): get_loss = None
     learn = get_learner([PartCB()], cls=SumLearner, lr=1e-3)
     learn.fit(1)
     assert learn.n_steps == 3
