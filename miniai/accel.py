@@ -165,6 +165,9 @@ class GradClipCB(Callback):
     def after_backward(self, learn):
         params = with_grad(learn)
         if not params: return
+        if len({hasattr(p, 'full_tensor') for p in params}) > 1: raise TypeError(
+            'GradClipCB: some parameters are divided among processes (DTensors) and others are not; shard '
+            'all, by `fully_shard(model)` after its layers, or clip by yourself')
         norm = nn.utils.clip_grad_norm_(params, self.max_norm, self.norm_type)
         if not self.record: return
         norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm   # of a sharded model

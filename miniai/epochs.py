@@ -159,13 +159,18 @@ class Parameters:
     "Knows the parameters of the model, and reads at the end of an epoch those that a lens asks for."
     def _find_parameters(self):
         "All parameters of the model as it is now; new ones are found at the next epoch."
-        found = find_parameters(self.model)
+        found = [o for o in find_parameters(self.model) if not self._is_sharded(o)]
         if found == self.params: return
         self.params, self.held = found, {}
         for lens in (o for o in self.lenses if o.tap in ('grad', 'update', *epoch_taps)):
             chosen = {o.name for o in choose_parameters(self.params, lens.parameters, type(lens).__name__)}
             for rows in self.tables:
                 if lens in rows.lenses: rows.chosen[lens] |= chosen
+
+    def _is_sharded(self, o):
+        found = hasattr(o.p, 'full_tensor')
+        if found: self.warn('a parameter', f'({o.name}) is divided among processes (a DTensor): not measured', 'it')
+        return found
 
     def _read_parameters(self):
         self._find_parameters()
@@ -291,7 +296,7 @@ class Silence:
         for name in self.silent: self.warn(name, why_silent)
         stepped = self.steps.n_stepped > self.seen.n_stepped
         if stepped and not forwards['train']: self.warn('the model', why_validation)
-        at_steps = any(o.tap in ('grad', 'update') for o in self.lenses)
+        at_steps = self.params and any(o.tap in ('grad', 'update') for o in self.lenses)
         never = at_steps and forwards['train'] and not self.steps.n_stepped
         if never: self.warn('the optimizer', why_no_step)
         hooked = any(o.loss_fn is not None for o in self._loss_lenses())

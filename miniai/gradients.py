@@ -71,6 +71,7 @@ class ReachedParameters(ChosenParameters):
         why = {o.name: self._why(o) for o in self.params if o not in set(self.tap.params)}
         self.gaps = {nm: _why[key] for nm,key in why.items()}
         self.unreached = tuple(nm for nm,key in why.items() if key == 'unused')
+        for nm in [nm for nm,key in why.items() if key == 'sharded' and self.warns][:1]: self.told(nm, _why['sharded'])
         new = [nm for nm in self.unreached if (nm, 'unused') not in self.told.known]
         if not (new and self.warns): return
         self.told.known |= {(nm, 'unused') for nm in new}

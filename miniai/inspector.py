@@ -247,7 +247,8 @@ class OptimizerSteps:
         self.loss_stats.count('before_step', optimizer, [o.p for o in held.params])
         if not self.steps.sampled: return
         self.sampler.begin_watch()
-        late, samples = has_closure and self.steps.bare, self.steps.samples or int(self.steps.bare and not has_closure)
+        late = has_closure and self.steps.bare
+        samples = self.steps.samples or int(self.steps.bare and not late)
         where = self.history.run, self.steps.current, self.epoch
         for tap in held.taps.values(): tap.rows.open('train', *where, samples, new=True)
         self._guard('the gradients', held.before, has_closure, self.compute, late)

@@ -131,7 +131,8 @@ class Forwards(StepCounts):
         "Note the parameters, other than these, that the first output with a graph was computed from."
         if self.strangers is not None or a is None or a.grad_fn is None or self.attached: return
         mine = {id(p) for p in params}
-        self.strangers = [(p, head(p).clone()) for p in leaves_of(a) if id(p) not in mine]
+        there = lambda p: id(p) not in mine and p.untyped_storage().size()   # a sharded one's copy is freed
+        self.strangers = [(p, head(p).clone()) for p in leaves_of(a) if there(p)]
 
 # %% ../nbs/38_ledger.ipynb #6fa30fc7
 class Ledger(Forwards):

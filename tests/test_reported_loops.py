@@ -2,7 +2,8 @@
 
 A comment names the kind; its neighbours are the parameters of its tests. The same kinds in a `Learner`: test_reported.py.
 """
-import warnings
+import os, subprocess, sys, warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,3 +137,78 @@ def test_an_empty_batch_weighs_nothing(reduction):
     assert np.isclose(loss, loss_fn(model(torch.ones(5, 6)), torch.zeros(5).long()).item())
     assert norms.samples.tolist() == [5, 0]
     assert np.isclose(table(inspector, '0.weight', 'grad_norm mean').values[0], norms.values[0])
+
+
+# --- sharded models: a clear word, and no other layer is spoilt ---
+
+sharded = '''
+import sys, warnings, torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from types import SimpleNamespace
+import miniai.diagnose, miniai.report
+from miniai.accel import GradClipCB
+from miniai.inspector import Inspector
+from miniai.learner import Learner, TrainCB
+
+dist.init_process_group('gloo')
+mesh, folder = init_device_mesh('cpu', (2,)), sys.argv[1]
+data = [(torch.randn(8, 6), torch.randint(0, 3, (8,))) for _ in range(6)]
+
+def made(*sharded):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    for i in sharded: fully_shard(model[i], mesh=mesh)
+    if len(sharded) == 2: fully_shard(model, mesh=mesh)
+    return model
+
+def watched(f):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        found = f()
+    names = {o.rule for o in found.diagnose()}
+    assert not {'no_gradient', 'not_trained', 'unregistered'} & names, names
+    found.report(f'{folder}/report{dist.get_rank()}.html')
+    told = [str(o.message) for o in told if not issubclass(o.category, DeprecationWarning)]
+    assert len(told) == 1 and '0.weight' in told[0] and 'is divided among processes' in told[0], told
+    return found
+
+def by_hand(model):
+    opt, loss_fn = torch.optim.SGD(model.parameters(), .1), nn.CrossEntropyLoss()
+    inspector = Inspector(visualizer=None).attach(model, optimizer=opt, loss_fn=loss_fn)
+    for x,y in data:
+        loss_fn(model(x), y).backward()
+        opt.step(); opt.zero_grad()
+    inspector.tick_epoch()
+    return inspector.detach()
+
+def fit(model, *cbs):
+    learn = Learner(model, SimpleNamespace(train=data, valid=data[:2]), F.cross_entropy, lr=.1, cbs=[TrainCB(), *cbs])
+    learn.watch(every=1)
+    learn.fit(1)
+    return learn
+
+for layers,cbs in (((0, 2), [GradClipCB()]), ((0,), [])):
+    learn, inspector = watched(lambda: fit(made(*layers), *cbs)), watched(lambda: by_hand(made(*layers)))
+    watcher = learn.watch()
+    for nm,wanted in (('0.weight', 0), ('2.weight', 0 if 2 in layers else 6)):
+        assert len(watcher.gradients.rows(nm, 'grad_norm')) == wanted, nm
+        for stat in ('grad_norm', 'update_ratio'): assert len(inspector.history.series(nm, stat)) == wanted, (nm, stat)
+    assert len(watcher.activations.rows('0', 'mean')) == len(inspector.history.series('0', 'mean')) == 6
+    for nm in ('0.weight', '0.bias'): assert 'is divided' in watcher.gradients.gaps[nm]
+    if cbs: assert (learn.history.series('gradient', 'norm clipped').values <= 1.001).all()
+try: fit(made(0), GradClipCB())
+except TypeError as e: assert 'GradClipCB: some parameters are divided among processes' in str(e)
+else: raise AssertionError('not refused')
+print('fine')
+'''
+
+def test_sharded_models_have_clear_words(tmp_path):
+    (tmp_path/'train.py').write_text(sharded)
+    env = {**os.environ, 'PYTHONPATH': str(Path(__file__).resolve().parent.parent), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', str(tmp_path/'train.py'), str(tmp_path)]
+    found = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    assert found.returncode == 0 and found.stdout.count('fine') == 2, found.stderr[-3000:]
