@@ -12,7 +12,7 @@ path = nbs/'sidebar.yml'
 rooms = {'Ground': range(0, 10), 'Measuring': range(10, 20), 'The loop': range(20, 30), 'Training well': range(30, 40),
          'Inside the network': range(40, 50), 'Findings and reports': range(50, 60), 'Labs': range(60, 70)}
 # what to read first; others come behind, by name
-first = ['first_fit', 'see_inside', 'why_is_my_net_dead', 'from_failing_to_92', 'write_a_callback', 'any_loop', 'write_a_lens']
+first = ['first_fit', 'see_inside', 'why_is_my_net_dead', 'from_failing_to_92', 'write_a_callback', 'any_loop', 'write_a_lens', 'write_a_rule']
 
 
 def pages(folder):
