@@ -69,9 +69,10 @@ class WaitingValues(MergedTable):
         groups = [(key, *like, *zip(*rows)) for key,waiting in self.waiting.items()
                   for like,rows in groupby(waiting, _like)]
         self.waiting = {}
-        stack = lambda o: torch.stack(o) if isinstance(o[0], torch.Tensor) else torch.tensor(o)
-        arrays = to_host([stack(values) for *_,values in groups])
-        for (key,kind,_,_,facts,*_),values in zip(groups, arrays):
+        is_tensor = lambda values: isinstance(values[0], torch.Tensor)
+        arrived = iter(to_host([torch.stack(values) for *_,values in groups if is_tensor(values)]))
+        for key,kind,_,_,facts,_,values in groups:
+            values = next(arrived) if is_tensor(values) else np.array(values)
             self.add(key, Chunk(np.array(facts, np.int64), (values.astype(kind),)))
         return self
 

@@ -52,7 +52,11 @@ def summary(values, weights):
     with np.errstate(all='ignore'):
         mean = np.average(values, weights=weights)
         std = np.sqrt(np.average((values - mean)**2, weights=weights))
-        return np.array([mean, std, values.min(), *np.quantile(values, (.25, .5, .75)), values.max()])
+        ordered, at = np.sort(values), np.array([.25, .5, .75])*(len(values) - 1)   # NaN comes last
+        low, high = ordered[at.astype(int)], ordered[np.ceil(at).astype(int)]
+        quartiles = low + np.where(high > low, high - low, 0)*(at % 1)
+        if np.isnan(ordered[-1]): quartiles = [np.nan]*3
+        return np.array([mean, std, values.min(), *quartiles, values.max()])
 
 # %% ../nbs/43_lens.ipynb #85a9d80a
 def names_among(o, known, who):
@@ -143,6 +147,9 @@ class Lens(Draws, Reads):
         self.stats = self.stats + tuple(stats)
         if not self.stats and self.tap != 'loss':
             raise ValueError(f"{who}: no statistic; give one by name: Lens('output', peak=lambda a: a.max())")
+        if modules is not None and self.tap not in layer_taps:
+            raise ValueError(f'{who}: modules={modules!r} is for taps on layers, not for {self.tap!r}; choose'
+                             " parameters by name: parameters='encoder.*'")
         self.before = self.before or 'correlation' in map(self.base, self.named)
         for nm in self.named:
             if self.base(nm) in statistics: continue
