@@ -55,10 +55,8 @@ class ReLU(ActivationFunction):
     def forward(self, x): return F.relu(x)
 
 class LeakyReLU(ActivationFunction):
-    r"$x$ above zero, $\alpha x$ below."
-    def __init__(self,
-        alpha=0.1 # slope below zero
-    ):
+    r"$x$ above zero, $\alpha x$ below: `alpha` is the slope."
+    def __init__(self, alpha=0.1):
         super().__init__()
         self.config['alpha'] = alpha
     def forward(self, x): return F.leaky_relu(x, self.config['alpha'])
@@ -92,40 +90,31 @@ for _nm in ('GELU', 'SELU', 'Mish', 'Softplus', 'Hardswish'):
     act_fn_by_name[_nm.lower()] = partial(_Function, getattr(F, _nm.lower()), _nm)
 
 # %% ../nbs/60_actfns.ipynb #9088b267
-def get_act_fn(
-    act_fn # a name in `act_fn_by_name`, a class, an `nn.Module`, or a function of a tensor
-) -> nn.Module: # the module itself if it is one; otherwise a new one
-    "Make the layer that `act_fn` stands for."
-    if isinstance(act_fn, str): return act_fn_by_name[act_fn]()
-    if isinstance(act_fn, type) and issubclass(act_fn, nn.Module): return act_fn()
+def get_act_fn(act_fn) -> nn.Module:
+    "Make the layer of `act_fn`: a name in `act_fn_by_name`, a class, a function of a tensor; or the module."
+    if isinstance(act_fn, str): act_fn = act_fn_by_name[act_fn]
     if isinstance(act_fn, nn.Module): return act_fn
+    if isinstance(act_fn, (type, partial)): return act_fn()
     if callable(act_fn): return _Function(act_fn)
     raise TypeError(f'get_act_fn: got {act_fn!r}; give a name ({", ".join(act_fn_by_name)}), a class, '
                     'an nn.Module or a function of a tensor')
 
 def _act_name(o): return str(o).removesuffix('()')   # with the options, if it has any
-
 def _as_list(o):
     one = isinstance(o, (str, nn.Module)) or callable(o) or not hasattr(o, '__iter__')
     return [o] if one else list(o)
 
 # %% ../nbs/60_actfns.ipynb #a1f0ccbb
-def get_grads(
-    act_fn,        # as for `get_act_fn`
-    x:torch.Tensor # floats of any shape
-) -> torch.Tensor: # of the shape of `x`; NaN if the function has no derivative
-    "Compute the derivative of an activation function at each entry of `x`."
+def get_grads(act_fn, x:torch.Tensor) -> torch.Tensor: # of the shape of `x`; NaN if it has no derivative
+    "Compute the derivative of `act_fn`, as for `get_act_fn`, at each entry of the floats `x`."
     with torch.enable_grad():
         x = x.detach().clone().requires_grad_()
         y = get_act_fn(act_fn)(x)
         return torch.autograd.grad(y.sum(), x)[0] if y.requires_grad else torch.full_like(x, torch.nan)
 
 # %% ../nbs/60_actfns.ipynb #41556f8f
-def plot_act_fns(
-    act_fns=six_act_fns, # names, classes, modules or functions; one or several
-    x_range=(-5, 5)      # where to draw
-): # the figure
-    "Draw values and derivatives of activation functions, a plot for each."
+def plot_act_fns(act_fns=six_act_fns, x_range=(-5, 5)): # the figure
+    "Draw values and derivatives over `x_range`; `act_fns` are one or several, each as for `get_act_fn`."
     from miniai.plots import get_grid, plot_lines
     act_fns, x = _as_list(act_fns), torch.linspace(*x_range, 1001)
     fig, axs = get_grid(len(act_fns), ncols=min(3, len(act_fns)), imsize=2.4)
@@ -165,17 +154,14 @@ def _batches(o, net, n_inp, caller):
         one = len({len(a) for a in o}) == 1 < len({(a.shape[1:], a.dtype) for a in o})
     device = next((p.device for p in net.parameters()), 'cpu')
     for batch in [o] if one else o:
-        if isinstance(batch, torch.Tensor): batch = batch,
-        if not isinstance(batch, (tuple, list)):
-            raise TypeError(f'{caller}: the batch is a {type(batch).__name__}; expected a tensor, or a tuple '
-                            '(inputs..., targets...)')
-        batch = to_device(tuple(batch), device)
+        if not isinstance(batch, (torch.Tensor, tuple, list)): raise TypeError(
+            f'{caller}: the batch is a {type(batch).__name__}; give a tensor, or (inputs..., targets...)')
+        batch = to_device((batch,) if isinstance(batch, torch.Tensor) else tuple(batch), device)
         yield batch[:n_inp], batch[n_inp:]
 
 def _first_batch(batch_or_dl, net, n_inp, caller):
     for found in _batches(batch_or_dl, net, n_inp, caller): return found
-    raise ValueError(f'{caller}: {type(batch_or_dl).__name__} gave no batch; '
-                     'give a batch or a loader that has one')
+    raise ValueError(f'{caller}: {type(batch_or_dl).__name__} gave no batch; give one, or a loader of some')
 
 # %% ../nbs/60_actfns.ipynb #8a86804f
 def save_model(
@@ -185,9 +171,8 @@ def save_model(
     notes=None  # dict of strings to keep beside the weights, as metadata
 ):
     "Save config and weights of a model; after an error, what was saved before is still there."
-    if not hasattr(model, 'config'):
-        raise AttributeError(f'save_model: {type(model).__name__} has no `config`; set a dict from which '
-                             'the model can be made again')
+    if not hasattr(model, 'config'): raise AttributeError(
+        f'save_model: {type(model).__name__} has no `config`; set a dict from which it can be made again')
     config = json.dumps(model.config)
     # each tensor with memory of its own
     state = {k: v.detach().cpu().clone().contiguous() for k,v in model.state_dict().items()}
@@ -196,10 +181,6 @@ def save_model(
     atomic_write(Path(model_path)/f'{model_name}.config', config)
 
 # %% ../nbs/60_actfns.ipynb #f187b596
-def _weights_file(folder, nm):
-    "Find the file with the weights, ours before a .tar; None if there is none."
-    return next((o for o in (folder/f'{nm}.safetensors', folder/f'{nm}.tar') if o.is_file()), None)
-
 def _read_weights(path):
     "Read state dict and notes; a .tar has no notes, and nothing but its tensors is read."
     try:
@@ -208,9 +189,8 @@ def _read_weights(path):
                 return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
         return {**torch.load(path, 'cpu', weights_only=True)}, {}   # an error where it is no dict
     except Exception as e:
-        raise ValueError(f'load_model: {path} is damaged, or holds other objects than the tensors of '
-                         '`model.state_dict()`; they could run code and are refused '
-                         f'({type(e).__name__}: {e})') from e
+        raise ValueError(f'load_model: {path} is damaged, or holds other objects than tensors, which could '
+                         f'run code and are refused ({type(e).__name__}: {e})') from e
 
 def _net_from(text, path):
     "Make the network that a config describes, not yet with its weights."
@@ -221,9 +201,8 @@ def _net_from(text, path):
         with torch.random.fork_rng(devices=[]): return BaseNetwork(act_fn, **config)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f'load_model: no network can be made of {path}: {text[:300]} ({e}). Expected JSON '
-                         'with input_size, num_classes, hidden_sizes, and in act_fn a name and its options; '
-                         'for another function add its class to act_fn_by_name, or build the network '
-                         'yourself and pass it as net=') from e
+                         'with input_size, num_classes, hidden_sizes, act_fn; for another function add its '
+                         'class to act_fn_by_name, or build the network and pass it as net=') from e
 
 # %% ../nbs/60_actfns.ipynb #239487ae
 def load_model(
@@ -233,11 +212,12 @@ def load_model(
 ): # the network; a new one is on the CPU
     "Load a saved model; `net` stays as it was if the weights do not fit."
     folder = Path(model_path)
-    path, config = _weights_file(folder, model_name), folder/f'{model_name}.config'
+    config, *files = (folder/f'{model_name}.{o}' for o in ('config', 'safetensors', 'tar'))
+    path = next((o for o in files if o.is_file()), None)
     if path is None:
         found = ', '.join(sorted(o.stem for o in folder.glob('*.config'))) or 'no models'
-        raise FileNotFoundError(f'load_model: no weights called {model_name!r} in {folder}, neither as '
-                                f'.safetensors nor as .tar. The folder has {found}')
+        raise FileNotFoundError(f'load_model: no weights called {model_name!r} in {folder}, neither '
+                                f'.safetensors nor .tar. The folder has {found}')
     state, notes = _read_weights(path)
     what = config if net is None else f'net ({type(net).__name__})'
     if net is None:
@@ -258,7 +238,6 @@ _limits = dict(
 _exact_zeros = 'relu', 'relu6', 'hardswish', 'hardsigmoid', 'hardshrink', 'softshrink'
 
 def _kind(module): return getattr(module, 'name', type(module).__name__).lower()
-
 def _limits_of(module):
     "Find where the function settles, (left, right); None if that is not known."
     if isinstance(module, (nn.ELU, nn.CELU)): return -module.alpha, None
@@ -277,12 +256,9 @@ _torch_acts = tuple(getattr(nn.modules.activation, nm) for nm in nn.modules.acti
                     if nm != 'MultiheadAttention')
 
 def _is_act(m): return isinstance(m, (ActivationFunction, *_torch_acts))
-
-def _act_layers(net):
-    "List the activation functions of a model, [(name, module)]; may be none."
-    return select_modules(net, _is_act) if any(map(_is_act, net.modules())) else []
-
 def _has_matrix(m): return not _is_act(m) and any(p.ndim > 1 for p in m.parameters(recurse=False))
+def _act_layers(net): # [(name, module)], may be none
+    return select_modules(net, _is_act) if any(map(_is_act, net.modules())) else []
 
 def _sample(a, most=100_000):
     "Copy at most `most` evenly spaced entries of `a` into an array."
@@ -293,7 +269,6 @@ def _input(inp, a):
     "Find the input of the same shape; None if there is none, or if it was overwritten in place."
     x = inp[0] if inp and isinstance(inp[0], torch.Tensor) and inp[0].shape == a.shape else None
     return None if x is None or x.data_ptr() == a.data_ptr() else x.detach()
-
 
 class _Fed(TensorTap):
     "Knows what went into a layer, and which layer with a matrix, no normalisation, was called last."
@@ -321,8 +296,7 @@ class _Outputs(_Fed):
         warn_if_compiled(net, 'activation functions')
         self.attach(layers, select_modules(net))
         self.listen(True)
-        net.eval()
-        preds = None
+        preds, _ = None, net.eval()
         try:
             for inputs in batches:
                 self.begin()
@@ -346,8 +320,9 @@ class _Outputs(_Fed):
 # %% ../nbs/60_actfns.ipynb #49d43494
 def _numbers(sums):
     "Compute statistics of one row of sums, as every table of the library has them."
-    found = [float(statistics[nm](sums)[0]) for nm in ('std', 'norm', 'activation_rate', 'death_rate')]
-    return dict(entries=int(sums.n[0]), std=found[0], norm=found[1], zeros=1-found[2], dead=found[3])
+    std, norm, active, dead = (float(statistics[nm](sums)[0])
+                               for nm in ('std', 'norm', 'activation_rate', 'death_rate'))
+    return dict(entries=int(sums.n[0]), std=std, norm=norm, zeros=1-active, dead=dead)
 
 def _output_row(outputs, source, o):
     (n, row), *others = o.rows.items()
@@ -366,10 +341,11 @@ def _table(rows, columns):
     return pd.DataFrame(rows, columns=columns.split())
 
 # %% ../nbs/60_actfns.ipynb #1623bed4
-def _grad_row(name, grad):
+def _grad_row(name, grad, fed):
     "Describe the gradient of one parameter; one that has none is a gap."
-    row = dict(layer=name, owner=name.rpartition('.')[0], entries=0, std=np.nan, norm=np.nan, zeros=np.nan,
-               values=np.zeros(0))
+    owner = name.rpartition('.')[0]
+    row = dict(layer=name, owner=owner, saturated=fed.get(owner, np.nan), entries=0, values=np.zeros(0),
+               std=np.nan, norm=np.nan, zeros=np.nan)
     if grad is None: return row
     grad = grad.to_dense() if grad.is_sparse else grad
     return {**row, **_numbers(Sums.of(measure(grad))), 'values': _sample(grad)}
@@ -383,16 +359,14 @@ def _gradients(net, loss, pattern, outputs, caller):
                                     f'the model has {", ".join([*named][:20])}')
     grads = dict(zip(wanted, torch.autograd.grad(loss, [*wanted.values()], allow_unused=True)))
     fed = {o['fed_by']: o['saturated'] for o in reversed(outputs)}
-    rows = [_grad_row(nm, grads.get(nm)) for nm in params]
-    return [dict(o, saturated=fed.get(o['owner'], np.nan)) for o in rows]
+    return [_grad_row(nm, grads.get(nm), fed) for nm in params]
 
 def _one_batch(net, batch_or_dl, caller, layers, params=None, loss_func=None, n_inp=1):
     "Make rows of the outputs, and with `params` those of the gradients, on one batch."
     grad = params is not None
     with undisturbed(net, batch_or_dl), torch.inference_mode(False), torch.set_grad_enabled(grad):
         inputs, targets = _first_batch(batch_or_dl, net, n_inp, caller)
-        if grad and not targets:
-            raise ValueError(f'{caller}: the batch has no targets; give (inputs, targets)')
+        if grad and not targets: raise ValueError(f'{caller}: a batch has no targets; give (inputs, targets)')
         outputs = _Outputs(caller, samples=not grad)
         preds, rows = outputs.run(net, layers, [inputs]), outputs.rows()
         return rows, _gradients(net, loss_func(preds, *targets), params, rows, caller) if grad else []
@@ -467,19 +441,19 @@ def visualize_activations(
     caller, layers = 'visualize_activations', _act_layers(net) if what is None else []
     rows, _ = _one_batch(net, batch_or_dl, caller, layers or select_modules(net, what), n_inp=n_inp)
     if not rows: raise ValueError(f'{caller}: no layer of {type(net).__name__} put out a tensor')
-    fig = _draw_distributions(rows, color, 'Activations', rows,
-                              f'Outputs on one batch of {rows[0]["samples"]} samples.')
+    text = f'Outputs on one batch of {rows[0]["samples"]} samples.'
+    fig = _draw_distributions(rows, color, 'Activations', rows, text)
     return fig, _table(rows, 'layer function entries std zeros saturated dead')
 
 # %% ../nbs/60_actfns.ipynb #ff009bdc
 def _by_depth(name, net, outputs, grads):
     "Make a row for each layer with a matrix and the activation function behind it."
     first = {o['owner']: o for o in reversed(grads)}   # of several parameters of a layer
-    pairs = [(o, first[nm]) for nm,m in unwrap(net).named_modules() if nm in first and _has_matrix(m)
-             for o in [o for o in outputs if o['fed_by'] == nm] or [{}]]
-    rows = [dict(o, function=name, depth=i+1, weight=g['layer'], grad_norm=g['norm'])
-            for i,(o,g) in enumerate(pairs)]
-    return _table(rows, 'function depth layer std zeros dead saturated weight grad_norm')
+    rows = [dict(o, function=name, weight=first[nm]['layer'], grad_norm=first[nm]['norm'])
+            for nm,m in unwrap(net).named_modules() if nm in first and _has_matrix(m)
+            for o in [o for o in outputs if o['fed_by'] == nm] or [{}]]
+    table = _table(rows, 'function depth layer std zeros dead saturated weight grad_norm')
+    return table.assign(depth=range(1, len(table)+1))
 
 # label of the axis, its scale, column -> colour
 _curves = (('signal: std', 'log', {'std': 'C0'}), ('gradient: norm', 'log', {'grad_norm': 'C2'}),
@@ -509,18 +483,18 @@ def compare_act_fns(
     batch_or_dl,               # batch (inputs, targets), or a loader, whose first batch is taken
     make_net=None,             # called with an activation function; default: `BaseNetwork` for these inputs
     seed=42,                   # of each network
-    loss_func=F.cross_entropy, # called with predictions and targets
-    params='*weight*',         # pattern for the names of the parameters whose gradients are shown
-    n_inp=1                    # how many parts of the batch are inputs
+    loss_func=F.cross_entropy, params='*weight*', n_inp=1
 ): # (figure, table): function, depth, layer, std, zeros, dead, saturated, weight, grad_norm
-    "Draw signal, gradient, dead units and saturation by depth, a column for each function, equal axes."
+    """Draw signal, gradient, dead units and saturation by depth, a column for each function, equal axes.
+
+    `loss_func`, `params` and `n_inp` are as for `visualize_gradients`."""
     import pandas as pd
     caller, tables = 'compare_act_fns', []
     with undisturbed(nn.Identity(), batch_or_dl):
         inputs, targets = _first_batch(batch_or_dl, nn.Identity(), n_inp, caller)
         if make_net is None:
-            classes = int(targets[0].max())+1 if targets else 10   # waits for the device, once
-            make_net = partial(BaseNetwork, input_size=inputs[0][0].numel(), num_classes=max(classes, 10))
+            classes = max(10, int(targets[0].max())+1) if targets else 10   # waits for the device, once
+            make_net = partial(BaseNetwork, input_size=inputs[0][0].numel(), num_classes=classes)
         for act_fn in map(get_act_fn, _as_list(act_fns)):
             torch.manual_seed(seed)
             net = make_net(act_fn)
@@ -534,10 +508,9 @@ def _print_dead(table):
     dead, flat = (table[table.report == o] for o in ('dead', 'saturated'))
     over, units = f'over {table.samples.max():,} samples', zip(dead.dead, dead.units)
     if len(dead): print(f'Dead units {over}: ' + ', '.join(f'{o} of {n}' for o,n in units))
-    if len(flat):
-        found = ', '.join('not known' if np.isnan(o) else f'{o:.1%}' for o in flat.saturated)
-        print(f'{", ".join(flat.function.unique())}: never exactly zero where flat, so not dead units but '
-              f'the saturated fraction of outputs {over}: {found}')
+    found = ', '.join('not known' if np.isnan(o) else f'{o:.1%}' for o in flat.saturated)
+    if found: print(f'{", ".join(flat.function.unique())}: never exactly zero where flat, so not dead units '
+                    f'but the saturated fraction of outputs {over}: {found}')
 
 def measure_number_dead_neurons(
     net,           # any model
@@ -553,9 +526,8 @@ def measure_number_dead_neurons(
     that fraction can't be told (input overwritten in place, unknown function) it is NaN."""
     caller = 'measure_number_dead_neurons'
     layers = _act_layers(net) if what is None else select_modules(net, what)
-    if not layers:
-        raise ValueError(f'{caller}: {type(net).__name__} has no activation function as a layer. Put '
-                         'nn.ReLU() in the place of F.relu in forward, or choose layers with what=')
+    if not layers: raise ValueError(f'{caller}: {type(net).__name__} has no activation function as a layer; '
+                                    'use nn.ReLU() for F.relu in forward, or choose layers with what=')
     outputs = _Outputs(caller, axis)
     with undisturbed(net, dl):
         outputs.run(net, layers, (inputs for inputs,_ in _batches(dl, net, n_inp, caller)))
@@ -569,20 +541,18 @@ def measure_number_dead_neurons(
     return table
 
 # %% ../nbs/60_actfns.ipynb #68bf5e4b
-def fashion_splits(
-    source='auto',     # as for `fashion_mnist`
-    bs=256             # samples in a training batch; a smaller last one is left out
-): # `DataLoaders` with `.train`, `.valid`, `.test`, and `.train_all`: every training image, in order
-    "Split Fashion-MNIST for training, validation and test, in memory, pixels from -1 to 1."
+def fashion_splits(source='auto', bs=256):
+    """Split Fashion-MNIST in memory, pixels from -1 to 1; `source` is as for `fashion_mnist`.
+
+    `.train` gives batches of `bs`, all full; `.valid` and `.test` of twice that; `.train_all` has every
+    training image, in order."""
     dls = DataLoaders.in_memory(fashion_mnist(source), bs)
+    def _part(dl, rows, *about):
+        image, label = dl.columns['image'][rows], dl.columns['label'][rows]
+        return MemoryLoader(dl.dataset, {'image': image.float()/255*2-1, 'label': label}, *about)
     order = torch.randperm(dls.train.n, generator=torch.Generator().manual_seed(42))
     train, valid = order.tensor_split([dls.train.n*5//6])
-    res = DataLoaders(_part(dls.train, train, bs, True), _part(dls.train, valid, 2*bs))
-    res.test = _part(dls.valid, torch.arange(dls.valid.n), 2*bs)
+    res = DataLoaders(_part(dls.train, train, bs, True, True), _part(dls.train, valid, 2*bs))
+    res.test = _part(dls.valid, slice(None), 2*bs)
     res.train_all = MemoryLoader(res.train.dataset, res.train.columns, 2*bs)   # the same memory
     return res
-
-def _part(dl, rows, bs, train=False):
-    "Make a loader of some rows of `dl`, with pixels from -1 to 1."
-    image, label = (o[rows.to(o.device)] for o in (dl.columns['image'], dl.columns['label']))
-    return MemoryLoader(dl.dataset, {'image': image.float()/255*2-1, 'label': label}, bs, train, train)

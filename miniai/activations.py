@@ -25,18 +25,10 @@ from .rows import Rows
 from .stats import (Bins, base_name, near_zero, outside, own_names, parts_needed, statistics, unit_axis,
                           unit_view)
 
-# %% ../nbs/40_activations.ipynb #08949e34
 _all_ = ['Hook', 'Hooks', 'set_seed']
 
 # %% ../nbs/40_activations.ipynb #a01c2d2d
-def phase_of(learn):
-    "Name what a loop does now."
-    return 'train' if learn.training else 'valid'
-
-def chosen_modules(cb, model):
-    "List the modules that a callback's `mods` or `mod_filter` mean, with their names."
-    what = list(cb.mods) if cb.mods else None if cb.mod_filter is noop else cb.mod_filter
-    return select_modules(model, what)
+def phase_of(learn): return 'train' if learn.training else 'valid'
 
 # %% ../nbs/40_activations.ipynb #1604de57
 class SampledCallback(Callback):
@@ -72,11 +64,8 @@ def compiled_off(learn):
     "Run the model without compiled code until `compiled_on`."
     if '_stance' not in vars(learn): learn._stance = torch.compiler.set_stance('force_eager')
 
-def compiled_on(learn):
-    "Use it again."
-    if '_stance' not in vars(learn): return
-    learn._stance.__exit__(None, None, None)
-    del learn._stance
+def compiled_on(learn):   # use it again
+    if '_stance' in vars(learn): vars(learn).pop('_stance').__exit__(None, None, None)
 
 # %% ../nbs/40_activations.ipynb #8ef6c2fc
 class Hooked(SampledCallback):
@@ -90,8 +79,8 @@ class Hooked(SampledCallback):
         was, self.compiled = self.compiled, bool(compiled_modules(learn.model))
         often = self.sampler.every == 1 and self.sampler.budget is None
         if self.compiled and not was and often: warnings.warn(
-            f'{type(self).__name__}: the model is compiled, and steps that are sampled run without that, '
-            'which is all of them. Give every=20, or a budget such as 0.02', stacklevel=3)
+            f'{type(self).__name__}: the model is compiled, but not in steps that are sampled, which is all '
+            'of them. Give every=20, or a budget such as 0.02', stacklevel=3)
 
     def before_batch(self, learn):
         wanted = self.on_train if learn.training else self.on_valid
@@ -122,10 +111,15 @@ class HooksCallback(Hooked):
         self.on_train, self.on_valid, self.compiled = on_train, on_valid, False
         self.hooks = Hooks([], hookfunc)
 
+    def chosen(self, model):
+        "List the modules of `model` that `mods` or `mod_filter` mean, with their names."
+        what = list(self.mods) if self.mods else None if self.mod_filter is noop else self.mod_filter
+        return select_modules(model, what)
+
     def begin(self, learn):
         self.end()   # of a fit that is still running around this one
         self.meet(learn)
-        self.hooks = Hooks(chosen_modules(self, learn.model), self._call)
+        self.hooks = Hooks(self.chosen(learn.model), self._call)
         self.listen(False)
 
     def _call(self, hook, mod, inp, outp):
@@ -145,10 +139,9 @@ class LayerStats:
 
     def __len__(self): return 3
     def __getitem__(self, i):
-        stat = ('mean', 'std', 'hist')[i]
+        stat, kind = (('mean', np.float32), ('std', np.float32), ('hist', np.int64))[i]
         values = self.history.series(self.source, stat, first_run=self.first_run).values   # a flush
         if stat == 'hist' and len(values): values = values[:, :-len(outside)]
-        kind = np.int64 if stat == 'hist' else np.float32
         return list(torch.from_numpy(np.ascontiguousarray(values, dtype=kind)))
 
 def give_stats(cb):
@@ -156,13 +149,10 @@ def give_stats(cb):
     for o in cb.hooks: o.stats = LayerStats(cb.history, (cb.sources[o.name] or [o.name])[0], cb.first_run)
 
 # %% ../nbs/40_activations.ipynb #f6467630
-def append_stats(
-    hook, # what it finds is kept here: `hook.history`, and `hook.stats` as a view of it
-    mod,  # the module that was called
-    inp,  # its inputs, not used
-    outp  # its output; of a nested one, every tensor
-):
-    "Add means, deviations and histograms of an output to `hook.stats`."
+def append_stats(hook, mod, inp, outp):
+    """Add means, deviations and histograms of `outp`, of a nested one those of every tensor, to `hook.stats`.
+
+    That is a view of the history that the `hook` keeps. `mod` was called with `inp`, which is not used."""
     if not hasattr(hook, 'history'):
         hook.history, hook.seen = History(), 0
         hook.table = hook.history.add_table(Rows(follow_units=False))
@@ -175,25 +165,21 @@ def append_stats(
     hook.seen += 1
 
 # %% ../nbs/40_activations.ipynb #cebcc4d9
-def get_hist(
-    h # a hook with `stats`
-) -> torch.Tensor: # [bins, steps] float32, log(1 + count); [0, 0] before the first step
-    "Give histograms over time, as log counts."
-    hists = list(h.stats[2])
+def get_hist(h) -> torch.Tensor: # [bins, steps] float32, log(1 + count); [0, 0] before the first step
+    "Give the histograms over time of `h`, a hook with `stats`, as log counts."
+    hists = h.stats[2]
     return torch.stack(hists).t().float().log1p() if hists else torch.zeros(0, 0)
 
-def get_min(
-    h # a hook with `stats`
-) -> torch.Tensor: # [steps] float32, 0 to 1; NaN where nothing was in range
-    "Give the near-zero fraction over time: lowest bin over all counts in range."
-    hists = list(h.stats[2])
+def get_min(h) -> torch.Tensor: # [steps] float32, 0 to 1; NaN where nothing was in range
+    "Give the near-zero fraction over time of `h`, a hook with `stats`: lowest bin over all counts in range."
+    hists = h.stats[2]
     if not hists: return torch.zeros(0)
     return near_zero(F.pad(torch.stack(hists), (0, len(outside)))).float()   # these counts are all in range
 
 # %% ../nbs/40_activations.ipynb #6c1637fb
-def positions(s):
-    "Say where to draw the rows of a series: at their steps, or one after the other where steps do not grow."
-    return (s.steps, 'step') if (np.diff(s.steps) > 0).all() else (np.arange(len(s)), 'sampled step')
+def positions(steps):
+    "Say where to draw rows: at their steps, or one after the other where steps do not grow."
+    return (steps, 'step') if (np.diff(steps) > 0).all() else (np.arange(len(steps)), 'sampled step')
 
 def draw_lines(ax, lines, **about):
     "Draw lines given as [(name, positions, values)]; `about` is what `ax.set` takes."
@@ -205,26 +191,23 @@ def draw_lines(ax, lines, **about):
 
 def draw_series(ax, found, **about):
     "Draw a line for each of [(name, series)]."
-    lines = [(nm, positions(s)[0], s.values) for nm,s in found]
-    draw_lines(ax, lines, xlabel=positions(found[-1][1])[1], **about)
+    lines = [(nm, positions(s.steps)[0], s.values) for nm,s in found]
+    draw_lines(ax, lines, xlabel=positions(found[-1][1].steps)[1], **about)
 
-def draw_hist(ax, s, bins, ends, title):
+def draw_hist(ax, s, ends, title):
     "Draw a series of histograms: a column is a step, a row a bin, the colour log(1 + count)."
-    x, xlabel = positions(s)
-    counts = s.values[:, :bins].T if len(s) else np.zeros((0, 0))
+    x, xlabel = positions(s.steps)
+    counts = s.values[:, :-len(outside)].T if len(s) else np.zeros((0, 0))
     logs = np.where(counts.sum(0) > 0, np.log1p(counts), np.nan)
     heatmap(ax, logs, x=x, xlabel=xlabel, yrange=ends)
-    ax.set_title(title + _outside_words(s, bins), fontsize=9)
+    ax.set_title('\n'.join(filter(None, [title, _outside_words(s)])), fontsize=9)
 
-def _outside_words(s, bins):
+def _outside_words(s):
     "What the histograms do not show: the largest fraction of a step, and the first step."
-    found = []
-    for i,what in enumerate(outside):
-        parts = s.values[:, bins+i]/s.values.sum(1) if len(s) else np.zeros(0)
-        if not parts.any(): continue
-        most = '<1%' if parts.max() < .01 else f'{parts.max():.0%}'
-        found.append(f'{most} {what}, first at {s.steps[np.flatnonzero(parts)[0]]}')
-    return '\n' + '; '.join(found) if found else ''
+    parts = s.values.T[-len(outside):]/s.values.sum(1) if len(s) else ()
+    found = [(what, o.max(), s.steps[np.flatnonzero(o)[0]]) for what,o in zip(outside, parts) if o.any()]
+    return '; '.join(f'{"<1%" if most < .01 else f"{most:.0%}"} {what}, first at {step}'
+                     for what,most,step in found)
 
 # %% ../nbs/40_activations.ipynb #c1ec197d
 def matrix_of(found):
@@ -233,9 +216,7 @@ def matrix_of(found):
     order = {at: i for i,at in enumerate(sorted(set().union(*places)))}
     values = np.full((len(found), len(order)), np.nan)
     for row,at,o in zip(values, places, found): row[[order[k] for k in at]] = o.values
-    steps = np.array([step for _,step in order])
-    if (np.diff(steps) > 0).all(): return steps, 'step', values
-    return np.arange(len(steps)), 'sampled step', values
+    return *positions(np.array([step for _,step in order])), values
 
 def draw_map(ax, found, label='', **kw):
     "Draw [(name, series)] as colours: a row for each, the first at the top; a column a step."
@@ -252,12 +233,11 @@ class Readings:
         if phase in ('train', 'valid'): return phase
         raise ValueError(f"{type(self).__name__}: phase is {phase!r}; it must be 'train' or 'valid'")
 
-    def rows(self,
-        source:str,       # as in `history`
-        stat:str=None,    # name of a statistic; default the first of `stats`
-        phase:str='train' # 'train' or 'valid'
-    ): # `Series`
-        "Give the rows of the model that is watched now; those of earlier models stay in `history`."
+    def rows(self, source:str, stat:str=None, phase:str='train'): # `Series`
+        """Give the rows of the model that is watched now; those of earlier models stay in `history`.
+
+        `source` is as in `history`, `stat` a statistic, default the first of `stats`; `phase` is 'train' or
+        'valid'."""
         return self.history.series(source, stat or self.stats[0], self.check_phase(phase), self.first_run)
 
     def scope(self, phase='train') -> str:
@@ -283,9 +263,8 @@ class Views(Readings):
 
     def draw(self, draw, cells, stats, names, text, figsize, phase='train', rows=0):
         "Call `draw(ax, cell)` for each of `cells` and write `text` under them, or say why there is nothing."
-        why, (width, height) = self.why_nothing(stats, names), figsize
-        height *= max(1, max(len(cells), rows)/12)   # higher for more than twelve
-        fig, axs = get_grid(1 if why else len(cells), figsize=(width, height))
+        why, (width, height), many = self.why_nothing(stats, names), figsize, max(12, len(cells), rows)
+        fig, axs = get_grid(1 if why else len(cells), figsize=(width, height*many/12))
         if why:
             axs.flat[0].text(.5, .5, f'Nothing to draw: {why}', ha='center', va='center', wrap=True)
             axs.flat[0].set_axis_off()
@@ -309,9 +288,8 @@ class Kept(Views):
 
     def keep(self, stats, known, max_bytes, tap=None, bins=None, follow=False):
         "Check which statistics are asked for, and make the tables."
-        if isinstance(stats, str) or not stats or set(stats) - set(known):
-            raise ValueError(f'{type(self).__name__}: stats is {stats!r}; give a tuple of some of '
-                             + ', '.join(known))
+        if isinstance(stats, str) or not stats or set(stats) - set(known): raise ValueError(
+            f'{type(self).__name__}: stats is {stats!r}; give a tuple of some of {", ".join(known)}')
         self.stats, self.history = tuple(stats), History(max_bytes=max_bytes)
         self.first_run, self._model, self.table = 0, noop, None
         if tap: self.table = self.history.add_table(Rows(tap, bins, self.stats, follow))
@@ -379,9 +357,8 @@ class Recorder(Kept, SampledCallback):
     def __getstate__(self): return {**super().__getstate__(), '_model': noop}   # no weak reference
 
 # %% ../nbs/40_activations.ipynb #4d731e06
-_why_silent = ('was never called. It is not part of what forward runs, or is used without calling it '
-               '(`layer.forward(x)`, `F.relu` beside an nn.ReLU), or the model (or another of its class) was '
-               'compiled before the hooks were there')
+_why_silent = ('was never called. Forward does not run it, or not by a call (`layer.forward(x)`, `F.relu`), '
+               'or the model (or another of its class) was compiled before the hooks were there')
 
 # %% ../nbs/40_activations.ipynb #6a56b439
 class OutputSteps(Recorder, HooksCallback):
@@ -391,7 +368,7 @@ class OutputSteps(Recorder, HooksCallback):
         self.meet(learn)
         self.parted = getattr(learn, 'n_processes', 1) > 1   # each process sees a part of the batch
         self.tap.sampler = self.sampler   # it may be another one's by now
-        self.tap.attach(chosen_modules(self, learn.model), select_modules(learn.model))
+        self.tap.attach(self.chosen(learn.model), select_modules(learn.model))
         self.hooks = self.tap.hooks
         give_stats(self)
 
@@ -455,8 +432,7 @@ class OutputFacts(OutputSteps):
         if self.parted: self.history.merge(gather(self.history.state_dict(unmerged=True)))
 
     @property
-    def known(self):
-        "What the tap knows, as it is saved."
+    def known(self):   # what the tap knows, as it is saved
         return {nm: getattr(self.tap, nm) for nm in ('sources', 'kinds', 'axes', 'fired')}
     @known.setter
     def known(self, state):
@@ -480,10 +456,8 @@ class OutputTables(Views):
         "List the sources: every watched layer, each tensor of a nested output, each call in one step."
         return [source for name,own in self.sources.items() for source in own or [name]]
 
-    def dead_units(self,
-        phase:str='train' # 'train' or 'valid'
-    ): # pandas.DataFrame: layer, unit, dead, since, returned, batches_dead, batches, epochs_dead, axis
-        """List units that were dead in at least one recorded batch, worst first.
+    def dead_units(self, phase:str='train'): # pandas.DataFrame, a row for each
+        """List units that were dead in at least one recorded batch of `phase`, worst first.
 
         `dead`: in the last batch; `since`: the step it has been dead from (missing when alive); `returned`:
         how often it came back to life; `batches_dead` of `batches`: recorded batches; `epochs_dead`: epochs
@@ -499,7 +473,7 @@ class OutputTables(Views):
 
 # %% ../nbs/40_activations.ipynb #b2bfc4c2
 class OutputCells(OutputTables):
-    "Draws one source or statistic; needs `bins` and `hist_range` besides."
+    "Draws one source or statistic; needs `hist_range` besides."
     def _draw(self, draw, stats, text, figsize, phase, cells=None):
         "Call `draw(ax, cell, phase)` for each cell; default the sources."
         phases, names = {o for o,_,_ in self.history.keys()}, self.panels()
@@ -513,14 +487,14 @@ class OutputCells(OutputTables):
         return f'{short_name(source)}  {self.kinds.get(name, "")}'
 
     def _draw_hist(self, ax, source, phase):
-        draw_hist(ax, self.rows(source, 'hist', phase), self.bins, self.hist_range, self._title(source))
+        draw_hist(ax, self.rows(source, 'hist', phase), self.hist_range, self._title(source))
 
     def _draw_dead(self, ax, source, phase):
         hists, deaths = self.rows(source, 'hist', phase), self.rows(source, 'death_rate', phase)
         small = near_zero(hists.values) if len(hists) else hists.values
         found = [('near-zero', hists, small, 'C0'), ('dead units', deaths, deaths.values, 'C1')]
         for nm,s,y,color in [o for o in found if len(o[1])] or found[:1]:
-            x, xlabel = positions(s)   # each at its own steps: a full table thins its histograms first
+            x, xlabel = positions(s.steps)   # its own: a full table thins its histograms first
             plot_lines(ax, x, {nm: y}, xlabel=xlabel, legend=False, color=color)
         ax.set_ylim(-.05, 1.05)
         ax.set_title(self._title(source), fontsize=9)
@@ -533,11 +507,11 @@ class OutputCells(OutputTables):
 
 # %% ../nbs/40_activations.ipynb #7bef67f6
 class OutputPlots(OutputCells):
-    "Draws what was recorded of outputs: the three pictures of the course."
-    def color_dim(self,
-        figsize=(11, 5), # inches; higher for more than twelve layers
-        phase:str=None   # 'train' or 'valid'; default training, if there is any
-    ): # the figure
+    """Draws what was recorded of outputs: the three pictures of the course.
+
+    `figsize` is in inches, and higher for more than twelve layers; `phase` is 'train' or 'valid', by default
+    training if there is any. Needs `bins` besides."""
+    def color_dim(self, figsize=(11, 5), phase:str=None): # the figure
         """Draw histograms over time, one for each layer: a column is a step, a row a bin.
 
         What was above the range, infinite or NaN is stated in the title of the cell."""
@@ -546,10 +520,7 @@ class OutputPlots(OutputCells):
                 'colour: log(1 + count), each layer with its own scale.')
         return self._draw(self._draw_hist, ('hist',), text, figsize, phase)
 
-    def dead_chart(self,
-        figsize=(11, 5), # inches; higher for more than twelve layers
-        phase:str=None   # 'train' or 'valid'; default training, if there is any
-    ): # the figure
+    def dead_chart(self, figsize=(11, 5), phase:str=None): # the figure
         "Draw the near-zero fraction over time and, as a second line, that of dead units, for each layer."
         edge = self.hist_range[0] + (self.hist_range[1]-self.hist_range[0])/self.bins
         text = (f'Near-zero: fraction of outputs in the lowest bin, |output| < {edge:g}: small, which is not '
@@ -557,12 +528,10 @@ class OutputPlots(OutputCells):
                 'grows).')
         return self._draw(self._draw_dead, ('hist', 'death_rate'), text, figsize, phase)
 
-    def plot_stats(self,
-        figsize=(10, 4), # inches
-        phase:str=None,  # 'train' or 'valid'; default training, if there is any
-        stats=None       # names of statistics; default means, deviations, and those that you have added
-    ): # the figure
-        "Draw statistics over time: a line for each layer, first dark, last light; more than twelve as a map."
+    def plot_stats(self, figsize=(10, 4), phase:str=None, stats=None): # the figure
+        """Draw `stats` over time: a line for each layer, first dark, last light; more than twelve as a map.
+
+        By default means, deviations, and the statistics that you have added."""
         text, stats = 'Over all entries of each output.', stats or ('mean', 'std', *own_names('output'))
         return self._draw(self._draw_stat, stats, text, figsize, phase, stats)
 
@@ -584,9 +553,8 @@ class ActivationStats(OutputPlots, OutputFacts):
     ):
         self.bins, self.hist_range = bins, tuple(hist_range)
         self.axis = unit_axis if axis is None else lambda mod, ndim, before: axis(mod, ndim)
-        known = [o for o in statistics if base_name('output', o)]
-        made = Bins(bins, *map(float, hist_range))
         HooksCallback.__init__(self, noop, mod_filter, on_train, on_valid, mods, every, budget)
+        known, made = [o for o in statistics if base_name('output', o)], Bins(bins, *map(float, hist_range))
         self.keep(stats, known, max_bytes, 'output', made, 'death_rate' in stats)
 
     def forget(self):

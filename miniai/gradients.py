@@ -27,11 +27,8 @@ _why = dict(frozen='is frozen (requires_grad is False)', other='is not among the
             unused='has had no gradient in the sampled steps: the loss was not computed from it',
             sharded='is divided among processes (a DTensor), which is not measured')
 
-def _is_sharded(p): return hasattr(p, 'full_tensor')
-
 class ChosenParameters(Recorder):
     "Chooses parameters that the optimizer steps."
-
     def forget(self):
         super().forget()
         self.params, self._found, self.inside, self.gaps, self.unreached = (), [], [], {}, ()
@@ -53,25 +50,26 @@ class ChosenParameters(Recorder):
         if there == self._there: return
         self._there, known = there, set(self.tap.params)
         groups = getattr(getattr(learn, 'opt', None), 'param_groups', None)   # not every optimizer has them
-        held = {id(p) for o in groups or [dict(params=[o.p for o in self.params])] for p in o['params']}
-        self._held = held | inside
+        held = [p for o in groups for p in o['params']] if groups else [o.p for o in self.params]
+        self._held = inside | {id(p) for p in held}
         self.tap.choose(o for o,has in zip(self.params, there)
-                        if (has or o in known) and id(o.p) in self._held and not _is_sharded(o.p))
+                        if (has or o in known) and self._why(o) not in ('sharded', 'other'))
+
+    def _why(self, o):
+        if hasattr(o.p, 'full_tensor'): return 'sharded'
+        return 'other' if id(o.p) not in self._held else 'unused' if o.p.requires_grad else 'frozen'
 
 # %% ../nbs/41_gradients.ipynb #de16eb70
 class ReachedParameters(ChosenParameters):
     "Knows why some of them are not measured."
     saved, warns = ('gaps', 'unreached'), True
 
-    def _why(self, o):
-        if _is_sharded(o.p): return 'sharded'
-        return 'other' if id(o.p) not in self._held else 'unused' if o.p.requires_grad else 'frozen'
-
     def _note_gaps(self):
         why = {o.name: self._why(o) for o in self.params if o not in set(self.tap.params)}
         self.gaps = {nm: _why[key] for nm,key in why.items()}
         self.unreached = tuple(nm for nm,key in why.items() if key == 'unused')
-        for nm in [nm for nm,key in why.items() if key == 'sharded' and self.warns][:1]: self.told(nm, _why['sharded'])
+        sharded = [nm for nm,key in why.items() if key == 'sharded' and self.warns]
+        for nm in sharded[:1]: self.told(nm, _why['sharded'])
         new = [nm for nm in self.unreached if (nm, 'unused') not in self.told.known]
         if not (new and self.warns): return
         self.told.known |= {(nm, 'unused') for nm in new}
@@ -156,7 +154,10 @@ class StepRows(AtSteps):
 
 # %% ../nbs/41_gradients.ipynb #9fd47918
 class ParameterViews(Views):
-    "Draws rows of parameters."
+    """Draws rows of parameters.
+
+    `parameters` are names or globs, or the kinds 'weight' and 'bias'; `figsize` is in inches, and higher for
+    more than twelve."""
     def _names(self, stat, parameters):
         "Those parameters that have rows, in model order."
         seen = {source for _,source,o in self.history.keys() if o == stat}
@@ -173,23 +174,17 @@ class ParameterViews(Views):
 # %% ../nbs/41_gradients.ipynb #deaa6873
 class GradientMaps(ParameterViews):
     "Draws every parameter's gradients."
-    def plot_heat(self,
-        parameters='weight', # names or globs, or the kinds 'weight' and 'bias'
-        figsize=(7, 3)       # inches; higher for more than twelve parameters
-    ): # the figure
+    def plot_heat(self, parameters='weight', figsize=(7, 3)): # the figure
         "Draw norms of gradients as a map: a row for each parameter, the first at the top; a column a step."
         text = 'Grey: no gradient, or NaN. Black: zero. Red: infinite. Before clipping.'
         names = self._names('grad_norm', parameters)
         return self._draw_map('grad_norm', names, 'norm', 'Norm of the gradient', text, figsize)
 
-    def color_dim(self,
-        parameters='weight', # names or globs, or the kinds 'weight' and 'bias'
-        figsize=(11, 5)      # inches; higher for more than twelve parameters
-    ): # the figure
+    def color_dim(self, parameters='weight', figsize=(11, 5)): # the figure
         "Draw histograms of |gradient| over time, one for each parameter: a column is a step, a row a bin."
         names, (lo, hi) = self._names('grad_hist', parameters), self.hist_range
         ends = np.log10(lo), np.log10(hi)
-        def _draw(ax, nm): draw_hist(ax, self.rows(nm, 'grad_hist'), self.bins, ends, nm)
+        def _draw(ax, nm): draw_hist(ax, self.rows(nm, 'grad_hist'), ends, nm)
         text = (f'|gradient| at each step, {self.bins} logarithmic bins from {lo:g} to {hi:g}; the axis is '
                 'log10. Colour: log(1 + count), each picture with its own scale. Zeros count as below.')
         return self.draw(_draw, names, ('grad_hist',), names, text, figsize)
@@ -197,23 +192,18 @@ class GradientMaps(ParameterViews):
 # %% ../nbs/41_gradients.ipynb #ace58632
 class GradientViews(GradientMaps):
     "Draws the size of gradients."
-    def plot_norm(self,
-        figsize=(6, 3) # inches
-    ): # the figure
+    def plot_norm(self, figsize=(6, 3)): # the figure
         "Draw the norm of all gradients together, before and after clipping."
-        found = (('before clipping', self.rows('all', 'grad_norm')),
-                 ('after clipping', self.rows('all', 'grad_norm_clipped')))
+        found = [(f'{nm} clipping', self.rows('all', stat))
+                 for nm,stat in (('before', 'grad_norm'), ('after', 'grad_norm_clipped'))]
         text = 'L2 norm over all parameters the optimizer has.'
         return self.draw_one([(nm, s) for nm,s in found if len(s)], text, figsize, yscale='log',
                              title='Norm of the gradient', ylabel='norm')
 
-    def plot_flow(self,
-        parameters='weight', # names or globs, or the kinds 'weight' and 'bias'
-        first:int=None,      # step to begin with; default the first of all
-        last:int=None,       # last step; default the last of all
-        figsize=(7, 3)       # inches
-    ): # the figure
-        "Draw a bar for each parameter: the mean of its gradient's norms over the steps, and the largest."
+    def plot_flow(self, parameters='weight', first:int=None, last:int=None, figsize=(7, 3)): # the figure
+        """Draw a bar for each parameter: the mean of its gradient's norms over the steps, and the largest.
+
+        `first` and `last` step are by default those of all."""
         names = self._names('grad_norm', parameters)
         def _norms(s):   # finite ones between the two steps
             return s.values[np.isfinite(s.values) & (s.steps >= (first or 0)) & (s.steps <= (last or np.inf))]
@@ -306,10 +296,7 @@ class GradientStats(GradientViews, GradientSteps):
 # %% ../nbs/41_gradients.ipynb #e5f1d38c
 class UpdateViews(ParameterViews):
     "Draws the size of updates. Between 1e-4 and 1e-2 is the band to be in."
-    def plot_ratio(self,
-        parameters='weight', # names or globs, or the kinds 'weight' and 'bias'
-        figsize=(7, 3)       # inches; higher for a map
-    ): # the figure
+    def plot_ratio(self, parameters='weight', figsize=(7, 3)): # the figure
         "Draw the update:weight ratio over the steps: lines for up to twelve parameters, else a map."
         names, title = self._names('update_ratio', parameters), 'Update:weight ratio'
         rule = '(rule of thumb for weights, CS231n).'
@@ -442,11 +429,10 @@ class RankStats(RankSamples):
         super().forget()
         self.limits = {}
 
-    def plot_ranks(self,
-        phase:str='train', # 'train' or 'valid'
-        figsize=(7, 3)     # inches
-    ): # the figure
-        "Draw effective rank over the steps as a fraction of the largest it can be, a line for each layer."
+    def plot_ranks(self, phase:str='train', figsize=(7, 3)): # the figure
+        """Draw effective rank over the steps as a fraction of the largest it can be, a line for each layer.
+
+        `phase` is 'train' or 'valid', `figsize` is in inches."""
         found = [(f'{nm} (of {n})', self.rows(nm, phase=phase), n) for nm,n in self.limits.items()]
         found = [(nm, replace(s, values=s.values/n)) for nm,s,n in found if len(s)]
         about = dict(title='Effective rank', ylabel='fraction of the largest possible', ylim=(0, 1.05))

@@ -8,7 +8,6 @@ __all__ = ['subplots', 'get_grid', 'show_image', 'show_images', 'plot_lines', 'h
 # %% ../nbs/01_plots.ipynb #64afdaac
 import math, sys, textwrap
 from functools import partial
-from itertools import zip_longest
 
 import numpy as np
 
@@ -36,8 +35,7 @@ def shown_once(fig):
 
 # %% ../nbs/01_plots.ipynb #cd76f4b1
 def subplots(
-    nrows:int=1, # rows of cells
-    ncols:int=1, # columns of cells
+    nrows:int=1, ncols:int=1,
     figsize:tuple=None, # width and height of the figure in inches; default: `imsize` for each cell
     imsize:float=3, # side of a cell in inches
     suptitle:str=None, # title of the whole figure
@@ -56,19 +54,13 @@ def _grid_shape(n, nrows, ncols):
     if n > 0 and nrows is None: nrows = -(-n//ncols) if ncols else math.isqrt(n)
     if n > 0 and ncols is None and nrows: ncols = -(-n//nrows)
     if n > 0 and nrows > 0 and ncols > 0 and nrows*ncols >= n: return nrows,ncols
-    raise ValueError(f'get_grid: n is {n}, nrows {nrows} and ncols {ncols}; each must be 1 or more, and the '
-                     'cells enough for n: give one of the two')
+    raise ValueError(f'get_grid: n is {n}, nrows {nrows} and ncols {ncols}; give one of the two, 1 or more')
 
-def get_grid(
-    n:int, # number of cells that are needed
-    nrows:int=None, # rows; worked out when left out
-    ncols:int=None, # columns; worked out when left out
-    title:str=None, # title of the whole figure
-    weight:str='bold', # of the title
-    size:int=14, # of the title
-    **kw, # for `subplots`
-): # (figure, array of Axes): 1-D when there is one row or one column, `.flat` works always
-    "Make a grid with exactly `n` visible cells."
+def get_grid(n:int, nrows:int=None, ncols:int=None, title:str=None, weight:str='bold', size:int=14, **kw):
+    """Make a grid with exactly `n` visible cells; of `nrows` and `ncols` what is left out is worked out.
+
+    `title` is above all, in `size` and `weight`; `kw` is for `subplots`. Returned are the figure and an array
+    of Axes: 1-D when there is one row or one column, `.flat` works always."""
     nrows,ncols = _grid_shape(n, nrows, ncols)
     fig,axs = subplots(nrows, ncols, **kw)
     axs = np.atleast_1d(axs)
@@ -90,15 +82,11 @@ def _image_array(im):
     raise ValueError(f'show_image: got shape {im.shape}; it takes [H,W], [C,H,W] or [H,W,C] '
                      'with 1, 3 or 4 channels')
 
-def show_image(
-    im, # tensor or array [H,W], [C,H,W] or [H,W,C], or a PIL image
-    ax=None, # Axes to draw on; default: those of a new figure
-    figsize:tuple=None, # of the new figure, in inches
-    title:str=None, # above the image
-    noframe:bool=True, # hide axes and ticks?
-    **kw, # for `ax.imshow`, as `cmap` or `vmin`
-): # the Axes
-    "Draw an image, in grey if it has one channel and you have set no other colours."
+def show_image(im, ax=None, figsize:tuple=None, title:str=None, noframe:bool=True, **kw): # the Axes
+    """Draw an image, in grey if it has one channel and you have set no other colours.
+
+    `im` is a tensor or array [H,W], [C,H,W] or [H,W,C], or a PIL image; without `ax` a new figure is made, of
+    `figsize` inches, with `title`; `noframe` hides axes and ticks; `kw` is for `ax.imshow`, as `vmin`."""
     from matplotlib import rcParams, rcParamsDefault
     im = _image_array(im)
     if ax is None: ax = subplots(figsize=figsize)[1]
@@ -109,21 +97,16 @@ def show_image(
     return ax
 
 # %% ../nbs/01_plots.ipynb #dcf94fe6
-def show_images(
-    ims, # images as `show_image` takes them: a list, or a tensor [N,C,H,W]
-    nrows:int=None, # as in `get_grid`
-    ncols:int=None, # as in `get_grid`
-    titles=None, # one for each image
-    cmap=None, # of images with one channel; default grey
-    **kw, # for `get_grid`, as `imsize` or `title`
-):
-    "Draw images in a grid."
+def show_images(ims, nrows:int=None, ncols:int=None, titles=None, cmap=None, **kw):
+    """Draw images in a grid: a list of what `show_image` takes, or a tensor [N,C,H,W].
+
+    `titles` has one for each of the `ims`; `cmap` is for those with one channel, by default grey; `nrows`,
+    `ncols` and `kw`, as `imsize` or `title`, are for `get_grid`."""
     ims = list(ims)
     if titles is not None and len(titles)!=len(ims):
         raise ValueError(f'show_images: {len(titles)} titles for {len(ims)} images; give one for each')
-    fig,axs = get_grid(len(ims), nrows, ncols, **kw)
-    color = {} if cmap is None else {'cmap':cmap}
-    for im,title,ax in zip_longest(ims, [] if titles is None else titles, axs.flat[:len(ims)]):
+    color,axs = {} if cmap is None else {'cmap':cmap},get_grid(len(ims), nrows, ncols, **kw)[1]
+    for im,title,ax in zip(ims, [None]*len(ims) if titles is None else titles, axs.flat):
         show_image(im, ax=ax, title=title, **color).title.set_fontsize(min(12, 7*kw.get('imsize', 3)))
 
 # %% ../nbs/01_plots.ipynb #5803486a
@@ -162,13 +145,11 @@ def plot_lines(
     ax, # Axes to draw on
     x, # positions [n]; None for 0, 1, 2, ...
     series, # dict name -> values [n], or an array [n] or [k,n], or a list of arrays
-    title:str=None, # above the plot
-    xlabel:str=None, # below
-    ylabel:str=None, # at the left
-    legend:bool=True, # show the names?
-    **kw, # for `ax.plot`
+    title:str=None, xlabel:str=None, ylabel:str=None, legend:bool=True, **kw
 ): # the Axes
-    "Draw lines; NaN makes a gap, and a value between two gaps a dot."
+    """Draw lines; NaN makes a gap, and a value between two gaps a dot.
+
+    `title`, `xlabel`, `ylabel` and, unless `legend` is False, names are written; `kw` is for `ax.plot`."""
     lines = _named(series)
     for nm,y in lines:
         xs = np.arange(len(y)) if x is None else _array(x)
@@ -194,16 +175,16 @@ def heatmap(
     ax, # Axes to draw on
     values, # [rows, steps]; row 0 at the bottom, NaN for a gap
     x=None, # rising position [steps] of each column; default 0, 1, 2, ...
-    title:str=None, # above the plot
-    xlabel:str=None, # below it
-    ylabel:str=None, # at its left
+    title:str=None, xlabel:str=None, ylabel:str=None,
     cmap=None, # name of a colour map, or the map; default: matplotlib's
     yrange:tuple=None, # values at the lower border of row 0 and the upper border of the last row
     colorbar:bool=False, # show the scale?
     log:bool=False, # draw log10 of the values?
     **kw, # for `ax.imshow` (for `ax.pcolormesh` when `x` is uneven), as `vmin`
 ): # the Axes
-    "Draw a matrix as colours: NaN is grey, infinity red, and with `log` zero is black."
+    """Draw a matrix as colours: NaN is grey, infinity red, and with `log` zero is black.
+
+    `title`, `xlabel` and `ylabel` are written."""
     from matplotlib import colormaps
     values = _array(values)
     with np.errstate(divide='ignore', invalid='ignore'): values = np.log10(values) if log else values
@@ -228,12 +209,10 @@ def heatmap(
     return ax
 
 # %% ../nbs/01_plots.ipynb #72088778
-def caption(
-    fig, # figure made by `subplots` or `get_grid`
-    text:str, # what the picture shows, and what it cannot tell
-    size:float=8, # of the letters, in points
-): # the text, as matplotlib's `Text`
-    "Put a small caption under the figure, broken to its width; a second one replaces the first."
+def caption(fig, text:str, size:float=8): # matplotlib's `Text`
+    """Put a small caption under `fig`, broken to its width; a second one replaces the first.
+
+    `text` tells what the picture shows, and what it cannot tell; `size` of letters is in points."""
     if fig.get_layout_engine() is None: fig.set_layout_engine('constrained')
     res = fig.supxlabel(text, size=size, color='0.35')
     width,letters = .9*fig.bbox.width,len(text)

@@ -8,14 +8,15 @@ __all__ = ['Recording', 'MatplotlibVisualizer', 'TensorBoardVisualizer', 'PrintV
 # %% ../nbs/44_visualizer.ipynb #b1c35d5e
 import json, textwrap
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
+from fastcore.basics import GetAttr, chunked, groupby
 
 from .history import History
-from .lens import Panel, ranges, row_stat
+from .lens import Panel, aggregates, ranges, row_stat
 from .plots import heatmap, no_data, plot_lines, short_name, shown_once
 
 # %% ../nbs/44_visualizer.ipynb #75de9396
@@ -33,33 +34,22 @@ def keys(panel, hows):
 
 def phases_of(recording, panel):
     "Find the phases in which anything of a panel was recorded."
-    found = {key[0] for key in keys(panel, hows(panel)) if key in recording.rows}
-    return [o for o in phases if o in found]
+    return list(dict.fromkeys(key[0] for key in keys(panel, hows(panel)) if key in recording.rows))
 
-def titled(panels):
-    "Group panels by title, in order."
-    found = {}
-    for o in panels: found.setdefault(o.title, []).append(o)
-    return list(found.items())
+def titled(panels): return list(groupby(panels, 'title').items())
 
 # %% ../nbs/44_visualizer.ipynb #debb1015
 class Recording:
     """Keeps what one run has recorded, epoch by epoch, and how it wants to be drawn.
 
+    `rows` is (phase, source, stat) -> (epochs [n], values [n]), `panels` are of `Panel`.
     `values` gives one line of a plot, `band` lower and upper ends: of a `source` (a layer, 'loss', ...), a
     `stat` as recorded, without its aggregate, and a `phase`."""
-    def __init__(self,
-        rows:dict,  # (phase, source, stat) -> (epochs [n], values [n])
-        panels=()   # of `Panel`
-    ): self.rows, self.panels = rows, list(panels)
+    def __init__(self, rows:dict, panels=()): self.rows, self.panels = rows, list(panels)
 
     @classmethod
-    def of(cls,
-        history:History, # the table
-        panels,          # of `Panel`; their rows are taken
-        run:int          # its number
-    ):
-        "Take the rows of one run."
+    def of(cls, history:History, panels, run:int):
+        "Take the rows of `panels` from a `history`, those of the run of number `run`."
         # the deviation tells a mean of many values from a single one
         wanted = {key for panel in panels for key in keys(panel, hows(panel) | {'std'})}
         found = [(key, history.series(*key[1:], key[0], run)) for key in history.keys() if key in wanted]
@@ -73,9 +63,17 @@ class Recording:
     def values(self, source, stat, how=None, phase='train'):
         "Give a value for each of `epochs`, NaN for a gap; `how` is an aggregate, 'IQR', or None."
         if how == 'IQR': return np.subtract(*(self.values(source, stat, o, phase) for o in ('Q3', 'Q1')))
-        # of an epoch that was ticked twice, the last
-        line = dict(zip(*self.rows.get((phase, source, row_stat(stat, how)), ((), ()))))
+        row = self.rows.get((phase, source, row_stat(stat, how))) or self._gap(source, stat, how)
+        line = dict(zip(*row))   # of an epoch that was ticked twice, the last
         return np.array([line.get(epoch, np.nan) for epoch in self.epochs], dtype=float)
+
+    def _gap(self, source, stat, how):
+        "A row without values; an error if there is none in any phase."
+        of, hows = {o for _,nm,o in self.rows if nm == source}, (*aggregates, None)
+        if how not in hows: raise ValueError(f"values: how is {how!r}; give 'IQR' or one of {hows}")
+        if of & {row_stat(stat, o) for o in hows}: return (), ()
+        has = sorted(of) or sorted({nm for _,nm,_ in self.rows})
+        raise ValueError(f'values: {source!r} has no {stat!r}; {"it has" if of else "give one of"} {has}')
 
     def band(self, source, stat, name, phase='train'):
         "Give lower and upper values; `name` is one of `miniai.lens.ranges`."
@@ -216,15 +214,13 @@ class MatplotlibVisualizer:
 
     def tick(self, recording, epoch): "Takes `recording` and `epoch`; nothing is drawn before `show_fig`."
 
-    def show_fig(self,
-        recording=None # default that of the inspector
-    ): # the figure
-        "Draw what there is by now."
+    def show_fig(self, recording=None): # the figure
+        "Draw what there is by now in `recording`, default that of the inspector."
         import matplotlib.pyplot as plt
         recording = recording or self.recording()
         found = [o for o in recording.panels if phases_of(recording, o)]
         wide, small = titled(o for o in found if o.wide), titled(o for o in found if not o.wide)
-        bands = [small[i:i+self.columns] for i in range(0, len(small), self.columns)]
+        bands = list(chunked(small, self.columns))
         counts = [[len(panels[0].sources) for _,panels in band] for band in bands]
         rows = [max(n if n <= self.max_rows else 12 for n in o) for o in counts]
         widths = [[1 if n <= self.max_rows else 2 for n in o] for o in counts]
@@ -240,22 +236,19 @@ class MatplotlibVisualizer:
 
 # %% ../nbs/44_visualizer.ipynb #2d9ff0f0
 class TensorBoardVisualizer:
-    "Writes a scalar for every line, and a histogram over the layers for every column, at each epoch."
-    def __init__(self,
-        log_dir:str=None, # folder of the run; default as `SummaryWriter`
-        comment:str='',   # added to the default's name
-        **kw              # for `SummaryWriter`
-    ):
+    """Writes a scalar for every line, and a histogram over the layers for every column, at each epoch.
+
+    `log_dir`, `comment` and `kw` are for `SummaryWriter`."""
+    def __init__(self, log_dir:str=None, comment:str='', **kw):
         try: from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
             raise ImportError("visualizer='tensorboard': install it, with pip install tensorboard") from e
-        self._make, self._writer = partial(SummaryWriter, log_dir, comment, **kw), None
+        self._make = partial(SummaryWriter, log_dir, comment, **kw)
 
-    @property
+    @cached_property
     def writer(self):
         "Make the `SummaryWriter` when it is first needed: of several processes only one draws."
-        if self._writer is None: self._writer = self._make()
-        return self._writer
+        return self._make()
 
     def tick(self, recording, epoch):
         "Write the values of one `epoch` of a `recording`."
@@ -275,7 +268,7 @@ class TensorBoardVisualizer:
 
     def close(self):
         "Close the file."
-        if self._writer is not None: self._writer.close()
+        if 'writer' in vars(self): self.writer.close()
 
 # %% ../nbs/44_visualizer.ipynb #595c6170
 def _table(recording, panels, at):
@@ -304,10 +297,9 @@ class PrintVisualizer:
         if table: print(textwrap.indent(text, '  '))
 
 # %% ../nbs/44_visualizer.ipynb #10181d1f
-class _ByMethods:
+class _ByMethods(GetAttr):
     "Calls a visualizer that has a method for each kind of plot."
-    def __init__(self, o): self.inner, self.known = o, set()
-    def __getattr__(self, name): return getattr(self.__dict__['inner'], name)
+    def __init__(self, o): self.default, self.known = o, set()
 
     def tick(self, recording, epoch):
         for at in np.flatnonzero(recording.epochs == epoch):
@@ -315,16 +307,16 @@ class _ByMethods:
 
     def _plot(self, recording, title, panels, at, epoch):
         first, table = panels[0], _table(recording, panels, at)
-        if title not in self.known: self.inner.register_tags(title, _tag(first))
+        if title not in self.known: self.default.register_tags(title, _tag(first))
         self.known.add(title)
-        if first.kind == 'shares': return self.inner.plot_probabilities(epoch, title, table)
+        if first.kind == 'shares': return self.default.plot_probabilities(epoch, title, table)
         if first.kind == 'stack':
             parts = {source: value for source,row in table.items() for value in row.values()}
-            return self.inner.plot_relations(epoch, title, {title: parts})
+            return self.default.plot_relations(epoch, title, {title: parts})
         shown = [(stat, o) for panel in panels for stat in panel.stats for o in panel.bands]
         bands = {source: {ranges[o]: tuple(float(v[at]) for v in recording.band(source, stat, o))
                           for stat,o in shown} for source in table}
-        self.inner.plot_numerical_values(epoch, title, table, bands)
+        self.default.plot_numerical_values(epoch, title, table, bands)
 
 def _tag(panel):
     kinds = dict(values='NUMERICAL', shares='PROBABILITY', stack='RELATIONS')
@@ -336,8 +328,8 @@ def visualizer_named(o):
     named = dict(matplotlib=MatplotlibVisualizer, tensorboard=TensorBoardVisualizer, print=PrintVisualizer)
     if isinstance(o, str) and o in named: return named[o]()
     if o is None or callable(getattr(o, 'tick', None)) and not isinstance(o, type): return o
-    if all(hasattr(o, f'plot_{nm}') for nm in ('numerical_values', 'probabilities', 'relations')):
-        return _ByMethods(o)
+    plots = 'numerical_values', 'probabilities', 'relations'
+    if all(hasattr(o, f'plot_{nm}') for nm in plots): return _ByMethods(o)
     raise ValueError(f'Inspector: visualizer is {o!r}; give one of {", ".join(map(repr, named))}, None, or '
                      'an object with a method tick(recording, epoch)')
 
@@ -351,10 +343,8 @@ def save_parquet(frame, panels, run, path):
     pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), b'miniai': about}), path)
 
 # %% ../nbs/44_visualizer.ipynb #9d32640d
-def open_recording(
-    path # of a parquet file
-) -> Recording: # for `MatplotlibVisualizer().show_fig(recording)`
-    "Read the run that an inspector wrote."
+def open_recording(path) -> Recording: # for `MatplotlibVisualizer().show_fig(recording)`
+    "Read the run that an inspector wrote to the parquet file `path`."
     import pyarrow.parquet as pq
     table = pq.read_table(path)
     about = (table.schema.metadata or {}).get(b'miniai')

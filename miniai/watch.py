@@ -83,28 +83,23 @@ class NanTracer(Findings):
     """Says where the first NaN or Inf of a fit came from, by what the other callbacks in `cbs` have recorded.
 
     `found` has a `NonFinite` for each fit that had any (two if the first did not spread), `history` a row for
-    each: its source, 'nonfinite', the index of its stage in `stages`."""
+    each: its source, 'nonfinite', the index of its stage in `stages`. It checks after each epoch and, with
+    `every`, after every n-th step too, for which it waits for the device."""
     order = Order.judge   # after those whose rows it reads
 
-    def __init__(self,
-        every:int=None # check after every n-th step, too, and wait for the device; default after each epoch
-    ):
+    def __init__(self, every:int=None):
         if every is not None and (not isinstance(every, int) or every < 1):
             raise ValueError(f'NanTracer: every is {every!r}; it must be 1 or more, a whole number, or None')
         super().__init__()
         self.every = every
 
     def before_fit(self, learn): self.run, self._seen = self.history.start_run(), {}
-
     def after_batch(self, learn):
         if self.every and learn.training and (learn.n_steps+1) % self.every == 0: self.check(learn)
-
     def cleanup_epoch(self, learn): self.check(learn)
 
-    def check(self,
-        learn # whose callbacks' rows to read; waits for the device
-    ): # the `NonFinite` of this fit; None while all is well
-        "Find the first NaN or Inf of this fit, unless it is known."
+    def check(self, learn): # the `NonFinite` of this fit; None while all is well
+        "Find the first NaN or Inf of this fit, unless it is known, in the callbacks of `learn`."
         mine = [o for o in self.found if o.run == self.run]
         new = [h.not_finite(asked, self._seen.setdefault(i, {})) for i,h in enumerate(histories_of(learn))]
         spread = next((o for o in mine if o.spread), None)
@@ -134,8 +129,8 @@ class Recorded:
         for stage,cb,stat in self.kept:
             for phase,source,o in cb.history.keys() if cb is not None else ():
                 wanted = source == 'batch' if stage == 'loss' else only is None or (phase, source) in only
-                if not wanted or o != stat or source == 'all': continue
-                found.setdefault((stage, phase, source), (cb, stat))
+                wanted = wanted and o == stat and source != 'all'
+                if wanted: found.setdefault((stage, phase, source), (cb, stat))
         return pd.concat([pd.DataFrame(self._lines(*key, *o)) for key,o in found.items()] or [pd.DataFrame()])
 
     def _lines(self, stage, phase, source, cb, stat):
@@ -183,15 +178,12 @@ class Account:
 
     def others(self, stage, back=0):
         "Give the lines of a stage in the step of the event, or the one so many steps before."
-        t = self.table
-        return t[(t.stage == stages.index(stage)) & (t.step == self.event.step - back)]
+        return self.table.query('stage == @stages.index(@stage) and step == @self.event.step - @back')
 
     def last_finite(self, stage, source=None):
         "Give the last step before the event in which a stage was finite; None without."
-        t = self.table
-        t = t[(t.stage == stages.index(stage)) & (t.step < self.event.step) & ~t.bad]
-        steps = t.step if source is None else t.step[t.source == source]
-        return int(steps.max()) if len(steps) else None
+        t = self.table.query('stage == @stages.index(@stage) and step < @self.event.step and not bad')
+        return max((int(o.step) for o in t.itertuples() if source in (None, o.source)), default=None)
 
     def finding(self) -> NonFinite:
         "Say it in words."
@@ -235,14 +227,14 @@ def _count_words(a, source):
     return f": {' and '.join(f'{n:,} {nm}' for n,nm in counts if n)} of {hist.sum():,}"
 
 def _forward_words(a, e):
+    text = f'forward: the output of {a.name(e.source)} is the first with {a.kind}{_count_words(a, e.source)}'
     mine = [nm for nm in a.others('weights').source if nm.rpartition('.')[0] == e.source]
-    state = f". Its parameters were finite ({', '.join(mine)})" if mine else ''
-    last = a.last_finite('forward', e.source)
-    since = f' (last finite in step {last})' if last is not None and last < e.step-1 else ''
     fine = [_size_words(a, nm) for nm in a.seen[a.seen.place < e.place].source[-3:]]
-    before = f". Before it: {'; '.join(fine)}" if fine else ''
-    return (f'forward: the output of {a.name(e.source)} is the first with {a.kind}'
-            f'{_count_words(a, e.source)}{since}{before}{state}.')
+    last = a.last_finite('forward', e.source)
+    if last is not None and last < e.step-1: text += f' (last finite in step {last})'
+    if fine: text += f". Before it: {'; '.join(fine)}"
+    if mine: text += f". Its parameters were finite ({', '.join(mine)})"
+    return text + '.'
 
 # %% ../nbs/42_watch.ipynb #d1766259
 def _loss_words(a, e):
@@ -276,10 +268,10 @@ _words = dict(forward=_forward_words, loss=_loss_words, backward=_backward_words
               update=_update_words)
 
 # %% ../nbs/42_watch.ipynb #d733c88d
-views_of_parts = dict(color_dim='activations', dead_chart='activations', plot_stats='activations',
-              dead_units='activations',
-              plot_flow='gradients', plot_heat='gradients', plot_norm='gradients', plot_ratio='updates',
-              plot_ranks='ranks', report='tracer')
+views = dict(activations=('color_dim', 'dead_chart', 'plot_stats', 'dead_units'),
+             gradients=('plot_flow', 'plot_heat', 'plot_norm'), updates=('plot_ratio',),
+             ranks=('plot_ranks',), tracer=('report',))
+views_of_parts = {nm: part for part,names in views.items() for nm in names}
 parts_of_watcher = 'activations', 'gradients', 'updates', 'loss', 'ranks', 'ranges', 'tracer'
 
 # %% ../nbs/42_watch.ipynb #23ec48af
@@ -306,9 +298,8 @@ class Watcher(Callback):
         costs = [o.cost() for o in self.parts.values() if hasattr(o, 'cost')]
         samplers = {o.sampler for o in self.parts.values() if hasattr(o, 'sampler')}
         most = 'run_seconds', 'steps_seen', 'steps_sampled'
-        loop = {nm: max(getattr(o, nm) for o in costs) for nm in most}
-        seconds, nbytes = sum(o.seconds for o in samplers), sum(o.bytes for o in costs)
-        return replace(costs[0], seconds=seconds, bytes=nbytes, **loop)
+        return replace(costs[0], seconds=sum(o.seconds for o in samplers), bytes=sum(o.bytes for o in costs),
+                       **{nm: max(getattr(o, nm) for o in costs) for nm in most})
 
     def __getattr__(self, nm):
         part = views_of_parts.get(nm)
@@ -327,10 +318,9 @@ class Watcher(Callback):
 @patch
 def unwatch(self:Learner):
     "Take the watcher and its parts out of `cbs`; it keeps what it has recorded."
-    watchers = [cb for cb in self.cbs if isinstance(cb, Watcher)]
-    gone = [o for w in watchers for o in (*w.parts.values(), w)]
+    gone = {id(o) for w in self.cbs if isinstance(w, Watcher) for o in (*w.parts.values(), w)}
     for i in reversed(range(len(self.cbs))):
-        if any(self.cbs[i] is o for o in gone): del self.cbs[i]
+        if id(self.cbs[i]) in gone: del self.cbs[i]
 
 # %% ../nbs/42_watch.ipynb #0edc0cf8
 @patch
