@@ -161,7 +161,7 @@ class Loop:
     def __exit__(self, *args): self.detach()
     def __getattr__(self, name):
         if name in ('color_dim', 'dead_chart', 'plot_stats'): return getattr(StatsOf(self), name)
-        hint = f'; `import miniai.{name}` gives it' if name in ('diagnose', 'report') else ''
+        hint = f'; `import miniai.{name}` gives it' if name in ('diagnose', 'report', 'check') else ''
         raise AttributeError(f'{type(self).__name__} has no attribute {name!r}{hint}')
     def __repr__(self):
         on = f'on {type(self.model).__name__}' if self.attached else 'detached'

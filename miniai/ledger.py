@@ -41,11 +41,13 @@ class FollowsGradient:
         self.p, self.handle, self.at_step, self.backwards, self.stepping = None, None, None, 0, False
         self.counts, self.kept, self.dropped, self.old, self.some = Counter(), 0, 0, False, False
 
-    def follow(self, params):
-        "Choose a parameter that has a plain gradient."
+    def follow(self, params, optimizer=None):
+        "Choose a parameter that an optimizer has, and that has a plain gradient."
         if self.p is not None: return
+        held = {id(p) for group in getattr(optimizer, 'param_groups', ()) for p in group['params']}
+        params = [p for p in reversed(params) if p.requires_grad and (not held or id(p) in held)]
         plain = lambda g: type(g) is torch.Tensor and g.layout is torch.strided
-        self.p = next((p for p in reversed(params) if p.requires_grad and plain(p.grad)), None)
+        self.p = next((p for p in params if plain(p.grad)), None)
         if self.p is not None: self.handle = self.p.register_hook(self._before)
 
     def _before(self, grad):
@@ -106,7 +108,7 @@ class StepCounts:
         n, others = self.counts['steps'], [*self.versions.items()][-8:]
         self.versions = dict(others) | {id(optimizer): sum(map(version, params))}
         self.first = self.first or id(optimizer)   # its rates are kept
-        self.grads.follow(params)
+        self.grads.follow(params, optimizer)
         self.grads.stepped(is_due(n))
         rates = [o.get('lr') for o in getattr(optimizer, 'param_groups', ())]
         known = self.first == id(optimizer) and rates and isinstance(rates[0], (int, float))

@@ -145,7 +145,7 @@ def unchanged(evidence):
     began = any(evidence.track(nm, 'update_ratio').finite.any() for nm in still)
     rates = [o for _,o in evidence.facts.rates] or [1.]
     measured, seen = evidence.facts.sampled.get('train', (0, 0))
-    if rates[-1] < 1e-4*max(rates): return   # a schedule that has come to its end
+    if rates[-1] < 1e-4*max(rates) or began and is_solved(evidence): return   # it has come to its end
     return at_layers(evidence, 'error' if len(still) == len(names) else 'warning',
                      f'No {"late " if began else ""}step changes a weight of {{}}, though it has a gradient.',
                      layers_of(still), kind=('ledger', 'optimizer_state') if began else (),
