@@ -6,7 +6,7 @@
 __all__ = ['Summary', 'CapturePreds', 'rand_erase', 'rand_copy', 'RandErase', 'RandCopy']
 
 # %% ../nbs/33_augment.ipynb #9b34cc42
-import math, random
+import copy, math, random
 from collections import namedtuple
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -212,7 +212,10 @@ def inputs_and_targets(learn):
 def joined(batches):
     "Put batches of any nesting one behind the other."
     def join(*parts):
-        if not isinstance(parts[0], torch.Tensor): return list(parts)
+        if not isinstance(parts[0], torch.Tensor):
+            found = [[a for _,a in named_tensors(o)] for o in parts]   # of a data class, as a model's output
+            whole = {id(a): join(*others) for a,*others in zip(found[0], *found)}
+            return copy.deepcopy(parts[0], whole) if whole else list(parts)
         return torch.cat([o if o.ndim else o[None] for o in parts])
     return tree_map(join, *batches) if batches else []
 

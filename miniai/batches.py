@@ -106,8 +106,12 @@ def counted(learn, by_class=True):
     "What the loss of this batch is a mean over, on its device; None if over samples."
     weight_of = next((o.weight_of for o in (*learn.cbs, learn) if getattr(o, 'weight_of', None)), None)
     if weight_of: return weight_of(learn.batch)
-    parts,f = batch_parts(learn),learn.loss_func
-    own,y = parts.loss_nm is not None,next(iter(parts.targets_of(learn.batch)[-1:]), None)
+    parts = batch_parts(learn)
+    y = next(iter(parts.targets_of(learn.batch)[-1:]), None)
+    return mean_over(learn.loss_func, y, parts.loss_nm is not None, by_class)
+
+def mean_over(f, y, own=False, by_class=True):
+    "What a loss function is a mean over with these targets; `own`: the model has computed its loss by itself."
     said = lambda nm, default: default if own else getattr(f, 'keywords', {}).get(nm, getattr(f, nm, default))
     classes = own or getattr(f, 'func', f) in (F.cross_entropy, F.nll_loss) or hasattr(f, 'ignore_index')
     if not classes or not isinstance(y, torch.Tensor) or y.is_floating_point(): return

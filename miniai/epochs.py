@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from miniai.batches import mean_over
 from miniai.device import batch_size
 from miniai.distributed import gather, rank, world_size
 from miniai.history import History
@@ -35,9 +36,12 @@ class Seen:
         "{(phase, number of the lens, statistic, source): (values, weights)}"
         found = {}
         for phase,source,name in self.values.keys():
+            if name.endswith(' #'): continue
             (i, stat), s = name.split(' ', 1), self.values.series(source, name, phase)
-            there = s.samples > 0 if s.samples.any() else slice(None)   # an empty batch has no mean
-            found[phase, int(i), stat, source] = s.values[there].astype(float), s.samples[there]
+            over = self.values.series(source, f'{name} #', phase).values   # what they are means over
+            weights = over if len(over) == len(s) else s.samples
+            there = weights > 0 if weights.any() else slice(None)   # an empty batch has no mean
+            found[phase, int(i), stat, source] = s.values[there].astype(float), weights[there]
         return found
 
 # %% ../nbs/46_epochs.ipynb #0dc73194
@@ -47,7 +51,7 @@ class Numbers:
         value,             # number, or 0-d tensor, which is not read from its device
         *, train:bool,     # of training, or of validation
         running:bool=True, # False: keep it in the table besides the epoch's aggregates
-        samples:int=None,  # it was computed from; default those of the model's last call
+        samples=None,      # it is a mean over, a number or 0-d tensor; default those of the model's last call
         preds=None,        # what it was computed from, for the rules; default the model's output
         targets=None       # likewise
     ):
@@ -94,9 +98,12 @@ class Keeping:
         self._keep(lens, name, name, one_number(name, value), self.steps.phase or phase, samples, keep)
 
     def _keep(self, lens, source, stat, value, phase, samples, keep=False):
+        over, name = isinstance(samples, torch.Tensor), f'{self.lenses.index(lens)} {stat}'
+        samples, weight = self.samples if over else samples, samples
         samples = 1 if samples is None else samples   # an empty batch weighs nothing
         where = dict(step=self.steps.number, epoch=self.epoch, phase=phase, samples=samples)
-        self.seen.values.record(source, f'{self.lenses.index(lens)} {stat}', value, **where)
+        self.seen.values.record(source, name, value, **where)
+        if over: self.seen.values.record(source, f'{name} #', weight, **where)
         if keep or not lens.inplace: self.history.record(source, stat, value, **where)
         self.seen.fresh = True
 
@@ -106,7 +113,7 @@ class Losses:
     def _on_loss(self, hook, mod, inp, kwargs, outp):
         if not self.active: return
         inp = dict(zip(('input', 'target'), inp)) | kwargs
-        self._guard('the loss', self._take_loss, hook.lens, mod, tuple(inp.values()), outp)
+        self._guard('the loss', self._take_loss, hook.lens, mod, inp, outp)
         if not self.is_due: return
         self._guard('what enters the loss', self._enter_loss, inp.get('input'), inp.get('target'))
 
@@ -123,7 +130,9 @@ class Losses:
                                          'given one')
         grad = torch.is_grad_enabled()
         train = grad and (lens.evaluation_from_grad or mod.training) and self.phase == 'train'
-        self._push(lens, 'loss', outp, 'train' if train else 'valid', batch_size(inp))
+        over = mean_over(mod, inp.get('target'))
+        samples = batch_size(tuple(inp.values())) if over is None else over
+        self._push(lens, 'loss', outp, 'train' if train else 'valid', samples)
 
 # %% ../nbs/46_epochs.ipynb #6432af56
 class Computing:
@@ -169,7 +178,8 @@ class Parameters:
 
     def _is_sharded(self, o):
         found = hasattr(o.p, 'full_tensor')
-        if found: self.warn('a parameter', f'({o.name}) is divided among processes (a DTensor): not measured', 'it')
+        what = f'({o.name}) is divided among processes (a DTensor): not measured'
+        if found: self.warn('a parameter', what, 'divided')
         return found
 
     def _read_parameters(self):

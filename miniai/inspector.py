@@ -9,7 +9,9 @@ __all__ = ['PyTorchInspector', 'Inspector', 'InspectorCB']
 import builtins
 import weakref
 from collections import Counter
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -81,6 +83,9 @@ class Readings:
         save_parquet(self.frame(), self.panels(), max(self.history.run, 0), path)
 
 # %% ../nbs/47_inspector.ipynb #5f886fb7
+def expects_gradient(p):   # a hook may take it away in the backward pass
+    return p.requires_grad and not getattr(p, '_post_accumulate_grad_hooks', None)
+
 class Facts:
     "Says what was measured, and what it cost."
     def cost(self):
@@ -92,10 +97,8 @@ class Facts:
         sampled = {phase: (self.sampler.sampled[phase], n) for phase,n in self.sampler.seen.items() if n}
         sources = {source: nm for o in self.tables for nm,own in o.sources.items() for source in own or [nm]}
         seen = {source for _,source,stat in self.history.keys() if stat.startswith('grad_')}
-        of = lambda lens: choose_parameters(self.params, lens.parameters)
-        # a hook may take the gradient away in the backward pass
-        chosen = {o.name for lens in self.lenses if lens.tap == 'grad' for o in of(lens)
-                  if o.p.requires_grad and not getattr(o.p, '_post_accumulate_grad_hooks', None)}
+        chosen = {o.name for lens in self.lenses if lens.tap == 'grad'
+                  for o in choose_parameters(self.params, lens.parameters) if expects_gradient(o.p)}
         unreached = tuple(o.name for o in self.params if o.name in chosen - seen) if chosen and seen else None
         return dict(layers=dict(self.kinds), sources=sources, silent=self.silent, sampled=sampled,
                     unreached=unreached, **self.loss_stats.facts())
@@ -471,6 +474,9 @@ class Starting:
         if self.attached and self.seen.fresh: self._tick(everywhere=False)
         self.sampler.stop()
         self.model, self.optimizer, self.held = None, None, {}
+        if self.layers: self.layers.release()
+        self.params = [replace(o, p=SimpleNamespace(requires_grad=expects_gradient(o.p)), owner=None)
+                       for o in self.params]
         self.loss_stats.ledger.end()
         return self
 
@@ -535,7 +541,8 @@ class InspectorCB(Callback):
     def before_batch(self, learn): self.inspector.set_step(learn.phase, learn.n_steps)
     def after_loss(self, learn):
         _, preds, targets = parts_of(learn)
-        self.inspector.push_loss(learn.loss.detach(), train=learn.training, preds=preds, targets=targets)
+        about = dict(samples=counted(learn), preds=preds, targets=targets)
+        self.inspector.push_loss(learn.loss.detach(), train=learn.training, **about)
 
     def after_epoch(self, learn):
         if not learn.training: self.inspector.tick_epoch()

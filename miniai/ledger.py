@@ -40,10 +40,11 @@ class FollowsGradient:
     def __init__(self):
         self.p, self.handle, self.at_step, self.backwards, self.stepping = None, None, None, 0, False
         self.counts, self.kept, self.dropped, self.old, self.some = Counter(), 0, 0, False, False
+        self.failed = False
 
     def follow(self, params, optimizer=None):
         "Choose a parameter that an optimizer has, and that has a plain gradient."
-        if self.p is not None: return
+        if self.p is not None or self.failed: return
         held = {id(p) for group in getattr(optimizer, 'param_groups', ()) for p in group['params']}
         params = [p for p in reversed(params) if p.requires_grad and (not held or id(p) in held)]
         plain = lambda g: type(g) is torch.Tensor and g.layout is torch.strided
@@ -55,7 +56,9 @@ class FollowsGradient:
         if self.stepping or self.at_step is None: return
         self.backwards += 1
         try: self._compare(grad)
-        except Exception: self.remove()   # nothing is raised into a backward pass
+        except Exception:   # nothing is raised into a backward pass
+            self.failed = True
+            self.remove()
 
     def _compare(self, grad):
         now = None if self.p.grad is None else head(self.p.grad)

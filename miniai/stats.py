@@ -7,6 +7,7 @@ __all__ = ['outside', 'output_bins', 'grad_bins', 'statistics', 'Bins', 'measure
            'unit_axis', 'mean_std', 'abs_hist', 'effective_rank']
 
 # %% ../nbs/10_stats.ipynb #821897ab
+import warnings
 from dataclasses import dataclass
 from math import prod
 
@@ -186,7 +187,7 @@ class Sums:
 class Statistic:
     "A named function of rows of sums."
     name:str           # as in tables: a tap's prefix comes before it
-    f:object           # called with `Sums` of n rows, gives [n, ...]
+    f:object           # called with `Sums` of n rows, gives [n]; ours may give [n, ...]
     title:str          # of a plot
     caption:str = ''   # what the number is, in a sentence
     unit:str = ''      # of the values
@@ -197,9 +198,18 @@ class Statistic:
     own:bool = False   # added by a user: every table of its taps has it
 
     def __call__(self, sums):
-        with np.errstate(all='ignore'): return self.f(sums)
+        if not self.own:
+            with np.errstate(all='ignore'): return self.f(sums)
+        try:   # a user's
+            with np.errstate(all='ignore'): values = np.asarray(self.f(sums))
+            if values.shape == (len(sums),): return values
+            what = f'values of shape {values.shape} for {len(sums)} rows'
+        except Exception as e: what = f'{type(e).__name__}: {e}'
+        if self.f not in told: warnings.warn(f'statistic {self.name!r} is left out, its function gives {what}')
+        told.add(self.f)
+        return np.full(len(sums), np.nan)
 
-statistics = {}
+statistics, told = {}, set()   # told: functions of users that have failed
 
 def statistic(
     name:str,    # of the statistic

@@ -212,6 +212,12 @@ class Layers(LayerTaps):
     def each(self, action, *args):
         for o in self.taps: getattr(o, action)(*args)
 
+    def release(self):
+        "Let go of the model; what is known of its layers stays."
+        self.model, self.leaves, self.layers = None, [], [(nm, None) for nm,_ in self.layers]
+        self.chosen = {lens: [(nm, None) for nm,_ in found] for lens,found in self.chosen.items()}
+        for o in (o for tap in self.taps for o in (*tap.hooks, *tap.others)): o.m = None
+
     @property
     def hooked(self): return list(dict.fromkeys(hook.name for tap in self.taps for hook in tap.hooks))
 

@@ -3,6 +3,8 @@
 The number behind a name is that of the kind; its neighbours are the parameters of its test.
 """
 import copy, io, os, pickle, subprocess, sys, warnings
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,7 @@ from miniai.checkpoint import CheckpointCB
 from miniai.history import History, plain_frame, read_table, write_table
 from miniai.inspector import InspectorCB
 from miniai.learner import Learner, LRFinderCB, MetricsCB, TrainCB, TrainLearner
-import miniai.diagnose  # noqa: F401 (`learn.diagnose`)
+import miniai.augment, miniai.diagnose  # noqa: F401 (`learn.capture_preds`, `learn.diagnose`)
 from miniai.watch import RangeStats
 
 
@@ -299,6 +301,38 @@ def test_17_a_metric_that_the_device_cannot_have_stays_on_the_cpu():
     learn.fit(1)
     one, two = (learn.history.series('epoch', nm, 'valid').values for nm in ('size', 'other'))
     assert cb._on_cpu == {'size'} and one == two
+
+
+# --- 15: outputs of any type keep it ---
+
+@dataclass
+class Output: logits: torch.Tensor; size: torch.Tensor = None
+Pair = namedtuple('Pair', 'logits twice')
+class Named(OrderedDict):
+    "As the outputs of transformers: a dictionary that has its keys as attributes."
+    def __getattr__(self, name):
+        if name in self: return self[name]
+        raise AttributeError(name)
+
+outputs = dict(dataclass=lambda o: Output(o, o.mean()), namedtuple=lambda o: Pair(o, 2*o), named=lambda o: Named(logits=o, twice=2*o),
+               nested=lambda o: Pair(o, [Output(o, None), 'text']))
+
+@pytest.mark.parametrize('kind', outputs)
+def test_15_outputs_keep_their_type(kind):
+    class Wraps(nn.Module):
+        def __init__(self): super().__init__(); torch.manual_seed(0); self.layer = nn.Linear(6, 3)
+        def forward(self, x): return outputs[kind](self.layer(x))
+    right = lambda preds, y: (preds.logits.argmax(1) == y).float().mean()
+    learn = learner(quiet(right=right), model=Wraps(), loss_func=lambda preds, y: F.cross_entropy(preds.logits, y))
+    learn.lr_find(max_epochs=1)
+    learn.fit(1)
+    assert type(learn.preds) is type(outputs[kind](torch.ones(1))) and not learn.preds.logits.requires_grad
+    preds, targets = learn.capture_preds()
+    assert type(preds) is type(learn.preds) and preds.logits.shape == (48, 3) and not preds.logits.requires_grad
+    with torch.no_grad(): wanted = learn.model.layer(torch.cat([x for x,_ in learn.dls.valid]))
+    assert torch.equal(preds.logits, wanted)
+    assert np.isclose(right(preds, targets).item(), learn.history.series('epoch', 'right', 'valid').values[0])
+    if kind == 'dataclass': assert preds.size.shape == (3,)
 
 
 # --- 20: a second watcher ---

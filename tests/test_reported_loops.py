@@ -2,8 +2,9 @@
 
 A comment names the kind; its neighbours are the parameters of its tests. The same kinds in a `Learner`: test_reported.py.
 """
-import os, subprocess, sys, warnings
+import gc, os, subprocess, sys, warnings, weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from torch import nn, optim
 
 from miniai.inspector import Inspector, InspectorCB
 from miniai.learner import Learner, TrainCB
-from miniai.lens import OutputNorm, ParameterGradientGeometry, ParameterUpdateGeometry
-import miniai.diagnose  # noqa: F401 (`inspector.diagnose`)
-from test_reported import batches, loaders, net
+from miniai.lens import Lens, LossMetrics, OutputNorm, ParameterGradientGeometry, ParameterUpdateGeometry
+from miniai.stats import statistic, statistics, told as failed
+import miniai.diagnose, miniai.report  # noqa: F401 (methods of learners and inspectors)
+from test_reported import batches, learner, loaders, net
 
 
 def table(inspector, source, stat, phase='train'): return inspector.history.series(source, stat, phase)
@@ -212,3 +214,84 @@ def test_sharded_models_have_clear_words(tmp_path):
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', str(tmp_path/'train.py'), str(tmp_path)]
     found = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
     assert found.returncode == 0 and found.stdout.count('fine') == 2, found.stderr[-3000:]
+
+
+# --- what a loss is a mean over ---
+
+def padded(n=4, size=8):
+    "Batches of which more and more targets are ignored."
+    return [(x, torch.where(torch.arange(size) < 2*i, -100, y)) for i,(x,y) in enumerate(batches(n, size))]
+
+@pytest.mark.parametrize('door', ['hook', 'learner'])
+@pytest.mark.parametrize('loss_fn', [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(weight=torch.tensor([1., 5., .2]))], ids=['ignored', 'weights'])
+def test_the_loss_of_an_epoch_is_that_of_its_batches_together(loss_fn, door):
+    data, model = padded(), net()
+    if door == 'learner':
+        inspector = InspectorCB(visualizer=None)
+        learner(inspector, model=model, dls=SimpleNamespace(train=data, valid=data), loss_func=loss_fn, lr=0.).fit(1)
+    else:
+        inspector = Inspector([LossMetrics(loss_fn=loss_fn)], module=model, visualizer=None)
+        for x,y in data: loss_fn(model(x), y)
+        with torch.no_grad(): [loss_fn(model(x), y) for x,y in data]
+        inspector.tick_epoch()
+    x, y = map(torch.cat, zip(*data))
+    for phase in ('train', 'valid'): assert np.isclose(table(inspector, 'loss', 'loss mean', phase).values[0], loss_fn(model(x), y).item())
+
+
+# --- what is left behind ---
+
+def test_a_detached_inspector_keeps_no_model_alive():
+    model, loss_fn = net(), nn.CrossEntropyLoss()
+    inspector = Inspector(visualizer=None).attach(model, optimizer=(opt := optim.SGD(model.parameters(), .1)), loss_fn=loss_fn)
+    for x,y in batches():
+        loss_fn(model(x), y).backward()
+        opt.step(); opt.zero_grad()
+    inspector.tick_epoch()
+    read = lambda: ([str(o) for o in inspector.panels()], inspector.facts()['unreached'], inspector.measured().to_csv(), inspector.cost().layers)
+    there, kept = [weakref.ref(o) for o in (model, *model, *model.parameters())], read()
+    inspector.detach()
+    del model, opt
+    gc.collect()
+    assert not [o for o in there if o() is not None] and read() == kept and kept[-1] == 3
+
+
+# --- what is misspelt, or of a wrong shape, is said ---
+
+def test_a_misspelt_name_is_no_gap():
+    model = net()
+    inspector = Inspector([OutputNorm(), LossMetrics()], module=model, visualizer=None)
+    model(batches()[0][0])
+    inspector.push_loss(1., train=True)
+    inspector.tick_epoch()
+    values = inspector.recording().values
+    assert values('loss', 'loss', 'mean') == [1] and np.isnan(values('loss', 'loss', 'mean', 'valid')).all()
+    for args,said in ((('los', 'loss', 'mean'), 'give one of .*loss'), (('loss', 'los', 'mean'), "'loss' has no 'los'; it has"),
+                      (('loss', 'loss', 'avg'), "how is 'avg'")):
+        with pytest.raises(ValueError, match=said): values(*args)
+
+@pytest.mark.parametrize('tap', ['parameter', 'state', 'grad', 'update', 'loss'])
+def test_modules_are_for_layers(tap):
+    with pytest.raises(ValueError, match=f'for taps on layers, not for {tap!r}'): Lens(tap, '0', n='norm')
+
+def summed(o): return float(o.n.sum())
+def raising(o): return 1/0
+def two(o): return np.stack([o.n, o.n], 1)
+
+@pytest.mark.parametrize('f', [summed, raising, two])
+def test_a_statistic_of_a_wrong_shape_is_left_out(f, tmp_path):
+    statistic('strange')(f)
+    try:
+        with pytest.warns(UserWarning) as told:
+            learn = learner()
+            watcher = learn.watch(every=1)
+            learn.fit(1)
+            assert np.isnan(watcher.activations.rows('0', 'strange').values).all()
+            learn.diagnose(); learn.report(tmp_path/'report.html'); watcher.activations.plot_stats()
+            inspector = Inspector([OutputNorm(), Lens('output', strange='strange')], module=(model := net()), visualizer='matplotlib')
+            model(batches()[0][0])
+            inspector.tick_epoch(); inspector.visualizer.show_fig()
+        assert len([o for o in told if "'strange' is left out" in str(o.message)]) == 1
+        assert len(table(inspector, '1', 'norm mean')) == 1 and len(watcher.activations.rows('0', 'mean')) == 8
+    finally:
+        del statistics['strange']
+        failed.discard(f)
