@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 from .activations import OutputPlots
+from .batches import counted
 from .callback import Callback
 from .collect import OutputGradTap, Sampler, Told, in_backward
 from .device import batch_size

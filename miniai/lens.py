@@ -150,9 +150,6 @@ class Lens(Draws, Reads):
         if modules is not None and self.tap not in layer_taps:
             raise ValueError(f'{who}: modules={modules!r} is for taps on layers, not for {self.tap!r}; choose'
                              " parameters by name: parameters='encoder.*'")
-        if modules is not None and self.tap not in layer_taps:
-            raise ValueError(f'{who}: modules={modules!r} is for taps on layers, not for {self.tap!r}; choose '
-                             "parameters by name: parameters='encoder.*'")
         self.before = self.before or 'correlation' in map(self.base, self.named)
         for nm in self.named:
             if self.base(nm) in statistics: continue

@@ -205,11 +205,12 @@ class Statistic:
             if values.shape == (len(sums),): return values
             what = f'values of shape {values.shape} for {len(sums)} rows'
         except Exception as e: what = f'{type(e).__name__}: {e}'
-        if self.f not in told: warnings.warn(f'statistic {self.name!r} is left out, its function gives {what}')
-        told.add(self.f)
+        if self.f not in _failed:
+            warnings.warn(f'statistic {self.name!r} is left out, its function gives {what}', stacklevel=2)
+        _failed.add(self.f)
         return np.full(len(sums), np.nan)
 
-statistics, told = {}, set()   # told: functions of users that have failed
+statistics, _failed = {}, set()   # functions of users that gave no values
 
 def statistic(
     name:str,    # of the statistic

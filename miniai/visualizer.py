@@ -75,14 +75,6 @@ class Recording:
         has = sorted(of) or sorted({nm for _,nm,_ in self.rows})
         raise ValueError(f'values: {source!r} has no {stat!r}; {"it has" if of else "give one of"} {has}')
 
-    def _gap(self, source, stat, how):
-        "A row without values; an error if there is none in any phase."
-        of, hows = {o for _,nm,o in self.rows if nm == source}, (*aggregates, None)
-        if how not in hows: raise ValueError(f"values: how is {how!r}; give 'IQR' or one of {hows}")
-        if of & {row_stat(stat, o) for o in hows}: return (), ()
-        has = ', '.join(sorted(of)) or 'no rows; these have: ' + ', '.join(sorted({nm for _,nm,_ in self.rows}))
-        raise ValueError(f'values: {source!r} has no {stat!r}; it has {has}')
-
     def band(self, source, stat, name, phase='train'):
         "Give lower and upper values; `name` is one of `miniai.lens.ranges`."
         one, two = (self.values(source, stat, how, phase) for how in ranges[name])

@@ -15,7 +15,7 @@ from torch import nn, optim
 from miniai.inspector import Inspector, InspectorCB
 from miniai.learner import Learner, TrainCB
 from miniai.lens import Lens, LossMetrics, OutputNorm, ParameterGradientGeometry, ParameterUpdateGeometry
-from miniai.stats import statistic, statistics, told as failed
+from miniai.stats import _failed, statistic, statistics
 import miniai.diagnose, miniai.report  # noqa: F401 (methods of learners and inspectors)
 from test_reported import batches, learner, loaders, net
 
@@ -294,4 +294,4 @@ def test_a_statistic_of_a_wrong_shape_is_left_out(f, tmp_path):
         assert len(table(inspector, '1', 'norm mean')) == 1 and len(watcher.activations.rows('0', 'mean')) == 8
     finally:
         del statistics['strange']
-        failed.discard(f)
+        _failed.discard(f)
