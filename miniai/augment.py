@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from fastcore.basics import patch
+from fastcore.basics import noop, patch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from .batches import inputs_and_targets
 from .callback import Callback, CancelFitException, as_cbs
 from .device import batch_size, to_cpu
 from .history import History
@@ -38,8 +39,7 @@ class _FirstBatch(Callback):
 
 class _NoOpt:
     "Stands in for an optimizer where no step is taken."
-    param_groups,defaults,state = [],{},{}
-    def zero_grad(self, *args, **kwargs): pass
+    param_groups,defaults,state,zero_grad = [],{},{},noop
 
 @contextmanager
 def own_history(learn):
@@ -62,12 +62,10 @@ def on_first_batch(learn, f, cbs=None):
 
 # %% ../nbs/33_augment.ipynb #f69f8fc6
 @patch
-def show_image_batch(self:Learner,
-    max_n=9,  # so many pictures at most
-    cbs=None, # callbacks for this once, as a `BatchTransformCB`
-    **kw      # for `show_images`
-):
-    "Draw the inputs of the first training batch as the model would get it."
+def show_image_batch(self:Learner, max_n=9, cbs=None, **kw):
+    """Draw at most `max_n` inputs of the first training batch as the model would get it.
+
+    `cbs` are callbacks for this once, as a `BatchTransformCB`; `kw` is for `show_images`."""
     from miniai.plots import show_images
     batch = on_first_batch(self, lambda learn: learn.batch, cbs)
     inputs = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
@@ -118,16 +116,14 @@ class Summary:
                 _percent(row.params, self.params), f'{row.macs:,.0f}', _percent(row.macs, self.macs)]
 
 # %% ../nbs/33_augment.ipynb #7f84fb01
-def _rnn_flops(inp, *weights):
+def _rnn_flops(inp, *rest, **kwargs): # then the weights: a list, or the first two tensors
+    weights = rest[0] if isinstance(rest[0], (tuple, list)) else rest[:2]
     steps = inp.numel()//inp.shape[-1]   # of all sequences together
     return 2*steps*sum(w.numel() for w in weights if w.ndim==2)
 
-def _one_layer(inp, w_in, w_hidden, *args, **kwargs): return _rnn_flops(inp, w_in, w_hidden)
-def _all_layers(inp, weights, *args, **kwargs): return _rnn_flops(inp, *weights)
-
-rnn_kernels = {torch.ops.aten.mkldnn_rnn_layer: _one_layer, torch.ops.aten._cudnn_rnn: _all_layers,
-               torch.ops.aten.miopen_rnn: _all_layers}
-for _f in (_one_layer, _all_layers): _f._get_raw = True   # tensors, not shapes
+_rnn_flops._get_raw = True   # tensors, not shapes
+aten = torch.ops.aten
+rnn_kernels = dict.fromkeys((aten.mkldnn_rnn_layer, aten._cudnn_rnn, aten.miopen_rnn), _rnn_flops)
 
 @contextmanager
 def plain_attention():
@@ -176,9 +172,8 @@ def summary(self:Learner,
     cbs=None   # callbacks for this once
 ) -> Summary: # prints as a table; `.frame()` has the numbers
     "List sizes and costs of the layers of any model, from one batch; learner and model are not changed."
-    if any(map(nn.parameter.is_lazy, self.model.parameters())):
-        raise ValueError('summary: the model has lazy layers, which get their size from the first batch; '
-                         'run one through the model first')
+    if any(map(nn.parameter.is_lazy, self.model.parameters())): raise ValueError(
+        'summary: the model has lazy layers, still without a size; run one batch through the model first')
     return on_first_batch(self, lambda learn: summarized(learn, what), cbs)
 
 # %% ../nbs/33_augment.ipynb #b9241c43
@@ -203,12 +198,6 @@ class CapturePreds(Callback):
             del self._parts
 
 # %% ../nbs/33_augment.ipynb #3bb51314
-def inputs_and_targets(learn):
-    "Take inputs and targets of the batch apart, single ones by themselves; a dict batch is both."
-    if not isinstance(learn.batch, (tuple, list)): return learn.batch,learn.batch
-    n_inp = getattr(next((cb for cb in learn.cbs if hasattr(cb, 'n_inp')), learn), 'n_inp', 1)
-    return tuple(o[0] if len(o)==1 else tuple(o) for o in (learn.batch[:n_inp], learn.batch[n_inp:]))
-
 def joined(batches):
     "Put batches of any nesting one behind the other."
     def join(*parts):
@@ -221,11 +210,10 @@ def joined(batches):
 
 # %% ../nbs/33_augment.ipynb #22f60679
 @patch
-def capture_preds(self:Learner,
-    cbs=None,  # callbacks for this once
-    inps=False # return the inputs, too?
-): # (predictions, targets) or (predictions, targets, inputs) of the validation set, on the CPU
-    "Validate once and keep what the model says; optimizer and history of the learner stay as they are."
+def capture_preds(self:Learner, cbs=None, inps=False):
+    """Validate once, with callbacks `cbs` more; optimizer and history of the learner stay as they are.
+
+    Returned are predictions and targets, with `inps` inputs too, on the CPU."""
     captured = CapturePreds(inps)
     with own_history(self): self.fit(1, train=False, cbs=[*as_cbs(cbs), captured])
     res = captured.all_preds,captured.all_targs
@@ -242,9 +230,8 @@ def tta(self:Learner,
     "Average predictions over a pass without and `n` with a transform of the batches."
     passes = [[], *([BatchTransformCB(tfm, on_train=False)] for _ in range(n))]
     found = [self.capture_preds([*as_cbs(cbs), *o]) for o in passes]
-    if not all(torch.equal(targs, found[0][1]) for _,targs in found):
-        raise ValueError('tta: the targets of two passes differ; the validation loader must not shuffle, and '
-                         'tfm must leave targets as they are')
+    if not all(torch.equal(targs, found[0][1]) for _,targs in found): raise ValueError(
+        'tta: targets of two passes differ; the validation loader must not shuffle, nor tfm change targets')
     preds = [preds if act is None else act(preds) for preds,_ in found]
     return torch.stack(preds).mean(0),found[0][1]
 
@@ -261,12 +248,10 @@ def _random_place(x, pct):
     return (..., *(slice(a, a+part) for a,(_,part) in zip(starts, sizes)))
 
 # %% ../nbs/33_augment.ipynb #6e450344
-def rand_erase(
-    x,         # pictures [B, C, H, W]
-    pct=0.2,   # height and width of a rectangle, as a fraction of the picture's
-    max_num=4  # rectangles at most; from none to so many
-): # new pictures
-    "Fill rectangles with noise; their number and places come from Python's `random`."
+def rand_erase(x, pct=0.2, max_num=4): # new pictures
+    """Fill up to `max_num` rectangles of pictures `x` [B, C, H, W] with noise.
+
+    `pct` is height and width of one as a fraction of the picture's; number and places come from `random`."""
     _check_pictures(x, pct, 'rand_erase')
     floats = x if x.is_floating_point() else x.float()
     res,(mean,std),low,high = x.clone(),mean_std(floats),floats.min(),floats.max()
@@ -276,12 +261,8 @@ def rand_erase(
         res[place] = noise.clamp(low, high).to(x.dtype)
     return res
 
-def rand_copy(
-    x,         # pictures [B, C, H, W]
-    pct=0.2,   # as for `rand_erase`
-    max_num=4  # as for `rand_erase`
-): # new pictures
-    "Fill rectangles with other parts of the same picture."
+def rand_copy(x, pct=0.2, max_num=4): # new pictures
+    "Fill rectangles with other parts of the same picture; `x`, `pct` and `max_num` are as for `rand_erase`."
     _check_pictures(x, pct, 'rand_copy')
     res = x.clone()
     for _ in range(random.randint(0, max_num)):
@@ -292,19 +273,16 @@ def rand_copy(
 # %% ../nbs/33_augment.ipynb #11c78670
 class _RandPatch(nn.Module):
     "Does `func(x, pct, max_num)` in training mode."
-    def __init__(self,
-        pct=0.2,  # height and width of a rectangle, as a fraction of the picture's
-        max_num=4 # rectangles at most
-    ):
+    def __init__(self, pct=0.2, max_num=4):
         super().__init__()
         self.pct,self.max_num = pct,max_num
     def forward(self, x): return self.func(x, self.pct, self.max_num) if self.training else x
     def extra_repr(self): return f'pct={self.pct}, max_num={self.max_num}'
 
 class RandErase(_RandPatch):
-    "Does `rand_erase` in training mode."
+    "Does `rand_erase` in training mode, with `pct` and `max_num`."
     func = staticmethod(rand_erase)
 
 class RandCopy(_RandPatch):
-    "Does `rand_copy` in training mode."
+    "Does `rand_copy` in training mode, with `pct` and `max_num`."
     func = staticmethod(rand_copy)

@@ -60,8 +60,8 @@ def draw_runs(self,
             if stat in log and any((line.get_ydata() > 0).any() for line in ax.lines): ax.set_yscale('log')
             ax.set_title(stat if name == 'batch' else f'{stat}  {name}', fontsize=8)
             ax.tick_params(labelsize=7)
-    fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside upper right', ncols=len(self.runs),
-               fontsize=8)
+    named = axs[0, 0].get_legend_handles_labels()
+    fig.legend(*named, loc='outside upper right', ncols=len(self.runs), fontsize=8)
     caption(fig, f'{"Training" if self.phase == "train" else "Validation"}, by step.')
     return fig
 
@@ -69,18 +69,16 @@ def draw_runs(self,
 class Comparison:
     "Runs side by side: the `table` of differences, the `plot`; of `runs`, `layers`, `stats`, `phase`."
     def __init__(self, runs, layers=None, stats=None, phase='train'):
-        if not hasattr(runs, 'items') or len(runs) < 2:
-            raise ValueError(f"compare: got {type(runs).__name__}; give two runs or more by name, as in "
-                             "compare({'default': one, 'kaiming': two})")
+        if not hasattr(runs, 'items') or len(runs) < 2: raise ValueError(
+            f"compare: got {type(runs).__name__}; give two runs or more by name, as {{'one': a, 'other': b}}")
         self.runs, self.phase = {nm: evidence_of(o) for nm,o in runs.items()}, phase
         chosen = lambda name, globs: globs is None or any(fnmatchcase(name, o) for o in listify(globs))
         keys = dict.fromkeys((nm, what) for o in self.runs.values() for p,nm,what in o.keys()
                              if p == phase and chosen(nm, layers) and chosen(what, stats))
         self.keys = [key for key in keys
                      if any(np.isfinite(end_of(o.track(*key, phase))[0]) for o in self.runs.values())]
-        if not self.keys:
-            raise ValueError(f'compare: no run has numbers of layers {layers or "(all)"}, statistics '
-                             f'{stats or "(all)"}, phase {phase!r}')
+        if not self.keys: raise ValueError(f'compare: no run has numbers of layers {layers or "(all)"}, '
+                                           f'statistics {stats or "(all)"}, phase {phase!r}')
 
     @property
     def table(self): # pandas.DataFrame: layer, stat, a column for each run, its ratio for each but the first
@@ -95,8 +93,8 @@ class Comparison:
         names, gaps = list(self.runs), np.isnan(ends)
         table = pd.DataFrame(self.keys, columns=['layer', 'stat']).assign(**dict(zip(names, ends.T)))
         table = table.assign(**{f'{nm}/{names[0]}': o for nm,o in zip(names[1:], ratios.T)})
-        if gaps.any():
-            table['only in'] = [', '.join(np.array(names)[~row]) if row.any() else '' for row in gaps]
+        only = [', '.join(np.array(names)[~row]) if row.any() else '' for row in gaps]
+        if any(only): table['only in'] = only
         return table.iloc[np.argsort(-differences(ends, spreads), kind='stable')].reset_index(drop=True)
 
     plot = draw_runs

@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
+from torch.compiler import is_compiling
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 # %% ../nbs/02_hooks.ipynb #7f78e6c6
@@ -27,7 +28,7 @@ class _Tap:
     def __init__(self, f, hook): self.f, self.hook = f, hook
     def __call__(self, mod, inp, *rest):   # keywords, where they are asked for, and the output
         rest = rest or (None,)
-        if torch.compiler.is_compiling(): _call(self.f, self.hook, mod, inp, *rest)
+        if is_compiling(): _call(self.f, self.hook, mod, inp, *rest)
         else: self.f(self.hook, mod, inp, *rest)   # `_call` would take as long as what most hooks do
     # a copy has a function of Python's own that takes anything and returns None: it loads without miniai
     def __deepcopy__(self, memo): return nullcontext().__exit__
@@ -69,12 +70,10 @@ class Hook:
 
 # %% ../nbs/02_hooks.ipynb #7b97329b
 class Hooks(MutableSequence):
-    "Hooks on modules `ms`; each is removed when it leaves the list, all on `remove` or at the end of `with`."
-    def __init__(self,
-        ms, # modules, or (name, module) pairs as `select_modules` gives them
-        f,  # as for `Hook`, as are `before` and `keywords`
-        **kw
-    ):
+    """Hooks on modules; each is removed when it leaves the list, all on `remove` or at the end of `with`.
+
+    `ms` are modules, or (name, module) pairs of `select_modules`; `f`, `before`, `keywords` as for `Hook`."""
+    def __init__(self, ms, f, **kw):
         self.items = []
         try:
             for o in ms:
@@ -106,25 +105,16 @@ class Hooks(MutableSequence):
     def __repr__(self): return f'Hooks({self.items})'
 
 # %% ../nbs/02_hooks.ipynb #77ea4cd9
-def count_hooks(
-    model:nn.Module # searched with all its submodules
-) -> int: # forward, pre-forward and backward hooks together
-    "How many hooks are on a model: what a test asks after every kind of exit."
+def count_hooks(model:nn.Module) -> int:
+    "Count the hooks, forward and backward, on `model` and its submodules: what a test asks at every exit."
     kinds = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
     return sum(len(getattr(m, k, None) or ()) for m in model.modules() for k in kinds)
 
-def unwrap(
-    model:nn.Module # possibly wrapped by torch.compile or DistributedDataParallel
-) -> nn.Module: # the module inside
-    "The model itself, without the wrappers that would change the names of its layers."
-    while True:
-        inner = getattr(model, '_orig_mod', None)
-        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if inner is None: return model
-        model = inner
-
-
+def unwrap(model:nn.Module) -> nn.Module:
+    "Give what is inside `model` where torch.compile or DistributedDataParallel wraps it, changing names."
+    wraps = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    inner = getattr(model, '_orig_mod', model.module if wraps else None)
+    return model if inner is None else unwrap(inner)
 
 # %% ../nbs/02_hooks.ipynb #7bd13219
 _no_parts = nn.MultiheadAttention   # computes with the weights of its output layer, and never calls it
@@ -148,8 +138,8 @@ def _matches(what, name, module):
     if isinstance(what, type): return isinstance(module, what)
     if isinstance(what, (list, tuple, set)): return any(_matches(o, name, module) for o in what)
     if callable(what): return what(module)
-    raise TypeError(f'select_modules: got {what!r}; give None (all leaves), a module type, a name pattern '
-                    "such as 'encoder.*', a predicate on modules, a module, or a list of these")
+    raise TypeError(f"select_modules: got {what!r}; give None (all leaves), a type, a glob as 'encoder.*', "
+                    'a predicate, a module, or a list of these')
 
 # %% ../nbs/02_hooks.ipynb #fea5cf02
 def select_modules(
@@ -167,11 +157,10 @@ def select_modules(
     raise ValueError(f'select_modules: no module of the model matches {what!r}. It has: {known}{more}')
 
 # %% ../nbs/02_hooks.ipynb #dd5410f0
-def named_tensors(
-    outp,      # whatever a module returned
-    name:str='' # name of the module
-) -> list: # [(name, tensor)]; 'lstm[1][0]', "out['key']", 'out.field'; empty if there is no tensor in it
-    "Every tensor of a possibly nested output with the way to it as its name."
+def named_tensors(outp, name:str='') -> list:
+    """List (name, tensor) of every tensor in `outp`, which the module `name` returned; may be empty.
+
+    A name is the way to the tensor: 'lstm[1][0]', "out['key']", 'out.field'."""
     if isinstance(outp, torch.Tensor): return [(name, outp)]
     if isinstance(outp, Mapping): parts = [(f'{name}[{k!r}]', v) for k,v in outp.items()]
     elif is_dataclass(outp) and not isinstance(outp, type):

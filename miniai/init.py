@@ -39,18 +39,13 @@ class BatchTransformCB(Callback):
     def before_batch(self, learn):
         if not (self.on_train if learn.training else self.on_val): return
         learn.batch = self.tfm(learn.batch)
-        if learn.batch is None:
-            raise TypeError(f'BatchTransformCB: {getattr(self.tfm, "__name__", self.tfm)} returned None; '
-                            'it must return the new batch, `return xb, yb`')
+        if learn.batch is None: raise TypeError(
+            f'BatchTransformCB: {getattr(self.tfm, "__name__", self.tfm)} returned None, and no new batch')
 
 # %% ../nbs/30_init.ipynb #379e8de6
 class GeneralRelu(nn.Module):
-    "Is a ReLU that may leak, be lowered and be capped."
-    def __init__(self,
-        leak=None, # slope on the negative side; default 0
-        sub=None,  # taken off the result
-        maxv=None  # largest result
-    ):
+    "Is a ReLU that may leak (`leak`: slope on the negative side), be lowered by `sub` and capped at `maxv`."
+    def __init__(self, leak=None, sub=None, maxv=None):
         super().__init__()
         self.leak,self.sub,self.maxv = leak,sub,maxv
 
@@ -64,16 +59,10 @@ class GeneralRelu(nn.Module):
         return ', '.join(f'{k}={v}' for k,v in values.items() if v is not None)
 
 # %% ../nbs/30_init.ipynb #da4b1a05
-def plot_func(
-    f,          # function of a tensor, a module for example
-    start=-5.,  # from here
-    end=5.,     # to here
-    steps=100,  # at so many points
-    ax=None,    # matplotlib axes; default: those of a new figure
-    title=None, # above it
-    **kw        # for `ax.plot`
-): # the axes
-    "Draw `f`, with lines through zero."
+def plot_func(f, start=-5., end=5., steps=100, ax=None, title=None, **kw): # the axes
+    """Draw `f`, a function of a tensor, from `start` to `end` at `steps` points, with lines through zero.
+
+    Without `ax` there is a new figure; `title` is above it, and `kw` is for `ax.plot`."""
     from miniai.plots import plot_lines, subplots
     if ax is None: ax = subplots(figsize=(4,3))[1]
     x = torch.linspace(start, end, steps)
@@ -85,15 +74,14 @@ def plot_func(
 # %% ../nbs/30_init.ipynb #43183a40
 def _takes_bias_off(norm):
     "Say whether this norm removes what a bias adds, the same number at every position of a channel."
-    groups_of_one = isinstance(norm, nn.GroupNorm) and norm.num_groups==norm.num_channels
-    by_channel = nn.modules.batchnorm._BatchNorm,nn.modules.instancenorm._InstanceNorm
-    return groups_of_one or isinstance(norm, by_channel)
+    if isinstance(norm, nn.GroupNorm): return norm.num_groups==norm.num_channels
+    return isinstance(norm, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm))
 
 def _made(maker, what, *args):
     "Make a module; what is one already is refused."
     if not isinstance(maker, nn.Module): return maker(*args)
-    raise TypeError(f'conv: {what} is the module {maker!r}; give what makes one, `nn.{type(maker).__name__}` '
-                    'or a partial, as every layer needs its own')
+    raise TypeError(f'conv: {what} is the module {maker!r}; give what makes one for each layer, '
+                    f'`nn.{type(maker).__name__}` or a partial')
 
 def conv(
     ni:int,      # channels coming in
@@ -113,12 +101,10 @@ def conv(
     return nn.Sequential(*layers)
 
 # %% ../nbs/30_init.ipynb #3393de93
-def get_model(
-    act=nn.ReLU, # as in `conv`
-    nfs=None,    # channels between the convolutions; default [1, 8, 16, 32, 64]
-    norm=None    # as in `conv`
-): # the network on `def_device`
-    "Make the course's net for 28x28 images: convolutions of stride 2 down to one pixel, ten outputs."
+def get_model(act=nn.ReLU, nfs=None, norm=None): # the network on `def_device`
+    """Make the course's net for 28x28 images: convolutions of stride 2 down to one pixel, ten outputs.
+
+    `act` and `norm` are as in `conv`; `nfs` are the channels between, by default [1, 8, 16, 32, 64]."""
     if nfs is None: nfs = [1, 8, 16, 32, 64]
     layers = [conv(ni, nf, act=act, norm=norm) for ni,nf in zip(nfs, nfs[1:])]
     return nn.Sequential(*layers, conv(nfs[-1], 10, act=None, bias=True), nn.Flatten()).to(def_device)
@@ -131,22 +117,18 @@ def _fan_in(m):
     if not getattr(m, 'transposed', False): return m.weight[0].numel()
     return m.in_channels//m.groups*math.prod(m.kernel_size)/math.prod(m.stride)   # a mean over positions
 
+def _std(m, gain): return gain/math.sqrt(max(_fan_in(m), 1))
+
 def _has_weights(m):
     "Say whether the weight of `m` is a parameter of its own, not computed and not still without size."
     weight = m._parameters.get('weight') if isinstance(m, _weighted) else None
     return weight is not None and not nn.parameter.is_lazy(weight)
 
-def _draw_weights(m, gain):
-    std = gain/math.sqrt(max(_fan_in(m), 1))
-    nn.init.normal_(m.weight, 0, std)
-    return std
+def init_weights(m:nn.Module, leaky=0.):
+    """Draw the weights of `m`, if it is a convolution or linear layer, by Kaiming's rule, for `model.apply`.
 
-def init_weights(
-    m:nn.Module, # any module; only convolutions and linear layers are changed
-    leaky=0.     # negative slope of the activations that follow; 0 for ReLU
-):
-    "Draw the weights of a convolution or linear layer by Kaiming's rule, for `model.apply`."
-    if _has_weights(m): _draw_weights(m, nn.init.calculate_gain('leaky_relu', leaky))
+    `leaky` is the negative slope of the activations that follow, 0 for ReLU."""
+    if _has_weights(m): nn.init.normal_(m.weight, 0, _std(m, nn.init.calculate_gain('leaky_relu', leaky)))
 
 # %% ../nbs/30_init.ipynb #f7c298cf
 @contextmanager
@@ -163,12 +145,13 @@ def undisturbed(model, dls=None): # dls: as for `rng_state`, whose generators ar
             for nm,o in buffers.items(): m._buffers[nm] = refilled(o, m._buffers.get(nm))
         set_rng_state(rng)
 
+def _tensors(o): return [t for t in tree_leaves(o) if isinstance(t, torch.Tensor)]
+
 @torch.no_grad()
 def run_once(model, xb):
     "Run one forward pass as in training, of which nothing is left."
-    if not any(isinstance(o, torch.Tensor) for o in tree_leaves(xb)):
-        raise TypeError(f'xb is a {type(xb).__name__} and has no tensor; give an input of the model, as '
-                        '`next(iter(loader))[0]`')
+    if not _tensors(xb): raise TypeError(f'xb is a {type(xb).__name__} and has no tensor; give an input of '
+                                         'the model, as `next(iter(loader))[0]`')
     xb = to_device(xb, next((p.device for p in model.parameters()), def_device))
     with undisturbed(model): model.train()(*(xb if isinstance(xb, (tuple, list)) else [xb]))
 
@@ -192,8 +175,6 @@ def _gain(f, x, args, kwargs):
     return (z.square().mean()/out.float().square().mean()).sqrt().item()
 
 # %% ../nbs/30_init.ipynb #7c440a39
-def _tensors(o): return [t for t in tree_leaves(o) if isinstance(t, torch.Tensor)]
-
 class _Followers(TorchFunctionMode):
     "Sees which function is the first to follow each layer: `found` has name -> (function, gain)."
     def __init__(self, layers): # [(name, module)]
@@ -240,7 +221,8 @@ def kaiming_init(
         rows[nm] = 'never called, left as it is',None,None,None
         if nm not in called: continue
         follows,gain = followers.found.get(nm, ('nothing', 1.))
-        rows[nm] = follows,gain,_fan_in(m),_draw_weights(m, gain)
+        rows[nm] = follows,gain,_fan_in(m),_std(m, gain)
+        nn.init.normal_(m.weight, 0, _std(m, gain))
         if m.bias is not None: m.bias.zero_()
     table = pd.DataFrame.from_dict(rows, orient='index', columns=['follows', 'gain', 'fan_in', 'std'])
     return table.rename_axis('layer')
@@ -254,10 +236,10 @@ def output_stats(model, modules, xb):
     with Hooks(modules, keep) as hooks:
         for hook in hooks: hook.stats = None
         run_once(model, xb)
-    unused = [type(o.m).__name__ for o in hooks if o.stats is None]
-    if not unused: return [o.stats for o in hooks]
-    raise ValueError(f'lsuv_init: {unused[0]} was not called when the model ran; pass a module that its '
-                     'forward calls')
+    for o in hooks:
+        if o.stats is None: raise ValueError(f'lsuv_init: {type(o.m).__name__} was not called when the model '
+                                             'ran; pass a module that its forward calls')
+    return [o.stats for o in hooks]
 
 def is_centred(m):
     "Say whether the mean of `m` is near 0 for normal inputs; True for what can't be asked."
@@ -284,9 +266,8 @@ def lsuv_init(
 ) -> Tuned: # mean, std, passes, note; the note is empty if all went well
     "Scale and shift one layer until what comes out has mean 0 and deviation 1."
     weight = getattr(m_in, 'weight', None)
-    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-        raise TypeError(f'lsuv_init: m_in is {type(m_in).__name__}, which has no parameter `weight` to '
-                        'divide; pass the layer with weights, such as a Conv2d or Linear')
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point(): raise TypeError(
+        f'lsuv_init: m_in is {type(m_in).__name__}, with no parameter `weight` to divide; pass one that has')
     shift = getattr(m_in, 'bias', None) is not None and is_centred(m)
     best,best_error,stats,stale,passes = _own_parameters(m_in),math.inf,None,0,0
     while passes < max_iter:
@@ -335,13 +316,11 @@ def _pairs(model, xb):
 
 # %% ../nbs/30_init.ipynb #c93d98a0
 @torch.no_grad()
-def lsuv(
-    model:nn.Module, # any model, changed in place
-    xb,              # input for the passes, a tensor or a tuple of them; a few hundred samples are enough
-    tol=1e-3,        # as for `lsuv_init`
-    max_iter=50      # as for `lsuv_init`
-): # pandas.DataFrame, a row for each layer: measured_at, mean and std before and after, passes, note
-    "Do `lsuv_init` for all convolutions and linear layers, in the order in which they are called."
+def lsuv(model:nn.Module, xb, tol=1e-3, max_iter=50): # pandas.DataFrame, a row for each layer
+    """Do `lsuv_init` for all convolutions and linear layers of `model`, in the order of their calls.
+
+    `xb`, `tol` and `max_iter` are as there; a few hundred samples are enough. A row says where the layer was
+    measured, mean and std before and after, passes, and a note."""
     import pandas as pd
     model = unwrap(model)
     pairs = _pairs(model, xb)
