@@ -41,6 +41,8 @@ class Callback:
     order:float = Order.work
     in_trial = True   # False for what records: it is left out of trials, such as that of `lr_find`
 
+    def __repr__(self): return f'{type(self).__name__}()'
+
 # %% ../nbs/20_callback.ipynb #dd5d174f
 def _takes_learner(method):
     "Whether `method` has a positional argument for the learner."
