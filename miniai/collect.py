@@ -211,7 +211,9 @@ class Listener:
         if self.paused and not (self.outside and self.outside(mod)): return
         began = self.sampler.now()
         try:
-            if not self._fast(hook, outp): self._take(hook, mod, outp)
+            try: done = self._fast(hook, outp)
+            except Exception: done = False   # an output that has no shape
+            if not done: self._take(hook, mod, outp)
         except Exception as e: self.told.failed(hook.name, e)
         self.sampler.seconds += self.sampler.now() - began
 
@@ -261,9 +263,12 @@ class ModuleTap(Listener):
         if self.fired and self.others: del self.others[:]
 
     def _pass(self, hook, mod, inp, outp):
-        for _,a in named_tensors(outp)[:1]: self.units.find(mod, a)
+        try:
+            for _,a in named_tensors(outp)[:1]: self.units.find(mod, self.flat(a))
+        except Exception: self.units.last = None   # nothing is raised into a forward
 
     def _again(self, hook, outp): pass   # what a backward pass computes again
+    def flat(self, a): return torch.cat(a.detach().unbind()) if a.is_nested else a   # all of its rows
 
 # %% ../nbs/16_collect.ipynb #b9798008
 class TensorTap(ModuleTap):
@@ -287,6 +292,7 @@ class TensorTap(ModuleTap):
             kind = f'one of {outp.dtype}' if isinstance(outp, torch.Tensor) else type(outp).__name__
             self.told(hook.name, f'{self.verb} no tensor to measure, but {kind}')
         for source,a in found:
+            a = self.flat(a)
             if hook.call: source = f'{source} (call {hook.call+1})'
             axis = self.axes[source] = self.units.find(mod, a, source)
             hook.last = self.units.last

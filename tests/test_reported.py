@@ -433,6 +433,8 @@ kinds = dict(
     mkldnn=lambda x: x.detach().to_mkldnn(), meta=lambda x: x.to('meta'), quantized=lambda x: torch.quantize_per_tensor(x.detach(), .1, 0, torch.qint8),
     integers=lambda x: x.long(), booleans=lambda x: x > 0, nothing=lambda x: None, text=lambda x: 'out', empty=lambda x: x[:0])
 
+measured = 'sparse', 'csr', 'nested', 'jagged', 'float8', 'mkldnn'   # whatever their layout
+
 class Odd(nn.Module):
     def __init__(self, f): super().__init__(); self.f = f
     def forward(self, x): return self.f(x)
@@ -457,7 +459,9 @@ def test_10_and_12_an_odd_output_ends_no_fit_and_spoils_no_other_layer(kind):
         for part,stat in ((watcher.activations, 'mean'), (watcher.ranges, 'range'), (watcher.ranks, 'effective_rank')):
             assert np.isfinite(part.rows(nm, stat).values).all() and len(part.rows(nm, stat)) == 3, (nm, stat)
         assert len(watcher.gradients.rows(f'{nm}.weight', 'grad_norm')) == 3
-    if kind in ('integers', 'booleans', 'nothing', 'text', 'meta', 'empty'): assert not len(watcher.activations.rows('odd', 'mean'))
+    found = watcher.activations.rows('odd', 'mean')
+    assert not watcher.activations.silent and len(found) == (3 if kind in measured else 0)
+    if kind in measured: assert np.allclose(found.values, watcher.activations.rows('first', 'mean').values, rtol=1e-5 if kind != 'float8' else .2, atol=.01)
 
 def test_4_indices_beside_an_output_are_not_told():
     class Pool(nn.Module):

@@ -14,10 +14,11 @@ from torch import nn, optim
 
 from miniai.inspector import Inspector, InspectorCB
 from miniai.learner import Learner, TrainCB
-from miniai.lens import Lens, LossMetrics, OutputNorm, ParameterGradientGeometry, ParameterUpdateGeometry
+from miniai.activations import ActivationStats
+from miniai.lens import Lens, LossMetrics, OutputNorm, OutputStats, ParameterGradientGeometry, ParameterUpdateGeometry
 from miniai.stats import _failed, statistic, statistics
 import miniai.diagnose, miniai.report  # noqa: F401 (methods of learners and inspectors)
-from test_reported import batches, learner, loaders, net
+from test_reported import Around, batches, kinds, learner, loaders, measured, net
 
 
 def table(inspector, source, stat, phase='train'): return inspector.history.series(source, stat, phase)
@@ -295,3 +296,60 @@ def test_a_statistic_of_a_wrong_shape_is_left_out(f, tmp_path):
     finally:
         del statistics['strange']
         _failed.discard(f)
+
+
+# --- one odd output spoils nothing, and is measured if it has entries ---
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kind', kinds)
+def test_an_odd_output_spoils_no_other_layer(kind):
+    torch.manual_seed(0)
+    model, loss_fn = Around(kinds[kind]), nn.CrossEntropyLoss()
+    inspector = Inspector(visualizer=None).attach(model, optimizer=(opt := optim.SGD(model.parameters(), .1)), loss_fn=loss_fn)
+    for x,y in batches(3):
+        loss_fn(model(x), y).backward()
+        opt.step(); opt.zero_grad()
+    inspector.tick_epoch()
+    for nm in ('first', 'last'): assert len(table(inspector, nm, 'mean')) == len(table(inspector, f'{nm}.weight', 'grad_norm')) == 3
+    odd = table(inspector, 'odd', 'mean').values
+    assert inspector.facts()['silent'] == () and len(odd) == (3 if kind in measured else 0)
+    if kind in measured: assert np.allclose(odd, table(inspector, 'first', 'mean').values, rtol=1e-5 if kind != 'float8' else .2, atol=.01)
+
+class Encoder(nn.Module):
+    "Its fast path in eval mode leaves padding out: nested tensors from layer to layer."
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.emb, self.enc, self.head = nn.Linear(2, 8), nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+    def forward(self, x):
+        x, pad = x.view(-1, 3, 2), torch.zeros(len(x), 3, dtype=torch.bool)
+        pad[::2, 2] = True
+        return self.head(self.enc(self.emb(x), src_key_padding_mask=pad)[:, 0])
+
+@pytest.mark.filterwarnings('ignore:.*nested tensors is in prototype')
+@pytest.mark.parametrize('door', ['learner', 'inspector'])
+def test_a_transformer_that_leaves_padding_out_is_seen_in_validation(door):
+    model, seen = Encoder(), []
+    model.enc.layers[0].norm2.register_forward_hook(lambda m, inp, outp: seen.append(torch.cat(outp.unbind()).mean().item()) if outp.is_nested else None)
+    if door == 'learner':
+        learn = learner(model=model, dls=loaders(3))
+        watcher = learn.watch(every=1, on_valid=True)
+        quietly(learn.fit, 1)
+        values, names = (lambda nm: watcher.activations.rows(nm, 'mean', 'valid').values), watcher.activations.panels()
+    else:
+        inspector = Inspector([OutputStats(record_eval=True, inplace=False)], module=model, visualizer=None)
+        for x,_ in batches(3): model(x)
+        model.eval()
+        with torch.no_grad(): [model(x) for x,_ in batches(3, seed=1)]
+        quietly(inspector.tick_epoch)
+        values, names = (lambda nm: table(inspector, nm, 'mean', 'valid').values), list(inspector.facts()['sources'])
+    assert len(names) == 18 and all(len(values(nm)) == 3 for nm in names) and len(seen) == 3
+    assert np.allclose(values('enc.layers.0.norm2'), seen, atol=1e-6)
+
+def test_layers_that_are_not_chosen_raise_nothing_either():
+    "They are asked for the axis of their units only."
+    model = Around(kinds['nested'])
+    learn = learner(ActivationStats('last'), model=model, dls=loaders(3))
+    learn.fit(1)
+    assert len(learn.cbs[-1].rows('last', 'mean')) == 3
