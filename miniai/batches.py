@@ -101,6 +101,13 @@ def inputs_and_targets(learn):
     both = parts.inputs_of(learn.batch),parts.targets_of(learn.batch)
     return tuple(o[0] if len(o)==1 else tuple(o) for o in both)
 
+# %% ../nbs/03_batches.ipynb #a75d5af3
+def loss_func_of(learn):
+    "The loss function; None if the loss is the model's, or nobody says that it is the default one."
+    found = [getattr(type(o), 'get_loss', None) for o in (learn, *learn.cbs)]
+    own = any(o is not None and not o.__module__.startswith('miniai.') for o in found)
+    if batch_parts(learn).loss_nm is None and not (own and learn.loss_func is F.mse_loss): return learn.loss_func
+
 # %% ../nbs/03_batches.ipynb #41c4352d
 def counted(learn, by_class=True):
     "What the loss of this batch is a mean over, on its device; None if over samples."

@@ -9,6 +9,7 @@ __all__ = ['CheckpointError', 'save_state', 'load_state', 'load_weights', 'check
 import hashlib, io, math, os, shutil, warnings
 from collections import Counter
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -116,9 +117,11 @@ def learner_state(learn, epoch, batches=0, n_steps=0):
     "What is needed to go on with `epoch`, of which `batches` are done; all processes must call this."
     model,loss_func = unwrap(learn.model),as_module(learn.loss_func)
     grads = {nm: p.grad for nm,p in model.named_parameters() if p.grad is not None}   # they wait for a step
-    return dict(epoch=epoch, first=learn.epochs.stop-learn.n_epochs, batches=batches, n_steps=n_steps,
+    stream = learn._stream   # of which a pass is not an epoch
+    return dict(epoch=epoch, first=learn.epochs.stop-learn.n_epochs, first_step=learn.first_step,
+                batches=stream.done if stream else batches, of_epoch=batches, n_steps=n_steps,
                 model=model.state_dict(), opt=opt_state(opt_of(learn)), grads=grads,
-                loss_func=loss_func.state_dict(), processes=gather(own_state(learn, batches)))
+                loss_func=loss_func.state_dict(), processes=gather(own_state(learn, stream or batches)))
 
 # %% ../nbs/36_checkpoint.ipynb #92327bc1
 def same_form(state, module, path, what):
@@ -196,7 +199,12 @@ def warn_of_workers(dl):
 # %% ../nbs/36_checkpoint.ipynb #35fa2fdb
 class Resume(SavedFit):
     "How a fit goes on from a checkpoint."
-    def epochs(self, n_epochs): return range(self.state['epoch'], self.state['first']+n_epochs)
+    def epochs(self, learn):
+        "Those that are left; none if all steps are done."
+        learn.first_step = self.state.get('first_step', 0)
+        done = self.state['n_steps']-learn.first_step
+        if learn.max_steps is not None and done >= learn.max_steps: return range(0)
+        return range(self.state['epoch'], self.state['first']+learn.n_epochs)
 
     def batches(self, learn):
         "The batches that are left of the epoch, numbered; those that were done are loaded and dropped."
@@ -205,14 +213,15 @@ class Resume(SavedFit):
         learn._rng = self._rng(learn, 'epoch_rng')
         set_rng_state(learn._rng)
         if self.state['epoch']: warn_of_workers(learn.dl)
-        numbered = enumerate(learn.dl)
+        stream,at = learn._stream,self.state.get('of_epoch', done)
+        batches = stream.batches if stream else iter(learn.dl)
         for i in range(done):
-            if next(numbered, None) is None: raise CheckpointError(
+            if next(batches, None) is None: raise CheckpointError(
                 f'{self.path} was saved after {done} batches, and the loader gives only {i}; the data or the '
                 'batch size has changed')
-            learn.iter = i
+        if at: learn.iter = at-1
         if done: self.load(learn)
-        return numbered
+        return enumerate(islice(batches, learn.epoch_sz-at) if stream else batches, at)
 
     def load(self, learn):
         "Be as the learner was that has saved this."

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch.utils.data import default_collate
 
 from .device import def_device, to_device, to_cpu, set_seed, clean_mem
 from .plots import show_image, show_images, subplots, get_grid
-from .training import get_dls
+from .training import Dataset as Samples, get_dls
 
 _all_ = ['def_device', 'to_device', 'to_cpu', 'set_seed', 'clean_mem',
          'show_image', 'show_images', 'subplots', 'get_grid']
@@ -336,6 +337,16 @@ def _checked_splits(dd, bs):
                          f'{names[1]!r} has {list(valid.features)}')
     return train,valid
 
+# %% ../nbs/26_datasets.ipynb #af9a6a0d
+def _column(o):
+    "An array as a tensor; 64-bit floats become those that models have."
+    o = o if isinstance(o, torch.Tensor) else torch.as_tensor(np.asarray(o))
+    return o.to(torch.get_default_dtype()) if o.dtype is torch.float64 else o
+
+def _samples(X, y):
+    x,y = _column(X),_column(y)
+    return Samples(x, y.long() if y.dtype is torch.uint8 else y)   # bytes are pictures, in inputs
+
 # %% ../nbs/26_datasets.ipynb #e56fdb9b
 class DataLoaders:
     "Holds a training loader `.train` and a validation loader `.valid`."
@@ -374,3 +385,22 @@ class DataLoaders:
         train,valid = ({nm: _decode(ds, nm).to(device) for nm in names} for ds in splits)
         return cls(MemoryLoader(splits[0], train, batch_size, True, drop_last, as_tuple),
                    MemoryLoader(splits[1], valid, batch_size*2, as_tuple=as_tuple))
+
+# %% ../nbs/26_datasets.ipynb #9b65b825
+@patch(cls_method=True)
+def from_arrays(cls:DataLoaders,
+    X, y, # inputs [n, ...] and targets [n, ...]: arrays, tensors, lists, data frames; floats become float32
+    batch_size:int=64, # of training; validation takes twice as many
+    valid=.2, # fraction of the samples for validation, chosen by `seed`; or (X, y) of others
+    seed:int=0,
+): # `DataLoaders` of `MemoryLoader`s
+    "Make loaders of arrays: tuples (inputs, targets), training shuffled."
+    data = _samples(X, y)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    if not isinstance(valid, (tuple, list)):
+        n = round(valid*len(data)) if 0 < valid < 1 else 0
+        if not 0 < n < len(data): raise ValueError(
+            f'from_arrays: valid is {valid!r} of {len(data)} samples; give a fraction, or (X, y) of others')
+        data,valid = Samples(*data[order[n:]]),data[order[:n]]
+    parts = data,_samples(*valid)
+    return cls(*[MemoryLoader(o, dict(x=o.x, y=o.y), batch_size*(1+i), not i) for i,o in enumerate(parts)])

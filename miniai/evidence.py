@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .batches import inputs_and_targets, loss_func_of
 from .history import History, plain_frame, read_table, write_table
 from .hooks import select_modules, unwrap
 from .inspector import Inspector
@@ -357,13 +358,12 @@ def _of_model(model, opts, loss_func, inputs, predictions, targets):
                    norms=tried(starting_parts, model, default={}), **probes)
 
 # %% ../nbs/49_evidence.ipynb #3c3fd97a
-def is_pair(batch): return isinstance(batch, (tuple, list)) and len(batch) > 1
-
 def _of_learner(learn):
     batch = getattr(learn, 'batch', None)
-    inputs, targets = (first_tensor(batch), batch[-1]) if is_pair(batch) else (None, None)
-    preds = getattr(learn, 'preds', None)
-    facts = _of_model(unwrap(learn.model), [learn.opt], learn.loss_func, inputs, preds, targets)
+    inputs, targets = tried(inputs_and_targets, learn, default=(None, None))
+    if targets is batch: inputs = targets = None   # nobody says what is what
+    facts = _of_model(unwrap(learn.model), [learn.opt], loss_func_of(learn), first_tensor(inputs),
+                      getattr(learn, 'preds', None), first_tensor(targets))
     for cb in learn.cbs:
         known = watched_facts(cb)
         if hasattr(cb, 'inspector'): known.pop('layers', None)   # the Learner has their full names
@@ -481,6 +481,7 @@ class Finding:
     layers:tuple = ()      # all layers it was seen at
     chart:Chart = field(default=None, compare=False, repr=False) # what it was read from
     kind:tuple = ()        # the class of fault, a word; two where the evidence fits both
+    source:str = ''        # what its rule rests on
 
     def plot(self,
         ax=None # matplotlib axes; default those of a new figure

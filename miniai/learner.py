@@ -8,8 +8,10 @@ __all__ = ['Learner', 'TrainCB', 'KeywordCB', 'TrainLearner', 'MomentumLearner',
            'MetricsCB', 'ProgressCB', 'LRFinderCB', 'SuggestedLRs']
 
 # %% ../nbs/24_learner.ipynb #ef154455
+from collections.abc import Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import islice, repeat
 from numbers import Real
 
 import numpy as np
@@ -25,6 +27,7 @@ from .device import batch_size, def_device, detached, rng_state, to_cpu, to_devi
 from .history import History
 from .lr_find import LRFinderCB, SuggestedLRs, lr_find
 from .metrics import MetricsCB
+from .optimizers import as_optimizer, groups_by_rate
 from .progress import ProgressCB
 
 # %% ../nbs/24_learner.ipynb #327ecf9f
@@ -70,14 +73,17 @@ class _Epochs(_Batches):
             self._stepped = False
             try: self._one_batch()
             finally: self.n_steps += self._stepped
+            if self.training and self._is_over(): break
         if self.iter is None: raise ValueError(_no_batches(self))
 
     def _numbered(self):
         "The batches of this pass with their numbers; after a resume, those that were done are left out."
         resume,self._resume = self._resume,None
         if resume and self.training: return resume.batches(self)
-        if self.training: self._rng = rng_state(self.dls)
+        if self.training and self.epoch_sz is None: self._rng = rng_state(self.dls)
         return enumerate(self.dl)
+
+    def _is_over(self): return self.max_steps is not None and self.n_steps-self.first_step >= self.max_steps
 
     def one_epoch(self,
         training # False for validation
@@ -86,6 +92,8 @@ class _Epochs(_Batches):
         self.model.train(training)
         self._in_phase = training
         self.dl,self.iter = _loader(self.dls, training),None
+        if training and self.epoch_sz is not None:
+            self._stream = self.dl = self._stream or EpochsOf(self, self.dl, self.epoch_sz)
         self._one_epoch()
 
     @with_cbs('fit')
@@ -96,6 +104,32 @@ class _Epochs(_Batches):
             if valid:
                 with torch.no_grad(): self.one_epoch(False)
             if train: self.epochs_done = self.epoch+1
+            if train and self._is_over():
+                self.n_epochs -= self.epochs.stop-self.epochs_done   # there were no more
+                self.epochs = range(self.epochs.start, self.epochs_done)
+                break
+
+# %% ../nbs/24_learner.ipynb #a6a33ae8
+class EpochsOf:
+    "The batches of a loader, `n` to an epoch; `done` of the pass that `learn._rng` began are over."
+    def __init__(self, learn, dl, n, again=True):
+        self.learn,self.dl,self.n,self.again,self.done = learn,dl,n,again,0
+        self.batches = self._passes()   # of all epochs
+
+    def _passes(self):
+        while True:
+            self.done = 0
+            if self.learn.training: self.learn._rng = rng_state(self.learn.dls)
+            for batch in self.dl:
+                self.done += 1
+                yield batch
+            if not (self.done and self.again): return
+
+    def __len__(self): return self.n
+    def __iter__(self): return islice(self.batches, self.n)
+    def __getattr__(self, nm):
+        if nm.startswith('__') or nm == 'dl': raise AttributeError(nm)
+        return getattr(self.dl, nm)
 
 # %% ../nbs/24_learner.ipynb #a41a0f9c
 def _loader(dls, training):
@@ -160,12 +194,16 @@ class _OtherRooms:
     summary,show_image_batch = _Later('augment'),_Later('augment')
     capture_preds,tta = _Later('augment'),_Later('augment')
     open_checkpoint = _Later('checkpoint')
+    validate,get_preds,save,load = [_Later('shortcuts') for _ in range(4)]
+    fit_one_cycle,freeze,unfreeze = [_Later('shortcuts') for _ in range(3)]
 
 # %% ../nbs/24_learner.ipynb #285507db
-def _check_fit(learn, n_epochs):
+def _check_fit(learn, n_epochs, max_steps):
     "Refuse what cannot be fitted."
-    if not isinstance(n_epochs, (int, np.integer)) or n_epochs < 0:
-        raise ValueError(f'fit: n_epochs is {n_epochs!r}; it must be a whole number, 0 or more')
+    counts = ('n_epochs', n_epochs, 0),('max_steps', max_steps, 1),('epoch_sz', learn.epoch_sz, 1)
+    for nm,n,least in counts:
+        if n is None and nm != 'n_epochs' or isinstance(n, (int, np.integer)) and n >= least: continue
+        raise ValueError(f'fit: {nm} is {n!r}; it must be a whole number, {least} or more')
     if isinstance(learn.loss_func, type):
         name = learn.loss_func.__name__
         raise TypeError(f'fit: the loss is the class {name}; give an instance of it, `{name}()`')
@@ -186,14 +224,17 @@ def _ready_opt(learn, lr, reset_opt):
     if learn.opt_func and (reset_opt or learn.opt is None):
         lr = learn.lr if lr is None else lr
         if lr is None: raise ValueError('fit: there is no learning rate; pass `lr` to the Learner or to fit')
-        if not isinstance(lr, (Real, torch.Tensor)):
-            raise TypeError(f'fit: lr is {lr!r} ({type(lr).__name__}); it must be a number')
-        learn.opt = learn.opt_func(learn.model.parameters(), lr)
+        if not isinstance(lr, (Real, torch.Tensor, Mapping)):
+            raise TypeError(f'fit: lr is {lr!r} ({type(lr).__name__}); it must be a number, or name -> number')
+        by_name = isinstance(lr, Mapping)
+        params = groups_by_rate(learn.model, lr) if by_name else learn.model.parameters()
+        learn.opt = as_optimizer(learn.opt_func(params, max(lr.values()) if by_name else lr))
         learn._drop_grads()
     elif learn.opt is None:
         raise ValueError('fit: opt_func is None; set `learn.opt` to an optimizer before fitting')
     elif lr is not None:
-        for group in learn.opt.param_groups: group['lr'] = lr
+        rates = lr.values() if isinstance(lr, Mapping) else repeat(lr)
+        for group,rate in zip(learn.opt.param_groups, rates): group['lr'] = rate
     if reset_opt: learn.epochs_done = 0
 
 # %% ../nbs/24_learner.ipynb #81e2af88
@@ -212,11 +253,11 @@ def _borrowed(learn, cbs):
         for m,training in modes:
             m.training = training
             if hasattr(m, 'reshard'): m.reshard()   # of a sharded model: its parameters were others
-        learn._in_phase,learn._resume,learn.hold = None,None,False
+        learn._in_phase,learn._resume,learn.hold,learn._stream = None,None,False,None
         for nm in {'preds', 'loss'} & set(vars(learn)): setattr(learn, nm, detached(getattr(learn, nm)))
         learn.history.flush()
 
-def _start(learn, n_epochs, train, valid, lr, reset_opt, resume):
+def _start(learn, n_epochs, train, valid, lr, reset_opt, resume, max_steps):
     "Check what can be checked, make the optimizer, open a run in the history."
     learn.bind()
     warn_misspelt(learn.cbs)
@@ -227,9 +268,11 @@ def _start(learn, n_epochs, train, valid, lr, reset_opt, resume):
         raise ValueError('fit: resume goes on with a training; it cannot be given with train=False')
     if train: _ready_opt(learn, lr, reset_opt)
     first = learn.epochs_done if train and not reset_opt else 0
+    if max_steps is not None: n_epochs = max_steps   # there is no epoch without a step
     learn.n_epochs,learn.epochs = n_epochs,range(first, first+n_epochs)
+    learn.max_steps,learn.first_step = max_steps,learn.n_steps
     learn._resume = None if resume is None else learn.open_checkpoint(resume)
-    if learn._resume: learn.epochs = learn._resume.epochs(n_epochs)
+    if learn._resume: learn.epochs = learn._resume.epochs(learn)
     learn.history.start_run()
 
 # %% ../nbs/24_learner.ipynb #e117ca27
@@ -239,17 +282,19 @@ class Learner(_Epochs, _Records, _OtherRooms):
         model,                # any module
         dls=(0,),             # object with the loaders `.train` and `.valid`
         loss_func=F.mse_loss, # called with predictions and targets
-        lr=0.1,               # handed to `opt_func`; None if every `fit` gives its own
+        lr=0.1,               # for `opt_func`, or name of parameters -> rate; None if every `fit` gives its own
         cbs=None,             # one callback or a list of them
-        opt_func=optim.SGD    # called with parameters and learning rate at `fit`; None to set `opt` yourself
+        opt_func=optim.SGD,   # makes one optimizer or several of parameters and rate; None: you set `opt`
+        epoch_sz=None         # training batches to an epoch; default: one pass over the loader
     ):
         super().__init__(cbs)
         self.model,self.dls,self.loss_func,self.lr,self.opt_func = model,dls,loss_func,lr,opt_func
         self.history,self.opt = History(),None
         self.epoch,self.epochs_done,self.n_steps = 0,0,0   # n_steps: training steps before the current batch
+        self.epoch_sz,self.max_steps,self.first_step = epoch_sz,None,0
         self._in_phase = None   # what the epoch is for, in a fit
         self.hold = False   # set by a callback before a batch: add up its gradients with those of the next
-        self._resume = self._rng = None   # how to go on from a file; random state before the training epoch
+        self._resume = self._rng = self._stream = None   # how to go on from a file; random state before a pass
 
     def fit(self,
         n_epochs=1,    # passes over the data
@@ -258,16 +303,20 @@ class Learner(_Epochs, _Records, _OtherRooms):
         cbs=None,      # callbacks for this fit only
         lr=None,       # instead of the learner's
         reset_opt=True,# False: keep optimizer and gradients of the last fit, and go on counting epochs
-        resume=None    # a file of `miniai.checkpoint`, or a folder of them: go on where that fit was
+        resume=None,   # a file of `miniai.checkpoint`, or a folder of them: go on where that fit was
+        max_steps=None # end after so many training steps instead, however many epochs that takes
     ):
         "Train and validate; the mode (train or eval) of every module is afterwards what it was before."
-        _check_fit(self, n_epochs)
+        _check_fit(self, n_epochs, max_steps)
         with _borrowed(self, cbs):
-            _start(self, n_epochs, train, valid, lr, reset_opt, resume)
+            _start(self, n_epochs, train, valid, lr, reset_opt, resume, max_steps)
             self._fit(train, valid)
 
+    def __repr__(self): return f'Learner({type(self.model).__name__}, {self.dls}, cbs={list(self.cbs)})'
+
     def __getstate__(self):   # a copy is in no fit, and holds no graph
-        rest = dict(_levels=[], _bound={}, _bound_cbs=[], _in_phase=None, _resume=None, hold=False)
+        rest = dict(_levels=[], _bound={}, _bound_cbs=[], _in_phase=None, _resume=None, hold=False,
+                    _stream=None)
         graphs = {nm: detached(o) for nm,o in vars(self).items() if nm in ('preds', 'loss')}
         return {**vars(self), **rest, **graphs}
 
@@ -293,10 +342,10 @@ class KeywordCB(TrainCB):
 # %% ../nbs/24_learner.ipynb #7f480262
 class TrainLearner(Learner, Predicts):
     "A Learner that needs no TrainCB."
-    def __init__(self, model, dls=(0,), loss_func=F.mse_loss, lr=0.1, cbs=None, opt_func=optim.SGD,
+    def __init__(self, model, dls=(0,), loss_func=F.mse_loss, lr=0.1, cbs=None, opt_func=optim.SGD, epoch_sz=None,
         **parts # as for `TrainCB`: n_inp, inp_nm, lbl_nm, preds_nm, ...
     ):
-        super().__init__(model, dls, loss_func, lr, cbs, opt_func)
+        super().__init__(model, dls, loss_func, lr, cbs, opt_func, epoch_sz)
         Predicts.__init__(self, **parts)
 
     def predict(self): self.predict_with(self)
@@ -310,10 +359,10 @@ class MomentumLearner(TrainLearner):
     "A TrainLearner that keeps the fraction `mom` of each gradient for the next step."
     def __init__(self, model, dls, loss_func, lr=None, cbs=None, opt_func=optim.SGD,
         mom=0.85,# fraction of the gradient that stays
-        **parts  # as for `TrainCB`
+        **kw     # as for `TrainLearner`: epoch_sz, n_inp, inp_nm, ...
     ):
         self.mom = mom
-        super().__init__(model, dls, loss_func, lr, cbs, opt_func, **parts)
+        super().__init__(model, dls, loss_func, lr, cbs, opt_func, **kw)
 
     def zero_grad(self):
         with torch.no_grad():

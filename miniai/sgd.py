@@ -201,8 +201,9 @@ class OneCycleCB(BatchSchedCB):
 
 def _n_steps(learn):
     "Count the training steps of the fit that has begun."
+    if learn.max_steps is not None: return learn.max_steps
     batches = max([getattr(cb, 'batches_per_step', 1) for cb in learn.cbs])
-    try: return learn.n_epochs*math.ceil(len(learn.dls.train)/batches)
+    try: return learn.n_epochs*math.ceil((learn.epoch_sz or len(learn.dls.train))/batches)
     except TypeError as e:
         raise ValueError(f'OneCycleCB: the training loader ({type(learn.dls.train).__name__}) does not know '
                          'its length; give total_steps') from e

@@ -12,9 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from miniai.accel import AccumulateCB, MixedPrecision
 from miniai.datasets import DataLoaders
 from miniai.device import set_seed
-from miniai.inspector import Inspector
 from miniai.learner import KeywordCB, Learner, MetricsCB, MomentumLearner, ProgressCB, TrainCB, TrainLearner
-from miniai.lens import LossMetrics, OutputNorm
 
 
 @dataclass
@@ -170,3 +168,306 @@ def test_accumulated_tokens_are_those_of_one_batch(kw):
     for o in one, many: o.fit(2)
     assert one.n_steps == many.n_steps == 2
     for a, b in zip(one.model.parameters(), many.model.parameters()): torch.testing.assert_close(a, b)
+
+
+# --- steps ---
+
+class Stream(IterableDataset):
+    "Token rows without a length; `n` of them, or without end."
+    def __init__(self, n=None): self.n = n
+    def __iter__(self):
+        i = 0
+        while self.n is None or i < self.n:
+            x = torch.arange(i, i+5) % 7
+            yield x, (x*3 + 1) % 7
+            i += 1
+
+
+def step_learner(cbs=(), n=None, shuffled=False, **kw):
+    set_seed(3)
+    train = token_loaders(2).train.dataset if shuffled else Stream(n)
+    dls = DataLoaders(DataLoader(train, 2, shuffle=shuffled or None), token_loaders(4).valid)
+    model = nn.Sequential(*Tokens().body, nn.Dropout(.2), nn.Linear(7, 7))
+    return Learner(model, dls, lambda p, y: F.cross_entropy(p.transpose(1, 2), y), lr=.1, opt_func=partial(optim.SGD, momentum=.9),
+                   cbs=[TrainCB(), Quiet(), ProgressCB(), *cbs], **kw)
+
+
+def weights(learn): return torch.cat([o.detach().flatten() for o in learn.model.parameters()])
+
+
+def validated(learn): return learn.history.series('epoch', 'loss', 'valid').steps.tolist()
+
+
+def test_steps_end_a_fit_and_epochs_are_numbers_of_batches():
+    learn = step_learner(epoch_sz=4)
+    learn.fit(max_steps=10)
+    assert learn.n_steps == 10 and validated(learn) == [4, 8, 10] and learn.epochs == range(3) and learn.n_epochs == 3
+    learn.fit(max_steps=5)             # of this fit
+    assert learn.n_steps == 15 and learn.max_steps == 5 and learn._stream is None
+    learn.fit(1)
+    assert learn.n_steps == 19 and learn.max_steps is None
+
+
+def test_an_epoch_of_batches_takes_up_the_pass_where_it_stopped():
+    "So that many short epochs see the same batches, and make the same steps, as few long ones."
+    whole, parts = (step_learner(shuffled=True, epoch_sz=o) for o in (None, 4))   # a pass has six batches
+    for o in whole, parts:
+        set_seed(4)
+        o.fit(max_steps=12, valid=False)
+    assert torch.equal(weights(whole), weights(parts)) and (whole.epochs, parts.epochs) == (range(2), range(3))
+
+
+def test_accumulation_and_schedules_count_steps():
+    from miniai.sgd import OneCycleCB, RecorderCB
+    learn = step_learner([AccumulateCB(2), OneCycleCB(.5), RecorderCB(lr=lambda cb: cb.pg['lr'])], epoch_sz=5)
+    learn.fit(max_steps=9)             # 2+2, and 1 of a single batch, an epoch
+    rates = learn.history.series('recorder', 'lr').values
+    assert learn.n_steps == 9 and max(rates) == pytest.approx(.5, abs=.01) and rates[-1] < 1e-3
+    learn = step_learner([OneCycleCB(.5)], epoch_sz=5)
+    learn.fit(2)
+    assert learn.n_steps == 10
+
+
+@pytest.mark.parametrize('shuffled', [False, True])
+@pytest.mark.parametrize('stop', [3, 4, 6, 7])
+def test_a_fit_by_steps_goes_on_to_the_same_bits(tmp_path, shuffled, stop):
+    "Stopped in an epoch and at its end; in a pass, at its end, in the second."
+    from miniai.checkpoint import CheckpointCB
+    kw = dict(shuffled=shuffled, epoch_sz=4, n=12)
+    one = step_learner(**kw)
+    one.fit(max_steps=11)
+    step_learner([CheckpointCB(tmp_path, every=1, keep=None)], **kw).fit(max_steps=9)
+    two = step_learner([CheckpointCB(tmp_path, every=1, keep=None)], **kw)
+    for o in tmp_path.glob('step_*'): o.unlink() if int(o.stem[5:]) > stop else None
+    set_seed(99)
+    two.fit(max_steps=11, resume=tmp_path)
+    assert two.n_steps == 11 and torch.equal(weights(one), weights(two)) and validated(one) == validated(two) == [4, 8, 11]
+    three = step_learner([CheckpointCB(tmp_path, every=1)], **kw)
+    three.fit(max_steps=11, resume=tmp_path)      # nothing is left to do
+    assert three.n_steps == 11 and torch.equal(weights(one), weights(three))
+
+
+def test_a_finished_fit_by_steps_can_be_made_longer(tmp_path):
+    from miniai.checkpoint import CheckpointCB
+    kw = dict(shuffled=True, epoch_sz=4)
+    one = step_learner(**kw)
+    one.fit(max_steps=12)
+    step_learner([CheckpointCB(tmp_path)], **kw).fit(max_steps=8)
+    three = step_learner([CheckpointCB(tmp_path)], **kw)
+    three.fit(max_steps=12, resume=tmp_path)
+    assert three.epochs_done == 3 and torch.equal(weights(one), weights(three))
+
+
+@pytest.mark.parametrize('kw, at, message', [(dict(max_steps=0), {}, 'max_steps is 0'), (dict(max_steps=1.5), {}, 'max_steps is 1.5'),
+                                             ({}, dict(epoch_sz=0), 'epoch_sz is 0'), (dict(n_epochs=None), {}, 'n_epochs is None')])
+def test_counts_that_are_none_are_refused(kw, at, message):
+    with pytest.raises(ValueError, match=message): step_learner(**at).fit(**kw)
+
+
+# --- several optimizers ---
+
+class Muon(optim.Optimizer):
+    "Steps of matrices whose singular values are made alike, by five Newton-Schulz iterations (K. Jordan, 2024)."
+    def __init__(self, params, lr, momentum=.9): super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group['params']:
+                if p.grad is None: continue
+                m = self.state[p].setdefault('momentum', torch.zeros_like(p))
+                m.mul_(group['momentum']).add_(p.grad)
+                x = m/(m.norm() + 1e-7)
+                if len(x) > x.shape[1]: x = x.T
+                for _ in range(5):
+                    a = x@x.T
+                    x = 3.4445*x + (-4.7750*a + 2.0315*a@a)@x
+                p.add_(x if x.shape == p.shape else x.T, alpha=-group['lr'])
+
+
+def muon_and_adamw(params, lr):
+    params = list(params)
+    return dict(matrices=Muon([p for p in params if p.ndim == 2], lr), rest=optim.AdamW([p for p in params if p.ndim < 2], lr/5))
+
+
+def adam_twice(params, lr):
+    params = list(params)
+    return [optim.Adam(params[:2], lr), optim.Adam(params[2:], lr)]
+
+
+class Classes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU()), nn.Linear(32, 2)
+    def forward(self, x): return self.head(self.body(x))
+
+
+def data(n=640):
+    set_seed(5)
+    x = torch.randn(n, 8)
+    return DataLoaders.from_arrays(x, (x[:, :4].square().sum(1) > x[:, 4:].square().sum(1)).long(), 32)
+
+
+def opt_learner(opt_func, cbs=(), lr=.02, worker=TrainCB, **kw):
+    dls = data()
+    set_seed(6)
+    return Learner(Classes(), dls, F.cross_entropy, lr=lr, opt_func=opt_func, cbs=[worker(), Quiet(accuracy=accuracy), *cbs], **kw)
+
+
+def test_two_of_a_kind_are_one():
+    "Optimizers that treat each parameter by itself may be divided."
+    from miniai.accel import GradClipCB
+    from miniai.sgd import OneCycleCB, RecorderCB
+    found = []
+    for opt_func in optim.Adam, adam_twice:
+        learn = opt_learner(opt_func, [GradClipCB(.5), OneCycleCB(), RecorderCB(lr=lambda cb: cb.pg['lr'])])
+        learn.watch(budget=None, updates=True)
+        learn.fit(2)
+        series = {key: learn.history.series(key[1], key[2], key[0]).values.tolist() for key in learn.history.keys() if '[1]' not in key[2]}
+        found.append((weights(learn), series, sorted(o.rule for o in learn.diagnose())))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1:] == found[1][1:]
+
+
+def severe(learn): return [o.rule for o in learn.diagnose() if o.level in ('error', 'warning')]
+
+
+def test_muon_beside_adamw_learns_watched_without_a_false_finding():
+    from miniai.sgd import OneCycleCB, RecorderCB
+    learn = opt_learner(muon_and_adamw, [OneCycleCB(), RecorderCB(lr=lambda cb: cb.pg['lr'])])
+    watch = learn.watch(updates=True)
+    learn.fit(8)
+    assert learn.history.series('epoch', 'accuracy', 'valid').values[-1] > .7
+    updates = {nm for _, nm, what in watch.updates.history.keys() if 'update' in what or 'ratio' in what}
+    assert updates >= {'body.0.weight', 'body.0.bias', 'head.weight', 'head.bias'}
+    assert not severe(learn), learn.diagnose()
+    assert learn.history.series('recorder', 'lr').values[3] == pytest.approx(5*learn.history.series('recorder', 'lr[1]').values[3])
+
+
+def test_muon_beside_adamw_goes_on_to_the_same_bits(tmp_path):
+    from miniai.checkpoint import CheckpointCB
+    from miniai.sgd import OneCycleCB
+    make = lambda *cbs: opt_learner(muon_and_adamw, [OneCycleCB(), *cbs], epoch_sz=5)
+    one = make()
+    one.fit(max_steps=12)
+    make(CheckpointCB(tmp_path, every=1, keep=None)).fit(max_steps=12)
+    for o in tmp_path.glob('step_*'): o.unlink() if int(o.stem[5:]) > 7 else None
+    two = make()
+    set_seed(9)
+    two.fit(max_steps=12, resume=tmp_path)
+    assert torch.equal(weights(one), weights(two))
+    with pytest.raises(ValueError, match='Optimizers'): opt_learner(optim.AdamW).fit(max_steps=12, resume=tmp_path)
+
+
+class Players(nn.Module):
+    "A generator and a discriminator of points."
+    def __init__(self):
+        super().__init__()
+        self.g = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 2))
+        self.d = nn.Sequential(nn.Linear(2, 32), nn.LeakyReLU(.2), nn.Linear(32, 1))
+
+
+class GANCB(TrainCB):
+    "Two losses: the discriminator tells real from made, the generator is to be taken for real."
+    def predict(self, learn):
+        real, noise = learn.batch
+        learn.preds = learn.model.g(noise)
+        self.scores = [learn.model.d(o) for o in (real, learn.preds.detach(), learn.preds)]
+    def get_loss(self, learn):
+        real, made, fooled = self.scores
+        self.losses = F.softplus(-real).mean() + F.softplus(made).mean(), F.softplus(-fooled).mean()
+        self.scores, learn.loss = None, sum(self.losses)
+    def backward(self, learn):
+        for loss, part in zip(self.losses, (learn.model.d, learn.model.g)):
+            loss.backward(inputs=list(part.parameters()), retain_graph=True)
+        self.losses = None
+
+
+def gan_learner(*cbs):
+    set_seed(7)
+    angle = torch.rand(512)*6.28
+    real = torch.stack([angle.cos(), angle.sin()], 1)*.5 + 1
+    dls = DataLoaders(DataLoader(TensorDataset(real, torch.randn(512, 2)), 64, shuffle=True), ())
+    model = Players()
+    adam = lambda part, lr: optim.Adam(part.parameters(), lr, betas=(.5, .99))
+    return Learner(model, dls, lr=2e-3, cbs=[GANCB(), *cbs], opt_func=lambda _, lr: dict(d=adam(model.d, lr), g=adam(model.g, lr)))
+
+
+def test_a_gan_has_two_losses_and_two_optimizers(tmp_path):
+    from miniai.checkpoint import CheckpointCB
+    one = gan_learner()
+    one.watch(updates=True)
+    one.fit(25, valid=False)
+    made = one.model.g(torch.randn(500, 2))
+    assert (made.mean(0) - 1).abs().max() < .35 and .1 < made.std() < 1     # the data has mean 1 and deviation .35
+    assert {type(o) for o in one.opt.opts.values()} == {optim.Adam} and not severe(one), one.diagnose()
+    other = gan_learner()
+    other.fit(3, valid=False)
+    gan_learner(CheckpointCB(tmp_path, every=5, keep=None)).fit(3, valid=False)
+    for o in tmp_path.glob('step_*'): o.unlink() if int(o.stem[5:]) > 15 else None
+    two = gan_learner()
+    set_seed(99)
+    two.fit(3, valid=False, resume=tmp_path)
+    assert torch.equal(weights(other), weights(two))
+
+
+def test_optimizers_that_ask_again():
+    from miniai.shortcuts import ClosureCB
+    learn = opt_learner(partial(optim.LBFGS, line_search_fn='strong_wolfe'), worker=ClosureCB, lr=1.)
+    learn.dls.train.batch_size = 512                    # its curvature is of one loss
+    watch = learn.watch(updates=True)
+    learn.fit(3)
+    losses = learn.history.series('batch', 'loss').values
+    assert learn.n_steps == 3 and losses[2] < .5*losses[0]
+    assert len(watch.updates.history.series('head.weight', 'update_ratio')) == 3
+
+
+def test_rates_and_frozen_layers_by_name():
+    learn = opt_learner(optim.SGD, lr={'body.*': .01, '*': .1})
+    learn.fit_one_cycle(1)
+    assert [o['max_lr'] for o in learn.opt.param_groups] == [.01, .1]
+    learn.freeze('body.*')
+    before = [o.detach().clone() for o in learn.model.parameters()]
+    learn.watch()
+    learn.fit(1)
+    moved = [not torch.equal(a, b) for a, b in zip(before, learn.model.parameters())]
+    assert moved == [False]*4 + [True]*2 and not [o for o in severe(learn) if 'gradient' in o]
+    learn.fit(1, lr=.05, reset_opt=False)
+    assert [o['lr'] for o in learn.opt.param_groups] == [.05, .05]
+    with pytest.raises(ValueError, match='no pattern of .* means head.weight'): learn.fit(1, lr={'body.*': .1})
+
+
+# --- processes ---
+
+script = '''
+import sys
+import torch
+sys.path[:0] = [sys.argv[2]]
+from test_batches import Tokens, Quiet, n_tokens, own_loss, right_tokens, token_loaders
+from miniai.accel import AccumulateCB, DDPCB
+from miniai.device import set_seed
+from miniai.distributed import is_main
+from miniai.learner import Learner, TrainCB
+set_seed(2)
+learn = Learner(Tokens(), token_loaders(4), own_loss, lr=.5, epoch_sz=4,
+                cbs=[TrainCB(weight_of=n_tokens), Quiet(right=right_tokens), AccumulateCB(2), DDPCB()])
+learn.fit(max_steps=5)
+values = [learn.history.series('epoch', nm, phase).values.tolist() for nm in ('loss', 'right') for phase in ('train', 'valid')]
+if is_main(): torch.save([learn.n_steps, values, [o.detach() for o in learn.model.parameters()]], sys.argv[1])
+'''
+
+
+def test_two_processes_accumulate_tokens_as_one(tmp_path):
+    import os, subprocess, sys
+    from pathlib import Path
+    here, found = Path(__file__).resolve().parent, []
+    (tmp_path/'train.py').write_text(script)
+    env = {**os.environ, 'PYTHONPATH': f'{here.parent}', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    for launcher in [], ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2']:
+        res = subprocess.run([sys.executable, *launcher, str(tmp_path/'train.py'), str(tmp_path/'out.pt'), str(here)], capture_output=True,
+                             text=True, env=env)
+        assert res.returncode == 0, res.stderr[-4000:]
+        found.append(torch.load(tmp_path/'out.pt', weights_only=False))
+    (steps, values, weights), (steps2, values2, weights2) = found
+    assert steps == steps2 == 5
+    torch.testing.assert_close(values2, values)
+    torch.testing.assert_close(weights2, weights)

@@ -42,6 +42,7 @@ recipes = dict(
     BatchSchedCB=lambda cls, folder: cls(partial(lr_scheduler.StepLR, step_size=2)),
     BatchTransformCB=lambda cls, folder: cls(lambda batch: batch),
     CheckpointCB=lambda cls, folder: cls(folder/'checkpoints'),
+    CSVLogCB=lambda cls, folder: cls(folder/'log.csv'),
     CompileCB=lambda cls, folder: cls(backend='eager'),
     EpochSchedCB=lambda cls, folder: cls(partial(lr_scheduler.StepLR, step_size=1)),
     HooksCallback=lambda cls, folder: cls(lambda hook, mod, inp, outp: None),
@@ -51,6 +52,7 @@ recipes = dict(
     PatienceCB=lambda cls, folder: cls(patience=100),
     RecorderCB=lambda cls, folder: cls(lr=lambda cb: cb.pg['lr']),
     ReportCB=lambda cls, folder: cls(folder/'report.html'),
+    ShortEpochCB=lambda cls, folder: cls(2),
     StopOnCB=lambda cls, folder: cls('nan'))
 
 
