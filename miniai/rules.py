@@ -30,10 +30,11 @@ def rule(
 ): # the function; it gives a list
     "Decorator: `diagnose` asks this function, too."
     if f is None: return partial(rule, kind=kind, causes=causes, tries=tries, before=before)
+    source = ' '.join((f.__doc__ or '').partition('Source: ')[2].split())
     @wraps(f)
     def asked(evidence, **limits):
         found = f(evidence, **limits) or []
-        return [replace(o, rule=f.__name__, kind=tuple(listify(o.kind or kind)),
+        return [replace(o, rule=f.__name__, source=source, kind=tuple(listify(o.kind or kind)),
                         causes=filled(o.causes or causes, evidence), tries=filled(o.tries or tries, evidence))
                 for o in ([found] if isinstance(found, Finding) else found)]
     later = list(rules)[list(rules).index(before):] if before else []
@@ -241,10 +242,12 @@ def highest_of_two(values):
     return most if most > 100*abs(values[0]) else high
 
 def _jump(loss, step):
-    "The highest loss around `step`, in units of the lowest shortly before."
+    "The highest loss around `step`, in units of the lowest shortly before; 0 of one that jumps all the time."
     before = loss.values[(loss.steps >= step-6) & (loss.steps < step)]
-    now = loss[(loss.steps >= step-1) & (loss.steps <= step+2)].finite
-    return now.max(initial=0.)/before.min() if len(before) and before.min() > 0 else 0.
+    now = loss[(loss.steps >= step-1) & (loss.steps <= step+2)].finite.max(initial=0.)
+    usual = loss.values[loss.steps < step-1][-20:]
+    noise = np.median(np.abs(np.diff(usual))) if len(usual) > 3 else 0.
+    return now/before.min() if len(before) and before.min() > 0 and now - np.median(before) > 3*noise else 0.
 
 def _collapse(evidence, loss, limit):
     "A finding where outputs shrink to nearly nothing and the loss jumps by half or more."
@@ -360,12 +363,13 @@ def at_layers(evidence, level, text, layers, **kw):
       causes=['it is not used in `forward`', 'it is used without a call (`layer.forward(x)`, `layer.weight`, '
               '`F.relu` beside an nn.ReLU)', 'it is for another phase'])
 def never_called(evidence):
-    """Layers that were watched and never ran: a warning if they have weights, else a note.
+    """Layers that were watched and never ran: a warning if they have weights that get no gradient, else a note.
 
     Source: PyTorch, "Modules": only a call of a module runs its hooks."""
     silent, known = evidence.facts.silent, evidence.facts.sampled
     if not silent and not known: raise Missing(f'no outputs of layers were recorded; watch with {_or}')
-    owners = [o for o in silent if o in layers_of(evidence.facts.params)]
+    used = layers_of(nm for nm in evidence.sources('grad_norm') if evidence.track(nm, 'grad_norm').usual > 0)
+    owners = [o for o in silent if o in layers_of(evidence.facts.params) and o not in used]
     return at_layers(evidence, 'warning' if owners else 'note', 'Never called: {}.', owners or silent)
 
 @rule(kind='ledger',
@@ -560,7 +564,7 @@ def learning_rate_low(evidence,
 @rule
 def update_ratio(evidence,
     *, ratios=(1e-4, 1e-2), # lowest and highest median of a weight over the second half of the run
-    max_ratio=.1            # from here on it is a warning
+    max_ratio=.1            # from here on it is a warning, unless the loss has fallen far
 ):
     """Weights that change by too much or too little in a step, measured against themselves.
 
@@ -573,7 +577,8 @@ def update_ratio(evidence,
                                        (low, ratios[0], 'little', 'low', 'higher')):
         if not layers: continue
         value, tracks = usual[layers[0]], {nm: ratio[nm] for nm in layers}
-        yield found(evidence, 'warning' if value > max_ratio else 'note',
+        harm = value > max_ratio and not is_solved(evidence, .6)
+        yield found(evidence, 'warning' if harm else 'note',
                     f'A step changes {layers[0]} by {value:.1g} of itself, which is {much}.', value, limit,
                     tracks, slice(len(tracks[layers[0]])//2, None), kind=f'lr_{now}',
                     causes=[f'a learning rate that is {now} for this layer', 'weights that began so'],

@@ -79,6 +79,12 @@ def test_parts_in_order(page):
         'Findings', 'Curves', 'Layers', 'One layer', 'What was run', 'Cost of watching']
 
 
+def test_each_finding_has_its_source(learn, page):
+    found = learn.diagnose()
+    assert found and all(o.source for o in found)
+    assert text(page).count('Source: ') == len(found)
+
+
 def test_thirty_layers_and_a_thousand_steps_can_be_mailed(tmp_path):
     "Counts and values without any pattern, which pack worst."
     layers, history = tuple(f'body.{i}.conv' for i in range(30)), History(max_bytes=400_000_000)
