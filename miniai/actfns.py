@@ -428,14 +428,13 @@ def visualize_gradients(
 
 # %% ../nbs/60_actfns.ipynb #4349b349
 def visualize_activations(
-    net,         # any model
-    batch_or_dl, # batch (inputs, targets), inputs alone, or a loader, whose first batch is taken
-    color='C0',  # of the plots
-    what=None,   # layers as for `select_modules`; default: activation functions, all leaves if there are none
-    n_inp=1      # how many parts of the batch are inputs
+    net, batch_or_dl, color='C0',
+    what=None, # layers as for `select_modules`; default: activation functions, all leaves if there are none
+    n_inp=1
 ): # (figure, table): layer, function, entries, std, zeros, saturated, dead
     """Draw the distribution of the outputs of each activation function, in a plot each.
 
+    `net`, `batch_or_dl`, `color` and `n_inp` are as for `visualize_gradients`, but inputs alone will do.
     In the table `zeros` is the fraction of entries that are exactly zero, `saturated` of those within 0.03 of
     where the function settles (NaN where that is not known), `dead` of units zero for the whole batch."""
     caller, layers = 'visualize_activations', _act_layers(net) if what is None else []

@@ -177,10 +177,10 @@ def _say(runs, folder):
     if pages: print(f'\nEverything, to open in a browser: {pages}')
 
 # %% ../nbs/61_demo.ipynb #6342cd9a
-def main(
-    argv=None # list of options; default: those of the command line
-):
-    "Run the console command; an error the user can mend ends it with one line and exit status 2."
+def main(argv=None):
+    """Run the console command, with options `argv` or those of the command line.
+
+    An error the user can mend ends it with one line and exit status 2."""
     (args, parser), start = _options(argv), time.time()
     folder = Path(args.out)
     try:

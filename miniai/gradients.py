@@ -318,14 +318,10 @@ class UpdateStats(UpdateViews, StepRows):
     """Records how far each step of the optimizer moves each parameter: norm, ratio to the parameter's,
     correlation; `history` has the rows.
 
-    Takes memory for one copy of all parameters while a fit runs, two with the correlation."""
-    def __init__(self,
-        parameters=('weight', 'bias'), # names or globs of them; 'weight' and 'bias' are the two kinds
-        every:int=1,           # sample every n-th step of the optimizer
-        budget=None,           # instead of `every`: a fraction of the fit's time, such as 0.02
-        stats=update_stat_names, # what to record
-        max_bytes=56_000_000   # memory for the rows; the largest series are thinned when it is full
-    ):
+    Takes memory for one copy of all parameters while a fit runs, two with the correlation. `parameters`,
+    `every`, `budget`, `stats` and `max_bytes` are as for `GradientStats`."""
+    def __init__(self, parameters=('weight', 'bias'), every:int=1, budget=None, stats=update_stat_names,
+                 max_bytes=56_000_000):
         super().__init__('update', update_stat_names, parameters, every, budget, stats, max_bytes, Bins(1), 0)
 
     def begin(self, learn):
@@ -406,18 +402,14 @@ class RankSamples(Recorder, HooksCallback):
 
 # %% ../nbs/41_gradients.ipynb #1faa66e6
 class RankStats(RankSamples):
-    "Records the effective rank of each chosen layer's output, on a sample; `history` has the rows."
+    """Records the effective rank of each chosen layer's output, on a sample; `history` has the rows.
+
+    `mod_filter`, `every`, `on_train`, `on_valid`, `mods`, `axis`, `budget` and `max_bytes` are as for
+    `ActivationStats`. With `center` each unit's mean over the sample is subtracted first."""
     def __init__(self,
-        mod_filter=noop,     # predicate, type, name pattern or a list of these; default all leaves
-        every:int=100,       # sample every n-th step of a phase
+        mod_filter=noop, every:int=100,
         samples:int=256,     # rows of an output to take; the rank cannot be more
-        on_train=True,       # in training
-        on_valid=False,      # in validation
-        mods=None,           # a list of modules or names, instead of `mod_filter`
-        axis=None,           # function (module, ndim) -> axis of the units; default `unit_axis`
-        budget=None,         # instead of `every`: a fraction of the fit's time, such as 0.02
-        max_bytes=56_000_000,# memory for the rows
-        center=False         # subtract each unit's mean over the sample first
+        on_train=True, on_valid=False, mods=None, axis=None, budget=None, max_bytes=56_000_000, center=False
     ):
         if samples < 2: raise ValueError(f'RankStats: samples is {samples!r}; it must be 2 or more')
         self.samples, self.axis, self.center, self._waiting = samples, axis or unit_axis, center, []

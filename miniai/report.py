@@ -229,12 +229,10 @@ def report_html(
     return page.render(content, live=live, nonce=secrets.token_hex(12), plotly=script, charts=charts)
 
 # %% ../nbs/56_report.ipynb #80cbf81e
-def write_report(
-    x,                 # as for `report_html`
-    path='report.html',# where to, folders are made; a path that ends in .md gets a text
-    **kw               # `title`, `findings`, `live`: as for `report_html`
-) -> Path: # where it was written
-    "Write the page about the last run of `x`."
+def write_report(x, path='report.html', **kw) -> Path: # where it was written
+    """Write the page about the last run of `x` to `path`; a path that ends in .md gets a text.
+
+    Folders are made; `x` and `kw`, that is title, findings, live, are as for `report_html`."""
     if Path(path).suffix == '.md':
         runs = runs_in(x) or {kw.get('title'): x}
         pages = [template('run.md').render(content_of(o, nm, kw.get('findings'))) for nm,o in runs.items()]
@@ -280,12 +278,10 @@ class ReportCB(Callback):
 
 # %% ../nbs/56_report.ipynb #00036102
 @patch
-def report(self:Learner,
-    path='report.html', # where to; folders are made
-    live:bool=False,    # begin now, and write it anew after each epoch of the fits to come
-    **kw                # `title`, `findings`, as for `report_html`; with `live` as for `ReportCB`
-) -> Path: # of the page
-    "Write the page about the last fit; with `live`, put a `ReportCB` into `cbs`."
+def report(self:Learner, path='report.html', live:bool=False, **kw) -> Path: # of the page
+    """Write the page about the last fit, as `write_report`, which takes `path` and `kw`.
+
+    With `live` it is written now and, by a `ReportCB` in `cbs`, which takes `kw`, after each epoch."""
     if not live: return write_report(self, path, **kw)
     self.cbs.append(ReportCB(path, **kw))
     return write_report(self, path, title=kw.get('title'), live=_live_seconds)
@@ -298,12 +294,10 @@ class _LiveVisualizer(GetAttr):
         self._write()
 
 @patch
-def report(self:Inspector,
-    path='report.html', # where to; folders are made
-    live:bool=False,    # begin now, and write it anew at each `tick_epoch`
-    **kw                # `title`, `findings`: as for `report_html`
-) -> Path: # of the page
-    "Write the page about the run that was watched."
+def report(self:Inspector, path='report.html', live:bool=False, **kw) -> Path: # of the page
+    """Write the page about the run that was watched, as `write_report`, which takes `path` and `kw`.
+
+    With `live` it is written now and at each `tick_epoch` to come."""
     if isinstance(self.visualizer, _LiveVisualizer): self.visualizer = self.visualizer.default
     write = lambda: write_report(self, path, live=_live_seconds if live else None, **kw)
     if live: self.visualizer = _LiveVisualizer(self.visualizer, write)

@@ -6,9 +6,9 @@
 __all__ = ['RangeStats', 'NonFinite', 'NanTracer', 'Watcher']
 
 # %% ../nbs/42_watch.ipynb #af45c0ba
-import re
-import warnings
+import re, warnings
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from fastcore.basics import noop, patch
@@ -122,14 +122,14 @@ class Recorded:
                      ('weights', updates, 'param_norm'), ('update', updates, 'update_norm'),
                      ('backward', _first(GradientStats), 'grad_norm'))
 
-    def table(self, only=None): # {(phase, source)}; default all
+    @cached_property
+    def table(self):
         "Make a table with a line for each row; `onset` where it is not finite after one that is."
         import pandas as pd
         found = {}
         for stage,cb,stat in self.kept:
             for phase,source,o in cb.history.keys() if cb is not None else ():
-                wanted = source == 'batch' if stage == 'loss' else only is None or (phase, source) in only
-                wanted = wanted and o == stat and source != 'all'
+                wanted = o == stat and (source == 'batch' if stage == 'loss' else source != 'all')
                 if wanted: found.setdefault((stage, phase, source), (cb, stat))
         return pd.concat([pd.DataFrame(self._lines(*key, *o)) for key,o in found.items()] or [pd.DataFrame()])
 
@@ -150,8 +150,8 @@ class Recorded:
 # %% ../nbs/42_watch.ipynb #a6ef982b
 def first_non_finite(learn):
     "Find the first of this fit that has spread, else the first of all; None while all is finite."
-    recorded, spoilt = Recorded(learn), set().union(*(h.not_finite(asked) for h in histories_of(learn)[1:]))
-    table = recorded.table(spoilt)
+    recorded = Recorded(learn)
+    table = recorded.table
     if table.empty: return None
     forward, weights = (table.stage == stages.index(o) for o in ('forward', 'weights'))
     # weights of a layer after the first one with a bad output are not what broke that
@@ -172,7 +172,7 @@ def first_non_finite(learn):
 class Account:
     "What is known around an event, a line of the table."
     def __init__(self, recorded, event, spread):
-        self.recorded, self.event, self.spread, table = recorded, event, spread, recorded.table()
+        self.recorded, self.event, self.spread, table = recorded, event, spread, recorded.table
         self.table, self.kind = table[table.phase == event.phase], 'NaN' if event.nan else 'Inf'
         self.seen = self.others('forward').sort_values('place')
 
