@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from miniai.batches import mean_over
-from miniai.device import batch_size
-from miniai.distributed import gather, rank, world_size
-from miniai.history import History
-from miniai.hooks import choose_parameters, find_parameters
-from miniai.kernels import add_to_row, empty_row
-from miniai.lens import aggregates, epoch_taps, layer_taps, row_stat, summary
-from miniai.loss_stats import few
-from miniai.rows import to_host
-from miniai.stats import Sums, grad_bins, unit_view
-from miniai.steps import Moment
+from .batches import mean_over
+from .device import batch_size
+from .distributed import gather, rank, world_size
+from .history import History
+from .hooks import choose_parameters, find_parameters
+from .kernels import add_to_row, empty_row
+from .lens import aggregates, epoch_taps, layer_taps, row_stat, summary
+from .loss_stats import few
+from .rows import to_host
+from .stats import Sums, grad_bins, unit_view
+from .steps import Moment
 
 # %% ../nbs/46_epochs.ipynb #5a974803
 class Seen:
@@ -221,6 +221,7 @@ class Epochs:
     def _tick(self, everywhere):
         self.sampler.begin_watch()
         if self.active: self._close_epoch(everywhere)
+        if self.log is not None: self._guard('the log', self.log.write, True)
         self.sampler.end_watch()
         self.begin_epoch(self.epoch + 1)
 
@@ -228,6 +229,7 @@ class Epochs:
         "Say that what comes belongs to this `epoch`, in a loop that counts for itself."
         self.epoch, self.samples = epoch, None
         self.seen, self.active = Seen(epoch, self.steps, self.history.max_bytes), self.is_active_fn(epoch)
+        if self.log is not None: self.log.listen(self.history, self.seen.values)
         if self.steps.moment is Moment.STEPPING: self.steps.moment = Moment.STEPPED   # its step has failed
         if self.layers and not self.active: self.layers.each('listen', False)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .rows import Chunk, Column, MergedTable, Rows, joined, stacked, to_host
+from .rows import Chunk, Column, MergedTable, Readers, Rows, joined, stacked, to_host
 from .stats import Bins
 
 # %% ../nbs/15_history.ipynb #5bebda22
@@ -87,6 +87,7 @@ class Values(WaitingValues):
     "Recorded values, with a series for each (phase, source, name)."
     def keys(self): return list(self.chunks)
     def has(self, *key): return key in self.chunks
+    def read_chunk(self, key, chunk): yield *key, chunk.arrays[0]
 
     def series(self, *key):
         chunks = joined(self.chunks.get(key, ()))
@@ -115,8 +116,8 @@ class _Recorded:
         if max_bytes < 100_000:
             raise ValueError(f'History: max_bytes is {max_bytes!r}; it must be 100,000 or more')
         self.max_pending, self.max_bytes, self.run = max_pending, max_bytes, -1
-        self.values = Values()
-        self.tables = [self.values]
+        self.values, self.readers = Values(), Readers()
+        self.tables, self.values.readers = [self.values], self.readers
 
     def start_run(self) -> int: # number of the run that starts now
         "Rows recorded from here on belong to the next run; earlier rows stay."
@@ -153,7 +154,7 @@ class _Bounded(_Recorded):
     ) -> Rows: # the same
         "Read the statistics of rows of sums here, too."
         self.tables.append(table)
-        table.after_flush = self._thin_if_full
+        table.after_flush, table.readers = self._thin_if_full, self.readers
         return table
 
     def flush(self):

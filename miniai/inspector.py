@@ -28,6 +28,7 @@ from .epochs import (Computing, Epochs, Keeping, Losses, Numbers, Parameters, Pr
 from .history import History
 from .hooks import Hook, choose_parameters, named_tensors, select_modules, unwrap, warn_if_compiled
 from .lens import OutputStats, aggregates, checked_loss, default_lenses, layer_taps, row_stat
+from .loggers import LogCB
 from .loss_stats import LossStats, few, first_tensor, loss_parts, parts_of
 from .steps import ClipNorms, Layers, OptimizerTaps, Steps, tables_for
 from .visualizer import Recording, save_parquet, visualizer_named
@@ -270,6 +271,7 @@ class OptimizerSteps:
         self._guard('the updates', held.after, self.compute)
         self.sampler.end_watch()
         for o in self.tables: o.close()
+        if self.log is not None and self.log.came: self._guard('the log', self.log.write)
 
 
 # %% ../nbs/47_inspector.ipynb #e70ba518
@@ -332,7 +334,7 @@ class State:
 
     def __getstate__(self):   # a copy watches nothing; it has the table
         gone = dict.fromkeys(('model', 'layers', 'optimizer')) | dict(hooks=[], handles=[], held={}, lent=[])
-        return vars(self) | gone | dict(params=[], subject={}, opts=[], batch={})
+        return vars(self) | gone | dict(params=[], subject={}, opts=[], batch={}, log=None)
 
     def _kept(self): return dict(history=self.history, values=self.seen.values, loss_stats=self.loss_stats)
     def _output_grads(self):
@@ -474,6 +476,7 @@ class Starting:
         # other processes may be gone, after an error
         if self.attached and self.seen.fresh: self._tick(everywhere=False)
         self.sampler.stop()
+        if self.attached and self.log is not None: self.log.end(self)
         self.model, self.optimizer, self.held = None, None, {}
         if self.layers: self.layers.release()
         self.params = [replace(o, p=SimpleNamespace(requires_grad=expects_gradient(o.p)), owner=None)
@@ -503,7 +506,8 @@ class Inspector(Attaching, Starting, Hooking, Forwards, AfterForwards, Optimizer
         every:int=1,                    # sample every n-th step of a phase
         budget:float=None,              # or as many as fit into this fraction of the loop's time
         weighted:bool=True,             # batches count by their samples in an epoch's values; False: equally
-        max_bytes:int=56_000_000        # memory for the table, as for `History`
+        max_bytes:int=56_000_000,       # memory for the table, as for `History`
+        log=None                        # gets the values of each step: as for `LogCB`, or one with a filter
     ):
         self.lenses = checked_lenses(default_lenses() if lenses is None else lenses)
         self.depth, self.module_name_prefix = depth, module_name_prefix
@@ -511,6 +515,7 @@ class Inspector(Attaching, Starting, Hooking, Forwards, AfterForwards, Optimizer
         self.is_active_fn, self.master_rank, self.weighted = activity(is_active_fn), master_rank, weighted
         self.every, self.budget, self.history = every, budget, History(max_bytes=max_bytes)
         self.loss_stats = LossStats()
+        self.log = log if log is None or isinstance(log, LogCB) else LogCB(log)
         self.tables = [self.history.add_table(o) for o in tables_for(self.lenses)]
         self.model, self.layers, self.hooks, self.handles, self.lent = None, None, [], [], []
         self._start()

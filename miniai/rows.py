@@ -98,12 +98,19 @@ class Column:
     def of_state(cls, state): return cls(**dict(state, chunks=[Chunk(**o) for o in state['chunks']]))
 
 # %% ../nbs/14_rows.ipynb #4f240d9a
+class Readers(list):
+    "Functions (table, key, chunk) that are called with rows when they come to the host; a copy has none."
+    def __reduce_ex__(self, protocol): return Readers, ()
+
 class Table:
     "Series by key, which begins with phase and source."
-    stats = ()   # names of series, where they are no part of the key
+    stats, bins, readers = (), None, ()   # stats: names of series, where they are no part of the key
     def __init__(self): self.chunks = {}   # key -> `Column`
 
-    def add(self, key, chunk): self.chunks.setdefault(key, Column()).append(chunk)
+    def add(self, key, chunk):
+        self.chunks.setdefault(key, Column()).append(chunk)
+        for read in self.readers: read(self, key, chunk)
+
     def empty(self): self.flush()   # of what waits
     def close(self): pass           # a step is complete
 
@@ -295,10 +302,17 @@ class ArrivingRows(Slots):
 class ReadRows(ArrivingRows):
     "Rows of sums by the names of statistics."
     def keys(self):   # of what is shown
-        own = [stat_name(self.tap, nm) for nm in own_names(self.tap)]
         windows = ['dead_epoch'] if self.follow_units and self.tap == 'output' else []
-        shown, whole = dict.fromkeys((*self.stats, *own, *windows)), [stat_name(self.tap, 'norm')]
-        return [(*key, stat) for key in self.chunks for stat in (whole if key[1] == 'all' else shown)]
+        return [(*key, stat) for key in self.chunks
+                for stat in (*self._shown(key[1]), *windows*(key[1] != 'all'))]
+
+    def _shown(self, source):
+        own = (stat_name(self.tap, nm) for nm in own_names(self.tap))
+        return [stat_name(self.tap, 'norm')] if source == 'all' else list(dict.fromkeys((*self.stats, *own)))
+
+    def read_chunk(self, key, chunk):   # (phase, source, statistic, values [n, ...])
+        sums = chunk.sums(self.bins)
+        for nm in self._shown(key[1]): yield *key, nm, statistics[base_name(self.tap, nm)](sums)
 
     def has(self, phase, source, stat):
         base = base_name(self.tap, stat)

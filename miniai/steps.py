@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/45_steps.ipynb #87b68eff
 import weakref
 from enum import Enum
+from itertools import product
 
 import numpy as np
 import torch
@@ -82,8 +83,15 @@ class ChosenRows(Rows):
         self.what = parts_needed([o.base(nm) for o in lenses for nm in o.named])
         self.pairs = any(o.before for o in lenses)
 
+    def names_of(self, lens): return {nm for o in self.chosen[lens] for nm in self.sources.get(o, (o,))}
+
+    def read_chunk(self, key, chunk):
+        for phase,lens in product(('train', 'valid'), self.lenses):
+            if key[0] not in lens.phases(phase) or key[1] not in self.names_of(lens): continue
+            for stat in lens.named: yield phase, key[1], stat, lens.values(stat, chunk.sums(self.bins))
+
     def of(self, lens, phase):   # {source: its chunks}
-        names = {nm for o in self.chosen[lens] for nm in self.sources.get(o, (o,))}
+        names = self.names_of(lens)
         found = {nm: [c for raw in lens.phases(phase) for c in self.chunks.get((raw, nm), ())]
                  for nm in dict.fromkeys(o for _,o in self.chunks if o in names)}   # in the order they came
         return {nm: o for nm,o in found.items() if o}
