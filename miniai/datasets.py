@@ -10,6 +10,7 @@ __all__ = ['fashion_mnist', 'image_to_tensor', 'inplace', 'collate_dict', 'Memor
 import gzip, math, zlib
 from contextlib import suppress
 from importlib import resources
+from operator import length_hint
 from pathlib import Path
 
 import numpy as np
@@ -39,22 +40,19 @@ _idx_kinds = {2051: ('images', 16), 2049: ('labels', 8)}   # what follows, and b
 def read_idx(path, kind, count): # kind: 'images' or 'labels'; uint8 array [n, rows, columns] or [n]
     "Read an IDX file (gzipped: .gz), and check that it is whole and holds what is expected."
     raw = Path(path).read_bytes()
-    if str(path).endswith('.gz'):
-        try: raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as e:
-            raise ValueError(f'{path}: {len(raw):,} bytes that are no complete gzip file ({e}); '
-                             'expected a gzipped IDX file. Fetch it again.') from e
+    try: raw = gzip.decompress(raw) if str(path).endswith('.gz') else raw
+    except (OSError, EOFError, zlib.error) as e:
+        raise ValueError(f'{path}: {len(raw):,} bytes that are no complete gzip file ({e}); '
+                         'expected a gzipped IDX file. Fetch it again') from e
     found,head = _idx_kinds.get(int.from_bytes(raw[:4], 'big'), ('', len(raw)+1))
-    if len(raw) < head:
-        raise ValueError(f'{path}: {len(raw):,} bytes that begin with {bytes(raw[:4])!r}; expected an IDX '
-                         'file, which begins with the number 2051 (images) or 2049 (labels) and its shape')
+    if len(raw) < head: raise ValueError(f'{path}: {len(raw):,} bytes that begin with {bytes(raw[:4])!r}; '
+                                         'expected an IDX file, with 2051 (images) or 2049 (labels)')
     shape = np.frombuffer(raw[4:head], '>u4').tolist()
     size = head + math.prod(shape)
     if (found, shape[0], len(raw)) == (kind, count, size):
         return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)
-    raise ValueError(f'{path}: {len(raw):,} bytes, and by its header it holds {shape[0]:,} {found} of '
-                     f'{size:,} bytes; expected {count:,} {kind}, and all of them. Is it cut off or too '
-                     'long, or are two files swapped?')
+    raise ValueError(f'{path}: {len(raw):,} bytes, and it holds {shape[0]:,} {found} of {size:,} bytes; '
+                     f'expected {count:,} {kind}. Is it cut off or too long, or are two files swapped?')
 
 # %% ../nbs/26_datasets.ipynb #6eed512c
 def _info(source):
@@ -94,8 +92,7 @@ def _from_idx(path):
     for split,(*names,count) in idx_files.items():
         paths = [find_idx(folder, nm) for nm in names]
         images,labels = (read_idx(o, kind, count) for o,kind in zip(paths, ('images', 'labels')))
-        if images.shape[1:]!=(28,28):
-            raise ValueError(f'{paths[0]}: images of {images.shape[1:]}; expected (28,28)')
+        if images.shape[1:]!=(28,28): raise ValueError(f'{paths[0]}: {images.shape[1:]}; expected (28,28)')
         if labels.max()>9: raise ValueError(f'{paths[1]}: holds the label {labels.max()}; expected 0 to 9')
         res[split] = arrays_to_dataset(images, labels, f'IDX files in {folder}', split)
     return res
@@ -163,20 +160,18 @@ def fashion_mnist(
 # %% ../nbs/26_datasets.ipynb #b09199ce
 _mode_types = {'I': np.int32, 'F': np.float32, 'I;16': np.int16}   # these are not scaled
 
-def image_to_tensor(
-    im, # PIL image
-): # tensor [C, H, W]: float in 0..1 for 8-bit and 1-bit images, the plain values for modes I, I;16 and F
-    "Turn a PIL image into a tensor, as torchvision's `to_tensor` does."
+def image_to_tensor(im):
+    """Turn a PIL image `im` into a tensor [C, H, W], as torchvision's `to_tensor` does.
+
+    Of 8-bit and 1-bit images it has floats in 0..1, of the modes I, I;16 and F the plain values."""
     pixels = np.array(im, _mode_types.get(im.mode, np.uint8))
     pixels = torch.from_numpy(pixels if pixels.ndim==3 else pixels[...,None]).permute(2, 0, 1).contiguous()
     if im.mode in _mode_types: return pixels
     return pixels.to(torch.get_default_dtype()).div(1 if im.mode=='1' else 255)
 
 # %% ../nbs/26_datasets.ipynb #13eba069
-def inplace(
-    f, # changes its argument
-): # function that calls `f` and returns the argument
-    "Make a function that changes its argument return it too."
+def inplace(f):
+    "Make a function that calls `f`, which changes its argument, and returns the argument."
     def _f(b):
         f(b)
         return b
@@ -190,20 +185,17 @@ def _stack(values, nm):
     try: return default_collate(values)
     except (RuntimeError, TypeError) as e:
         kinds = sorted({str(tuple(o.shape)) if hasattr(o, 'shape') else type(o).__name__ for o in values})
-        raise ValueError(f"collate: column {nm!r} makes no batch, its samples are {', '.join(kinds[:4])}; "
-                         'they must be numbers, or images or tensors of one shape. Use a transform') from e
+        raise ValueError(f"collate: column {nm!r} makes no batch, its samples are {', '.join(kinds[:4])}. "
+                         'Use a transform that gives numbers, or images or tensors of one shape') from e
 
-def collate_dict(
-    ds, # Hugging Face data set, or anything with `features`
-    as_tuple:bool=True, # a tuple in the order of the columns; otherwise a dict
-): # collate function: list of sample dicts -> batch
-    "Make the collate function that turns samples of `ds` into batches; PIL images become tensors."
+def collate_dict(ds, as_tuple:bool=True): # collate function: list of sample dicts -> batch
+    """Make the collate function for `ds`, anything with `features`; PIL images become tensors.
+
+    A batch is a tuple in the order of the columns or, unless `as_tuple`, a dict."""
     names = list(ds.features)
     def _f(samples):
-        for nm in names:
-            if all(nm in o for o in samples): continue
-            raise KeyError(f'collate: column {nm!r} is missing from a sample; the first one has '
-                           f'{sorted(samples[0])}')
+        for nm in (nm for nm in names for o in samples if nm not in o):
+            raise KeyError(f'collate: column {nm!r} is missing from a sample; one has {sorted(samples[0])}')
         cols = {nm: _stack([o[nm] for o in samples], nm) for nm in names}
         return tuple(cols.values()) if as_tuple else cols
     return _f
@@ -227,7 +219,10 @@ class MemoryLoader:
 
     def __iter__(self):
         order,bs = self._order(),self.batch_size
-        for i in range(len(self)): yield self._batch(slice(i*bs, (i+1)*bs), order)
+        for i in range(0, len(self)*bs, bs):
+            cols = {nm: _unit_floats(o[i:i+bs].clone() if order is None else o.index_select(0, order[i:i+bs]))
+                    for nm,o in self.columns.items()}
+            yield tuple(cols.values()) if self.as_tuple else cols
 
     def _order(self):
         "Draw this epoch's order as a `DataLoader` does, on the device of the columns; None: as they are."
@@ -236,13 +231,6 @@ class MemoryLoader:
         seed = torch.empty((), dtype=torch.int64).random_().item()   # on the CPU, once per epoch
         order = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed))
         return order.to(next(iter(self.columns.values())).device)
-
-    def _batch(self, rows, order):
-        "Copy the rows of a batch."
-        cols = {nm: o[rows].clone() if order is None else o.index_select(0, order[rows])
-                for nm,o in self.columns.items()}
-        cols = {nm: _unit_floats(o) for nm,o in cols.items()}
-        return tuple(cols.values()) if self.as_tuple else cols
 
 # %% ../nbs/26_datasets.ipynb #5ee748f4
 def _unit_floats(x):
@@ -261,23 +249,22 @@ def _kind(feature):
 
 def _chosen(ds, columns):
     "Name the columns to keep, each of a kind that can be kept."
-    names = list(ds.features) if columns is None else list(columns)
+    names = list(ds.features if columns is None else columns)
     for nm in names:
-        if nm not in ds.features:
-            raise KeyError(f'in_memory: no column {nm!r}; the data set has {list(ds.features)}')
-        if _kind(ds.features[nm]) is None:
-            raise TypeError(f'in_memory: column {nm!r} is {ds.features[nm]}; it keeps images and numbers. '
-                            'Name the columns to keep with columns=, or use from_dd')
-    if ds.format['type'] is not None:
-        raise TypeError(f"in_memory: the data set has a transform or format ({ds.format['type']}), which "
-                        'would be applied only once. Pass dd.with_format(None), or use from_dd')
+        if nm not in ds.features: raise KeyError(f'in_memory: no column {nm!r}, but {list(ds.features)}')
+        if _kind(ds.features[nm]) is None: raise TypeError(
+            f'in_memory: column {nm!r} is {ds.features[nm]}, neither image nor number; leave it out by '
+            'columns=, or use from_dd')
+    if ds.format['type'] is not None: raise TypeError(
+        f"in_memory: the data set has a transform or format ({ds.format['type']}), which would be applied "
+        'only once. Pass dd.with_format(None), or use from_dd')
     return names
 
 def _pixels(im, where):
     "Turn a PIL image, called `where` in errors, into a uint8 array [C, H, W]."
-    if not _is_image(im): raise TypeError(f'in_memory: {where} is {type(im).__name__}; expected a PIL image')
-    if im.mode in ('I', 'F') or ';' in im.mode:
-        raise TypeError(f'in_memory: {where} has mode {im.mode}, more than 8 bits; use from_dd')
+    kind = f'mode {im.mode}' if _is_image(im) else type(im).__name__
+    if not _is_image(im) or im.mode in ('I', 'F') or ';' in im.mode:
+        raise TypeError(f'in_memory: {where} has {kind}; it takes PIL images of 8 bits or less. Use from_dd')
     pixels = np.array(im, np.uint8)*(255 if im.mode=='1' else 1)
     return pixels[None] if pixels.ndim==2 else np.moveaxis(pixels, -1, 0)
 
@@ -299,9 +286,9 @@ def _check_fits(splits, names, device, max_bytes):
     need = sum(len(ds)*(8 if _kind(ds.features[nm])=='number' else _pixels(ds[0][nm], f'{nm} 0').size)
                for ds in splits for nm in names)
     for limit,what in ((max_bytes, 'max_bytes allows'), (_free_bytes(device), f'are free on {device}')):
-        if limit is not None and need > limit:
-            raise MemoryError(f'in_memory: {sum(map(len, splits)):,} samples take {need/1e9:.3g} GB decoded, '
-                f'but {limit/1e9:.3g} GB {what}. Use from_dd, a part of the data set, or smaller images')
+        if limit is not None and need > limit: raise MemoryError(
+            f'in_memory: {sum(map(len, splits)):,} samples take {need/1e9:.3g} GB decoded, but '
+            f'{limit/1e9:.3g} GB {what}. Use from_dd, a part of the data set, or smaller images')
 
 def _decode(ds, nm):
     "Turn a column into one tensor: uint8 [n, C, H, W] of images, int64 or float64 [n] of numbers."
@@ -310,34 +297,30 @@ def _decode(ds, nm):
     res = np.empty((len(ds), *shape), np.uint8)
     for i,im in enumerate(im for b in ds.select_columns(nm).iter(1000) for im in b[nm]):
         pixels = _pixels(im, f'{nm} {i}')
-        if pixels.shape!=shape:
-            raise ValueError(f'in_memory: {nm} {i} has shape {pixels.shape} (channels, rows, columns), '
-                f'{nm} 0 has {shape}; all must be alike. Resize them, or use from_dd with a transform')
+        if pixels.shape!=shape: raise ValueError(f'in_memory: {nm} {i} has shape {pixels.shape}, {nm} 0 has '
+                                                 f'{shape}; resize them, or use from_dd with a transform')
         res[i] = pixels
     return torch.from_numpy(res)
 
 # %% ../nbs/26_datasets.ipynb #5920d237
 def _two_splits(dd):
     "Name the training and the validation split."
-    names = list(dd)
-    known = [o for o in ('validation', 'valid', 'val', 'dev', 'test') if o in names]
-    if 'train' in names and known: return 'train',known[0]
-    if len(names)==2: return tuple(sorted(names, key=lambda o: o!='train'))   # `train` first, or as they are
-    raise ValueError(f"DataLoaders: the splits are {names}; expected 'train' and 'validation' or 'test'")
+    known = [o for o in ('validation', 'valid', 'val', 'dev', 'test') if o in dd]
+    if 'train' in dd and known: return 'train',known[0]
+    if len(dd)==2: return tuple(sorted(dd, key=lambda o: o!='train'))   # `train` first, or as they are
+    raise ValueError(f"DataLoaders: the splits are {list(dd)}; expected 'train' and 'validation' or 'test'")
 
 def _checked_splits(dd, bs):
     "Find the two data sets of `dd`, and check that they give batches of `bs` with the same columns."
     if bs < 1: raise ValueError(f'DataLoaders: batch_size is {bs}; it must be 1 or more')
-    names = _two_splits(dd)
-    for nm in names:
-        if not len(dd[nm]): raise ValueError(f'DataLoaders: split {nm!r} is empty; it needs a sample or more')
-    train,valid = (dd[nm] for nm in names)
-    if set(train.features)!=set(valid.features):
-        raise ValueError(f'DataLoaders: the columns differ, {names[0]!r} has {list(train.features)}, '
-                         f'{names[1]!r} has {list(valid.features)}')
-    return train,valid
+    found = {nm: dd[nm] for nm in _two_splits(dd)}
+    for nm,ds in found.items():
+        if not len(ds): raise ValueError(f'DataLoaders: split {nm!r} is empty; it needs a sample or more')
+    columns = {nm: list(ds.features) for nm,ds in found.items()}
+    if len({frozenset(o) for o in columns.values()})==1: return tuple(found.values())
+    raise ValueError(f'DataLoaders: the columns differ, they are {columns}; give both splits the same')
 
-# %% ../nbs/26_datasets.ipynb #af9a6a0d
+# %% ../nbs/26_datasets.ipynb #a73b0cb6
 def _column(o):
     "An array as a tensor; 64-bit floats become those that models have."
     o = o if isinstance(o, torch.Tensor) else torch.as_tensor(np.asarray(o))
@@ -349,12 +332,14 @@ def _samples(X, y):
 
 # %% ../nbs/26_datasets.ipynb #e56fdb9b
 class DataLoaders:
-    "Holds a training loader `.train` and a validation loader `.valid`."
-    def __init__(self,
-        *dls, # two loaders, training first
-    ):
+    "Holds a training loader `.train` and a validation loader `.valid`, the first two of `dls`."
+    def __init__(self, *dls):
         if len(dls)<2: raise ValueError(f'DataLoaders: got {len(dls)}; it takes two loaders, training first')
         self.train,self.valid = dls[:2]
+
+    def __repr__(self):
+        train,valid = (length_hint(o, -1) for o in (self.train, self.valid))   # -1: streams do not know
+        return f'DataLoaders({train} batches for training, {valid} for validation)'.replace('-1', '?')
 
     @classmethod
     def from_dd(cls,
@@ -386,15 +371,12 @@ class DataLoaders:
         return cls(MemoryLoader(splits[0], train, batch_size, True, drop_last, as_tuple),
                    MemoryLoader(splits[1], valid, batch_size*2, as_tuple=as_tuple))
 
-# %% ../nbs/26_datasets.ipynb #9b65b825
+# %% ../nbs/26_datasets.ipynb #c26602b0
 @patch(cls_method=True)
-def from_arrays(cls:DataLoaders,
-    X, y, # inputs [n, ...] and targets [n, ...]: arrays, tensors, lists, data frames; floats become float32
-    batch_size:int=64, # of training; validation takes twice as many
-    valid=.2, # fraction of the samples for validation, chosen by `seed`; or (X, y) of others
-    seed:int=0,
-): # `DataLoaders` of `MemoryLoader`s
-    "Make loaders of arrays: tuples (inputs, targets), training shuffled."
+def from_arrays(cls:DataLoaders, X, y, batch_size:int=64, valid=.2, seed:int=0):
+    """Make loaders of inputs `X` [n, ...] and targets `y` [n, ...]: arrays, tensors, lists or data frames.
+
+    `valid` is a fraction, chosen by `seed`, or (X, y) of others; validation takes twice the `batch_size`."""
     data = _samples(X, y)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     if not isinstance(valid, (tuple, list)):

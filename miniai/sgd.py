@@ -53,11 +53,11 @@ def _drawn(series, names, figsize):
 
 # %% ../nbs/31_sgd.ipynb #fbb7708e
 class RecorderCB(PerGroup, Callback):
-    "Records a number per training step for each function given, in `learn.history` and as lists in `recs`."
+    """Records a number per training step for each function given, in `learn.history` and as lists in `recs`.
+
+    `d` is name -> function of this callback, that returns a number."""
     in_trial = False
-    def __init__(self,
-        **d # name -> function of this callback, that returns a number
-    ): self.d,self.history,self.source = d,None,'recorder'
+    def __init__(self, **d): self.d,self.history,self.source = d,None,'recorder'
 
     def before_fit(self, learn):
         self.learn,self.history = learn,learn.history
@@ -73,8 +73,7 @@ class RecorderCB(PerGroup, Callback):
         if isinstance(value, float): value = torch.tensor(value, dtype=torch.float64)   # all its digits
         try: self.learn.record(self.source, nm, value)
         except (TypeError, ValueError, RuntimeError) as e:
-            raise TypeError(f'RecorderCB: {nm} returned {value!r} ({type(value).__name__}); '
-                            'it must return a number or a tensor with one') from e
+            raise TypeError(f'RecorderCB: {nm} returned {value!r} ({type(value).__name__}), no number') from e
 
     def series(self) -> dict: # name -> `Series`
         "Give what was recorded in the last fit that trained, with its steps; waits for the device."
@@ -93,13 +92,11 @@ class RecorderCB(PerGroup, Callback):
 
 # %% ../nbs/31_sgd.ipynb #e177f4a9
 class BaseSchedCB(Callback):
-    "Makes a scheduler of the optimizer at the beginning of a fit; it is `schedo` then."
+    "Makes a scheduler as a fit begins: `schedo`, which `sched`, called with the optimizer, returns."
     order,in_trial = Order.adapt,False
     schedo = _saved = None
     _fitting = False
-    def __init__(self,
-        sched # called with the optimizer, returns the scheduler
-    ): self.sched = sched
+    def __init__(self, sched): self.sched = sched
 
     def before_fit(self, learn): self.schedo,self._fitting = None,True
     def cleanup_fit(self, learn): self._fitting = False
@@ -113,7 +110,7 @@ class BaseSchedCB(Callback):
     def _make(self, learn):
         if callable(self.sched): return self.sched(learn.opt)
         raise TypeError(f'{type(self).__name__}: sched is a {type(self.sched).__name__}, made already; give '
-                        'what makes it of the optimizer, as `partial(StepLR, step_size=2)`')
+                        'what makes it, as `partial(StepLR, step_size=2)`')
 
     def _step(self, learn):
         if learn.training and self.schedo is not None: self.schedo.step()
@@ -133,13 +130,10 @@ class BatchSchedCB(BaseSchedCB):
         if not learn.hold: self._step(learn)
 
 # %% ../nbs/31_sgd.ipynb #3b4c4b79
-def epoch_value(
-    learn, cb,  # a learner in a fit; the callback that asks
-    monitor,    # name of a metric, or 'loss', which is known without a MetricsCB too
-    phases,     # the first of them that has a value counts
-    epoch=None  # default: the epoch that ends
-) -> float:
-    "Find the value of a metric in an epoch of this fit; waits for the device."
+def epoch_value(learn, cb, monitor, phases, epoch=None) -> float: # epoch: default the one that ends
+    """Find the metric `monitor`, or 'loss', in an epoch of this fit, for the callback `cb`.
+
+    The first of the `phases` that has a value counts. It waits for the device."""
     epoch = learn.epoch if epoch is None else epoch
     for source,phase in [(s, p) for p in phases for s in ('epoch', 'batch')]:
         series = learn.history.series(source, monitor, phase)
@@ -147,7 +141,7 @@ def epoch_value(
         values,samples = series.values[now],series.samples[now]
         if len(values): return float(values[-1] if source=='epoch' else np.average(values, weights=samples))
     names = sorted({stat for _,source,stat in learn.history.keys() if source=='epoch'} | {'loss'})
-    raise ValueError(f'{type(cb).__name__}: monitor is {monitor!r}, and no such metric was recorded in '
+    raise ValueError(f'{type(cb).__name__}: monitor is {monitor!r}, which was not recorded in '
                      f'{" or ".join(phases)}; choose from {", ".join(names)}, or add it to a MetricsCB')
 
 # %% ../nbs/31_sgd.ipynb #52cce63a
@@ -168,20 +162,17 @@ class EpochSchedCB(BaseSchedCB):
         self._stepped = False
 
     def after_epoch(self, learn):
-        nm = self._monitored()
-        if nm is None: return self._step(learn)
-        if self.schedo is None or learn.phase!=self.phase: return
-        self.schedo.step(epoch_value(learn, self, nm, [self.phase]))
-        self._stepped = True
+        plateau = isinstance(self.schedo, lr_scheduler.ReduceLROnPlateau)
+        nm = self.monitor or ('loss' if plateau else None)
+        if nm is None: self._step(learn)
+        elif self.schedo is not None and learn.phase==self.phase:
+            self.schedo.step(epoch_value(learn, self, nm, [self.phase]))
+        self._stepped |= nm is None or learn.phase==self.phase
 
     def after_fit(self, learn):
-        if self.schedo is None or not self._monitored() or self._stepped: return
-        warnings.warn(f"EpochSchedCB: no epoch of phase {self.phase!r} ended in this fit, so the scheduler "
-                      "has done nothing; validate, or use phase='train'", stacklevel=2)
-
-    def _monitored(self):
-        plateau = isinstance(self.schedo, lr_scheduler.ReduceLROnPlateau)
-        return self.monitor or ('loss' if plateau else None)
+        if self.schedo is not None and not self._stepped: warnings.warn(
+            f"EpochSchedCB: no epoch of phase {self.phase!r} ended in this fit, so the scheduler has done "
+            "nothing; validate, or use phase='train'", stacklevel=2)
 
 # %% ../nbs/31_sgd.ipynb #3b02be0b
 class OneCycleCB(BatchSchedCB):
@@ -225,11 +216,10 @@ class WeightAverages:
 
     @torch.no_grad()
     def copy_to(self, model):
-        "Put the mean into a model, to stay."
+        "Put the mean into a `model`, to stay."
         found = averaged(model)
-        if odd := sorted(found.keys() ^ self.averages.keys())[:3]:
-            raise ValueError('EMACB: the averages are those of another model, or not there yet; '
-                             f'{", ".join(odd)} is not in both')
+        if odd := sorted(found.keys() ^ self.averages.keys())[:3]: raise ValueError(
+            f'EMACB: the averages are of another model, or not there yet; {", ".join(odd)} is not in both')
         for nm,o in found.items(): o.copy_(self.averages[nm])
 
     @contextmanager
@@ -245,12 +235,11 @@ class WeightAverages:
 
 # %% ../nbs/31_sgd.ipynb #3178dbb3
 class EMACB(WeightAverages, Callback):
-    "Keeps a running mean of the weights, `averages`, and validates with it."
+    """Keeps a running mean of the weights, `averages`, and validates with it.
+
+    `decay` is the fraction of it that stays at each step; with `warmup` it is less at the beginning."""
     order,in_trial = Order.weights,False   # `after_epoch` of the others finds the trained weights again
-    def __init__(self,
-        decay=0.999, # fraction of the mean that stays at each step
-        warmup=True  # less at the beginning
-    ):
+    def __init__(self, decay=0.999, warmup=True):
         if not 0 <= decay < 1: raise ValueError(f'EMACB: decay is {decay!r}; it must be from 0 to below 1')
         super().__init__()
         self.decay,self.warmup = decay,warmup
