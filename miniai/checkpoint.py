@@ -55,29 +55,23 @@ def unpacked(o):
 class CheckpointError(ValueError):
     "A file that is damaged, or not a checkpoint of this fit."
 
-def save_state(
-    path,      # of the file
-    state:dict # nested dicts and lists of numbers, strings, tensors and arrays
-):
-    "Write `state` to a file: the whole of it, or nothing."
+def save_state(path, state:dict):
+    "Write `state`, nested dicts and lists of numbers, strings, tensors and arrays, to the file `path` whole."
     path,file = Path(path),io.BytesIO()
     torch.save(dict(miniai=2, state=packed(state)), file)
     file.write(hashlib.sha256(file.getbuffer()).digest())
     try: atomic_write(path, file.getbuffer())
     except OSError as e:
-        raise OSError(e.errno, f'checkpoint {path.name} was not written: {e.strerror}; what was saved before '
-                               'it is whole', str(path)) from e
+        text = f'checkpoint {path.name} was not written: {e.strerror}; what was saved before it is whole'
+        raise OSError(e.errno, text, str(path)) from e
 
-def load_state(
-    path # of a file that `save_state` has written
-) -> dict: # as it was saved, tensors on the CPU
-    "Read a file; one that is damaged or something else is refused with the reason."
+def load_state(path) -> dict: # as it was saved, tensors on the CPU
+    "Read the file `path` of `save_state`; one that is damaged or something else is refused with the reason."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'checkpoint: there is no file {path}')
     raw = memoryview(path.read_bytes())
-    if raw[8:24] == b'{"__metadata__":':
-        raise CheckpointError(f'{path} was written by the first version of miniai, in the safetensors '
-                              'format; go on with that, or take its weights by `safetensors.torch.load_file`')
+    if raw[8:24] == b'{"__metadata__":': raise CheckpointError(
+        f'{path} is of the first version of miniai; take its weights by `safetensors.torch.load_file`')
     if hashlib.sha256(raw[:-32]).digest() != raw[-32:]:
         raise CheckpointError(f'{path} is damaged, or no checkpoint: its content is not that of its checksum')
     try: found = torch.load(io.BytesIO(raw[:-32]), map_location='cpu', weights_only=True)
@@ -88,13 +82,10 @@ def load_state(
 # %% ../nbs/36_checkpoint.ipynb #5c20caf0
 def with_state(learn):
     "Callbacks that can be saved, by class and number."
-    seen,res = Counter(),{}
-    for cb in learn.cbs:
-        if not (hasattr(cb, 'state_dict') and hasattr(cb, 'load_state_dict')): continue
-        nm = type(cb).__name__
-        seen[nm] += 1
-        res[nm if seen[nm] == 1 else f'{nm} {seen[nm]}'] = cb
-    return res
+    found = [cb for cb in learn.cbs if hasattr(cb, 'state_dict') and hasattr(cb, 'load_state_dict')]
+    names = [type(cb).__name__ for cb in found]
+    numbers = [names[:i].count(nm)+1 for i,nm in enumerate(names)]
+    return {f'{nm} {i}' if i > 1 else nm: cb for nm,i,cb in zip(names, numbers, found)}
 
 def own_state(learn, batches):
     "What each process has of its own; a generator of a loader is known by its place."
@@ -106,10 +97,10 @@ def own_state(learn, batches):
 def opt_of(learn): return getattr(learn.opt, 'optimizer', learn.opt)   # inside the one of accelerate
 
 def opt_state(opt):
-    if not hasattr(opt, 'state_dict'):
-        warnings.warn(f'checkpoint: the optimizer {type(opt).__name__} has no state_dict; what it keeps, '
-                      'such as momentum, is not saved', stacklevel=2)
-    return dict(kind=type(opt).__name__, state=opt.state_dict() if hasattr(opt, 'state_dict') else None)
+    there = hasattr(opt, 'state_dict')
+    if not there: warnings.warn(f'checkpoint: the optimizer {type(opt).__name__} has no state_dict; what it '
+                                'keeps, such as momentum, is not saved')
+    return dict(kind=type(opt).__name__, state=opt.state_dict() if there else None)
 
 def as_module(o): return o if isinstance(o, nn.Module) else nn.Module()
 
@@ -120,8 +111,8 @@ def learner_state(learn, epoch, batches=0, n_steps=0):
     stream = learn._stream   # of which a pass is not an epoch
     return dict(epoch=epoch, first=learn.epochs.stop-learn.n_epochs, first_step=learn.first_step,
                 batches=stream.done if stream else batches, of_epoch=batches, n_steps=n_steps,
-                model=model.state_dict(), opt=opt_state(opt_of(learn)), grads=grads,
-                loss_func=loss_func.state_dict(), processes=gather(own_state(learn, stream or batches)))
+                model=model.state_dict(), loss_func=loss_func.state_dict(), opt=opt_state(opt_of(learn)),
+                grads=grads, processes=gather(own_state(learn, stream or batches)))
 
 # %% ../nbs/36_checkpoint.ipynb #92327bc1
 def same_form(state, module, path, what):
@@ -148,17 +139,21 @@ class SavedFit:
         if len(parts) == n: return parts[rank()]
         raise CheckpointError(f'{self.path} was saved by {len(parts)} processes, and now there are {n}')
 
+    def rng(self, learn, nm):
+        "The random state that is called `nm`, as `set_rng_state` takes it."
+        *states,gens = self.own()[nm]
+        if states[-1] is not None: states[-1] = states[-1][:torch.cuda.device_count()] or None
+        return *states,[(g, o) for (g,_),o in zip(rng_state(learn.dls)[-1], gens)]
+
     def check(self, learn):
         "Refuse what is not of this fit."
         same_form(self.state['model'], unwrap(learn.model), self.path, 'model')
         same_form(self.state['loss_func'], as_module(learn.loss_func), self.path, 'loss function')
         opt,sizes = opt_of(learn),lambda groups: [len(g['params']) for g in groups]
-        now,saved = type(opt).__name__,self.state['opt']['kind']
-        if now != saved:
-            raise CheckpointError(f'{self.path} is of a fit with the optimizer {saved}; this is {now}')
-        now,saved = sizes(getattr(opt, 'param_groups', ())),sizes(self.groups())
-        if now != saved: raise CheckpointError(
-            f'{self.path} is of a fit whose optimizer has groups of {saved} parameters; this one has {now}')
+        for what,now,saved in (
+            ('the optimizer', type(opt).__name__, self.state['opt']['kind']),
+            ('parameters in groups of', sizes(getattr(opt, 'param_groups', ())), sizes(self.groups()))):
+            if now != saved: raise CheckpointError(f'{self.path} has {what} {saved}; this is {now}')
         now,saved = set(with_state(learn)),set(self.own()['callbacks'])
         if now != saved: warnings.warn(
             f'{self.path}: the callbacks differ; without a saved state: {sorted(now-saved) or "none"}, '
@@ -167,11 +162,8 @@ class SavedFit:
     def groups(self): return (self.state['opt']['state'] or {}).get('param_groups', ())
 
 # %% ../nbs/36_checkpoint.ipynb #c1675212
-def load_weights(
-    path, # of a checkpoint
-    model # the model that was trained, or one like it
-): # `model`
-    "The weights and buffers of a checkpoint into a model, to use it."
+def load_weights(path, model): # `model`
+    "Load weights and buffers of the checkpoint `path` into `model`, which was trained or is one like it."
     try: unwrap(model).load_state_dict(SavedFit(path).state['model'])
     except RuntimeError as e: raise CheckpointError(f'{path} is of another model: {e}') from e
     return model
@@ -192,9 +184,8 @@ def load_opt(opt, state, groups):
 
 def warn_of_workers(dl):
     if getattr(dl, 'persistent_workers', False): warnings.warn(
-        'fit: the loader keeps its workers from epoch to epoch (persistent_workers), and those begin anew '
-        'now. The order of the data is as it was; what the data set draws at random in a worker is not',
-        stacklevel=3)
+        'fit: the workers of the loader (persistent_workers) begin anew now. The order of the data is as it '
+        'was; what the data set draws at random in a worker is not', stacklevel=3)
 
 # %% ../nbs/36_checkpoint.ipynb #35fa2fdb
 class Resume(SavedFit):
@@ -210,15 +201,14 @@ class Resume(SavedFit):
         "The batches that are left of the epoch, numbered; those that were done are loaded and dropped."
         done = self.state['batches']
         if not done: self.load(learn)
-        learn._rng = self._rng(learn, 'epoch_rng')
+        learn._rng = self.rng(learn, 'epoch_rng')
         set_rng_state(learn._rng)
         if self.state['epoch']: warn_of_workers(learn.dl)
         stream,at = learn._stream,self.state.get('of_epoch', done)
         batches = stream.batches if stream else iter(learn.dl)
         for i in range(done):
             if next(batches, None) is None: raise CheckpointError(
-                f'{self.path} was saved after {done} batches, and the loader gives only {i}; the data or the '
-                'batch size has changed')
+                f'{self.path} was saved after {done} batches, and the loader gives only {i}: it has changed')
         if at: learn.iter = at-1
         if done: self.load(learn)
         return enumerate(islice(batches, learn.epoch_sz-at) if stream else batches, at)
@@ -236,18 +226,11 @@ class Resume(SavedFit):
             if nm in own['callbacks']: cb.load_state_dict(to_device(own['callbacks'][nm], device))
         learn.history.load_state_dict(own['history'])
         learn.n_steps,learn.epochs_done = state['n_steps'],state['epoch']
-        set_rng_state(self._rng(learn, 'rng'))
-
-    def _rng(self, learn, nm):
-        *states,gens = self.own()[nm]
-        if states[-1] is not None: states[-1] = states[-1][:torch.cuda.device_count()] or None
-        return *states,[(g, o) for (g,_),o in zip(rng_state(learn.dls)[-1], gens)]
+        set_rng_state(self.rng(learn, 'rng'))
 
 # %% ../nbs/36_checkpoint.ipynb #26792455
-def checkpoints(
-    folder # of a `CheckpointCB`
-) -> list: # paths, the newest last
-    "The checkpoints of a folder, without the best one."
+def checkpoints(folder) -> list: # paths, the newest last
+    "List the checkpoints in the `folder` of a `CheckpointCB`, without the best one."
     return sorted(Path(folder).glob('step_*'))
 
 def _newest(paths, damaged):
@@ -257,10 +240,8 @@ def _newest(paths, damaged):
         except CheckpointError as e: damaged(e)
 
 @patch
-def open_checkpoint(self:Learner,
-    path # a file, or a folder
-): # None if the folder of this fit's `CheckpointCB` is empty
-    "A checkpoint to go on from."
+def open_checkpoint(self:Learner, path):
+    "Open the checkpoint `path`, or the newest in it; None if this fit's `CheckpointCB` has none there yet."
     path = Path(path)
     if path.is_file():
         try: return Resume(path)
@@ -273,8 +254,8 @@ def open_checkpoint(self:Learner,
     if files and not found: raise CheckpointError(f'{path}: none of its {len(files)} checkpoints is whole')
     ours = [cb for cb in self.cbs if isinstance(cb, CheckpointCB) and cb.path.resolve() == path.resolve()]
     if found or ours: return found
-    raise FileNotFoundError(f'fit: there is no checkpoint at {path}; give a file or a folder that has one, '
-                            'or the folder of a CheckpointCB in cbs to begin there')
+    raise FileNotFoundError(f'fit: there is no checkpoint at {path}; give a file, a folder that has one, or '
+                            'that of a CheckpointCB in cbs to begin there')
 
 # %% ../nbs/36_checkpoint.ipynb #97d866b9
 def open_folder(path, resume, fresh):
@@ -285,11 +266,11 @@ def open_folder(path, resume, fresh):
     if resume:
         here = resume.path.parent.resolve() == path.resolve()
         if here and found[-1].name > resume.path.name: warnings.warn(
-            f'CheckpointCB: {found[-1]} is newer than {resume.path.name}, which this fit goes on from. '
-            'It stays until it is written again, and resume=folder would take it', stacklevel=3)
-    elif found and not fresh:
-        raise FileExistsError(f'CheckpointCB: {path} has {len(found)} checkpoints of another fit; go on '
-                              'with fit(..., resume=...), use another folder, or delete them with fresh=True')
+            f'CheckpointCB: {found[-1]} is newer than {resume.path.name}, which this fit goes on from; it '
+            'stays until it is written again', stacklevel=3)
+    elif found and not fresh: raise FileExistsError(
+        f'CheckpointCB: {path} has {len(found)} checkpoints of another fit; go on with fit(..., resume=...), '
+        'use another folder, or delete them with fresh=True')
     elif found:
         for o in (*found, path/'best.pt'): o.unlink(missing_ok=True)
 
@@ -301,15 +282,12 @@ def _link(path, other):
     except OSError: shutil.copy(path, temp)   # a file system without links
     os.replace(temp, other)
 
-def check_finite(model, folder):
-    odd = [nm for nm,p in unwrap(model).named_parameters() if not p.isfinite().all()]
-    if not odd: return
-    last = next((f'; the last good one is {o}' for o in reversed(checkpoints(folder))), '')
-    raise FloatingPointError(f'CheckpointCB: {odd[0]} is not finite any more, so this is not saved{last}')
-
 def write_checkpoint(path, model, state, best, keep):
     "Save a state, the best one first, as the other one says that this is done; all but the newest `keep` go."
-    check_finite(model, path.parent)
+    for nm,p in unwrap(model).named_parameters():
+        if not p.isfinite().all(): raise FloatingPointError(
+            f'CheckpointCB: {nm} is not finite any more, so this is not saved; the last good one is '
+            f'{next(reversed(checkpoints(path.parent)), "none")}')
     if not path.parent.is_dir():
         warnings.warn(f'CheckpointCB: {path.parent} is not there any more; it is made again', stacklevel=3)
     save_state(path.with_name('best.pt') if best else path, state)
