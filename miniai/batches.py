@@ -123,7 +123,7 @@ def mean_over(f, y, own=False, by_class=True):
     classes = own or getattr(f, 'func', f) in (F.cross_entropy, F.nll_loss) or hasattr(f, 'ignore_index')
     if not classes or not isinstance(y, torch.Tensor) or y.is_floating_point(): return
     there,weight = y != said('ignore_index', -100),said('weight', None) if by_class else None
-    return there.sum() if weight is None else (weight[y.where(there, 0)]*there).sum()
+    return there.sum(dtype=torch.float) if weight is None else (weight[y.where(there, 0)]*there).sum()
 
 def weight_of_batch(learn, by_class=True):
     "The same, or the number of samples."

@@ -207,15 +207,15 @@ class Listener:
     def detach(self): self.listen(False)
 
     def _on_output(self, hook, mod, inp, outp):
-        if in_backward(): return self._again(hook, outp)
-        if self.paused and not (self.outside and self.outside(mod)): return
-        began = self.sampler.now()
         try:
+            if in_backward(): return self._again(hook, outp)
+            if self.paused and not (self.outside and self.outside(mod)): return
+            began = self.sampler.now()
             try: done = self._fast(hook, outp)
             except Exception: done = False   # an output that has no shape
             if not done: self._take(hook, mod, outp)
-        except Exception as e: self.told.failed(hook.name, e)
-        self.sampler.seconds += self.sampler.now() - began
+            self.sampler.seconds += self.sampler.now() - began
+        except Exception as e: self.told.failed(hook.name, e)   # nothing is raised into a forward
 
 # %% ../nbs/16_collect.ipynb #669d30a4
 class UnitAxes:

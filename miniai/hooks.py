@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 # %% ../nbs/02_hooks.ipynb #7f78e6c6
@@ -28,8 +28,14 @@ class _Tap:
     def __init__(self, f, hook): self.f, self.hook = f, hook
     def __call__(self, mod, inp, *rest):   # keywords, where they are asked for, and the output
         rest = rest or (None,)
-        if is_compiling(): _call(self.f, self.hook, mod, inp, *rest)
-        else: self.f(self.hook, mod, inp, *rest)   # `_call` would take as long as what most hooks do
+        if is_compiling():   # of what is exported, or traced, nothing is measured
+            if is_dynamo_compiling(): _call(self.f, self.hook, mod, inp, *rest)
+        # `_call` would take as long as what most hooks do
+        elif not torch._C._is_tracing(): self.f(self.hook, mod, inp, *rest)
+    @property
+    def __name__(self): raise AttributeError(
+        'torch.jit.script compiles the hooks of a model, too, which these are not made for; script it after '
+        'the fit, or after `inspector.detach()`')
     # a copy has a function of Python's own that takes anything and returns None: it loads without miniai
     def __deepcopy__(self, memo): return nullcontext().__exit__
     def __reduce__(self): return getattr, (nullcontext(), '__exit__')

@@ -217,10 +217,12 @@ class AfterForwards:
         if self.is_due: self.batch = {} if (a := few(inp)) is None else dict(inputs=a)
 
     def _end(self, hook, mod, inp, outp):
-        if not self.active or in_backward(): return
+        if self.active and not in_backward(): self._guard('the output of the model', self._end_forward, outp)
+
+    def _end_forward(self, outp):
         self.layers.each('end')
-        self._guard('the output of the model', self._take_output, outp)
-        if self.steps.sampled and self.clip.lenses: self._guard('the gradients', self.clip.ask, outp)
+        self._take_output(outp)
+        if self.steps.sampled and self.clip.lenses: self.clip.ask(outp)
 
     def _take_output(self, outp):
         if self.is_due:

@@ -6,6 +6,7 @@
 __all__ = ['rules', 'Missing', 'rule']
 
 # %% ../nbs/50_rules.ipynb #02021be6
+import warnings
 from dataclasses import replace
 from functools import partial, wraps
 
@@ -33,7 +34,9 @@ def rule(
     source = ' '.join((f.__doc__ or '').partition('Source: ')[2].split())
     @wraps(f)
     def asked(evidence, **limits):
-        found = f(evidence, **limits) or []
+        with warnings.catch_warnings():   # NumPy's, of rows that are all NaN
+            warnings.simplefilter('ignore', RuntimeWarning)
+            found = f(evidence, **limits) or []
         return [replace(o, rule=f.__name__, source=source, kind=tuple(listify(o.kind or kind)),
                         causes=filled(o.causes or causes, evidence), tries=filled(o.tries or tries, evidence))
                 for o in ([found] if isinstance(found, Finding) else found)]

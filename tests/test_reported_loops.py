@@ -353,3 +353,117 @@ def test_layers_that_are_not_chosen_raise_nothing_either():
     learn = learner(ActivationStats('last'), model=model, dls=loaders(3))
     learn.fit(1)
     assert len(learn.cbs[-1].rows('last', 'mean')) == 3
+
+
+# --- nothing of ours is raised into a step, of another model neither ---
+
+class Nothing(nn.Module):
+    "Without parameters."
+    def forward(self, x): return x*2
+
+class Idle:
+    "An optimizer of nothing."
+    def zero_grad(self): pass
+
+def one_step(model, opt, loss_fn=F.cross_entropy):
+    x, y = batches()[0]
+    loss_fn(model(x), y).backward()
+    opt.step(); opt.zero_grad()
+
+@pytest.mark.parametrize('door', ['inspector', 'learner'])
+def test_a_model_without_parameters_disturbs_no_other(door):
+    model, other, wanted = nn.Sequential(Nothing(), nn.ReLU()), net(), net()
+    step = lambda m: one_step(m, optim.SGD(m.parameters(), .1))
+    step(wanted)
+    if door == 'inspector':
+        inspector = Inspector(visualizer=None).attach(model)
+        model(batches()[0][0])
+        quietly(step, other)
+        quietly(inspector.tick_epoch)
+        found = inspector.detach()
+    else:
+        class Both(TrainCB):
+            def predict(self, learn): learn.preds = learn.model(learn.batch[0])
+            def get_loss(self, learn): learn.loss = learn.preds.mean()
+            def backward(self, learn): pass
+            def step(self, learn):
+                if learn.n_steps == 0: step(other)
+        found = Learner(model, loaders(2), None, cbs=Both(), opt_func=lambda params, lr: Idle())
+        found.watch(every=1)
+        quietly(found.fit, 1)
+    assert all(map(torch.equal, other.parameters(), wanted.parameters()))
+    assert {o.level for o in found.diagnose()} <= {'note'}
+
+def test_whatever_breaks_is_told_once_and_raised_nowhere():
+    model = net()
+    inspector = Inspector(visualizer=None).attach(model)
+    opt, other = optim.SGD(model.parameters(), .1), net()
+    inspector.steps = None   # everything fails
+    with pytest.warns(UserWarning) as told:
+        for _ in range(3): one_step(model, opt)
+        one_step(other, optim.SGD(other.parameters(), .1))
+    said = [str(o.message) for o in told if 'could not be measured' in str(o.message)]
+    assert len(said) == len(set(said)) > 3 and not torch.equal(model[0].weight, net()[0].weight)
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('door', ['inspector', 'learner'])
+def test_vmap_ends_no_fit(door):
+    model, data = net(), batches(3)
+    if door == 'inspector':
+        inspector = Inspector(visualizer=None).attach(model)
+        for x,_ in data: torch.vmap(model)(x[:, None])
+        inspector.tick_epoch()
+        return inspector.detach()
+    class Mapped(TrainCB):
+        def predict(self, learn): learn.preds = torch.vmap(learn.model)(learn.batch[0][:, None])[:, 0]
+    learn = Learner(model, SimpleNamespace(train=data, valid=data), F.cross_entropy, cbs=Mapped(), lr=.1)
+    watcher = learn.watch(every=1, ranges=True, ranks=True)
+    learn.fit(1)
+    assert len(watcher.gradients.rows('0.weight', 'grad_norm')) == 3 and learn.history.series('batch', 'loss').values.min() > 0
+
+@pytest.mark.parametrize('door', ['inspector', 'learner'])
+def test_values_that_are_all_nan_raise_no_warning_of_numpy(door):
+    "As on the meta device, or of predictions that are NaN."
+    data = [(torch.full((8, 6), torch.nan), torch.zeros(8, dtype=torch.long))]*3
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        if door == 'learner':
+            found = learner(dls=SimpleNamespace(train=data, valid=data))
+            found.watch(every=1)
+            found.fit(1)
+        else:
+            model, loss_fn = net(), nn.CrossEntropyLoss()
+            found = Inspector(visualizer=None).attach(model, optimizer=(opt := optim.SGD(model.parameters(), .1)), loss_fn=loss_fn)
+            for x,y in data: loss_fn(model(x), y).backward(); opt.step(); opt.zero_grad()
+            found.tick_epoch()
+        assert 'not_finite' in {o.rule for o in found.diagnose()}
+    assert not [str(o.message) for o in told if issubclass(o.category, RuntimeWarning)]
+
+
+# --- what is traced, exported or scripted in a run ---
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore:.*torch.jit')
+@pytest.mark.parametrize('how', ['trace', 'export', 'fx'])
+def test_traced_models_compute_the_same_and_leave_the_table_alone(how):
+    model, x = net(), batches()[0][0]
+    inspector = Inspector(visualizer=None).attach(model)
+    one_step(model, optim.SGD(model.parameters(), .1))
+    wanted = model(x).detach()
+    traced = dict(trace=lambda: torch.jit.trace(model, x), export=lambda: torch.export.export(model, (x,)).module(),
+                  fx=lambda: torch.fx.symbolic_trace(model))[how]()
+    assert torch.equal(traced(x), wanted)
+    quietly(inspector.tick_epoch)
+    found = table(inspector, '0', 'mean')   # of two calls, and none that was traced
+    assert found.samples.tolist() == [16]*2 and np.isfinite(found.values).all()
+    inspector.detach()
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore:.*torch.jit')
+def test_a_model_is_scripted_after_watching_it():
+    model, x = net(), batches()[0][0]
+    with Inspector(visualizer=None).attach(model):
+        with pytest.raises(AttributeError, match='script it after the fit, or after `inspector.detach'): torch.jit.script(model)
+    assert torch.equal(torch.jit.script(model)(x), model(x))
+    learn = learner(model=model, dls=loaders(2))
+    learn.watch(every=1)
+    learn.fit(1)
+    assert torch.equal(torch.jit.script(model)(x), model(x))
