@@ -27,10 +27,10 @@ def named(o, nm, what):
 # %% ../nbs/03_batches.ipynb #b73bb2c3
 def _unnamed(batch):
     keys = f' with keys {list(batch)}' if isinstance(batch, Mapping) else ''
-    return TypeError(f'predict: the batch is a {type(batch).__name__}{keys}; expected a tuple (inputs..., '
-                     'targets...). Say what is what by names, as in TrainCB(inp_nm=..., lbl_nm=...), use '
-                     'KeywordCB() if the model is called as model(**batch) and returns its loss, or give '
-                     'DataLoaders as_tuple=True; otherwise subclass TrainCB and override `predict`, `get_loss`')
+    return TypeError(
+        f'predict: the batch is a {type(batch).__name__}{keys}; expected a tuple (inputs..., targets...). Say '
+        'what is what, TrainCB(inp_nm=..., lbl_nm=...); use KeywordCB() for a model(**batch) that returns its '
+        'loss; give DataLoaders as_tuple=True; or override `predict` and `get_loss` of TrainCB')
 
 class Parts:
     "Knows the parts of a batch and of what a model returns."

@@ -15,10 +15,8 @@ from .hooks import choose_parameters, find_parameters, unwrap
 
 # %% ../nbs/06_optimizers.ipynb #debc188b
 class Optimizers(optim.Optimizer):
-    "Several optimizers as one, with the groups of all; each by its name or number in brackets."
-    def __init__(self,
-        opts # list of optimizers, or name -> optimizer
-    ):
+    "Makes one optimizer of several, a list or name -> optimizer; `opt[name]` is one of them."
+    def __init__(self, opts):
         self.opts = dict(opts if isinstance(opts, Mapping) else enumerate(opts))
         odd = {nm: type(o).__name__ for nm,o in self.opts.items() if not isinstance(o, optim.Optimizer)}
         if odd or not self.opts:

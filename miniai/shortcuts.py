@@ -6,7 +6,6 @@
 __all__ = ['ShortEpochCB', 'MixUpCB', 'ClosureCB', 'CSVLogCB']
 
 # %% ../nbs/37_shortcuts.ipynb #3cc47845
-import csv
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +27,6 @@ from .sgd import OneCycleCB, epoch_value
 
 # %% ../nbs/37_shortcuts.ipynb #d34774f0
 class QuietMetrics(MetricsCB):
-    "Averages the loss, and prints nothing."
     def _log(self, d): pass
 
 @contextmanager
@@ -40,26 +38,21 @@ def validating(learn, dl):
 
 # %% ../nbs/37_shortcuts.ipynb #e120e2ee
 @patch
-def validate(self:Learner,
-    dl=None, # loader; default: that of the learner
-    cbs=None # callbacks for this once, as a `MetricsCB`
-) -> dict: # 'loss' and the metrics by name, floats
-    "Validate once and return the numbers."
+def validate(self:Learner, dl=None, cbs=None) -> dict: # 'loss' and the metrics by name, floats
+    "Validate once, on `dl` or the learner's own loader, with callbacks `cbs` more."
     known = any(isinstance(o, MetricsCB) for o in (*self.cbs, *as_cbs(cbs)))
     with validating(self, dl):
-        self.fit(1, train=False, cbs=[*as_cbs(cbs), *([] if known else [QuietMetrics()])])
-        rows = {stat: self.history.series('epoch', stat, 'valid').values[-1]
-                for phase,source,stat in self.history.keys() if source == 'epoch'}
+        self.fit(1, train=False, cbs=as_cbs(cbs) if known else [*as_cbs(cbs), QuietMetrics()])
+        names = [stat for _,source,stat in self.history.keys() if source == 'epoch']
+        rows = {nm: self.history.series('epoch', nm, 'valid').values[-1] for nm in names}
     return {nm: float(v) for nm,v in rows.items() if np.ndim(v) == 0}
 
 # %% ../nbs/37_shortcuts.ipynb #da423f47
 @patch
-def get_preds(self:Learner,
-    dl=None,   # loader; its tuples may be without targets; default: that of the learner
-    cbs=None,  # callbacks for this once
-    inps=False # return the inputs, too?
-): # (predictions, targets) or (predictions, targets, inputs), on the CPU
-    "Predict for a loader, without loss and metrics."
+def get_preds(self:Learner, dl=None, cbs=None, inps=False):
+    """Predict for `dl`, whose tuples need no targets, or the learner's own loader, with callbacks `cbs` more.
+
+    Returned are predictions and targets, with `inps` inputs too, on the CPU."""
     with validating(self, dl):
         self.loss_func = lambda preds, *targets: torch.zeros(())
         self.cbs = [o for o in self.cbs if not isinstance(o, (MetricsCB, ProgressCB))]
@@ -67,62 +60,53 @@ def get_preds(self:Learner,
 
 # %% ../nbs/37_shortcuts.ipynb #281a8773
 @patch
-def save(self:Learner,
-    path # of the file
-):
-    "Write weights, buffers and the state of the optimizer, if there is one."
+def save(self:Learner, path):
+    "Write weights, buffers and the state of the optimizer, if there is one, to the file `path`."
     opt = None if self.opt is None else opt_state(opt_of(self))
     save_state(path, dict(model=unwrap(self.model).state_dict(), opt=opt))
 
 @patch
-def load(self:Learner,
-    path # of a file of `save`, or of a checkpoint
-): # the learner
-    "Read weights, buffers and the state of the optimizer, which `fit(reset_opt=False)` goes on with."
+def load(self:Learner, path): # the learner
+    """Read weights and buffers from a file of `save`, or a checkpoint.
+
+    The state of its optimizer is what `fit(reset_opt=False)` goes on with."""
     state,model = load_state(path),unwrap(self.model)
     same_form(state['model'], model, path, 'model')
     opt = state['opt'] and (self.opt or as_optimizer(self.opt_func(model.parameters(), self.lr or 0.)))
     if opt and type(opt).__name__ != state['opt']['kind']: raise CheckpointError(
         f"{path} has the state of the optimizer {state['opt']['kind']}; this learner has {type(opt).__name__}")
     model.load_state_dict(state['model'])
-    if opt:
-        load_opt(opt, state['opt']['state'], (state['opt']['state'] or {}).get('param_groups', ()))
-        self.opt = opt
+    if opt: load_opt(opt, state['opt']['state'], (state['opt']['state'] or {}).get('param_groups', ()))
+    self.opt = opt or self.opt
     return self
 
 # %% ../nbs/37_shortcuts.ipynb #61d3d8c5
 @patch
-def fit_one_cycle(self:Learner,
-    n_epochs=1,   # passes over the data
-    lr=None,      # highest learning rate; default: the learner's
-    cbs=None,     # callbacks for this fit only
-    pct_start=.3, # fraction of the steps in which the rate goes up
-    **kw          # for `fit`, as max_steps
-):
-    "Fit with `OneCycleCB`."
+def fit_one_cycle(self:Learner, n_epochs=1, lr=None, cbs=None, pct_start=.3, **kw):
+    """Fit with `OneCycleCB`: the rate goes up to `lr` in the fraction `pct_start` of the steps, then down.
+
+    `n_epochs`, `cbs` and `kw`, as max_steps, are for `fit`."""
     self.fit(n_epochs, cbs=[*as_cbs(cbs), OneCycleCB(pct_start=pct_start)], lr=lr, **kw)
 
 @patch
-def freeze(self:Learner,
-    parameters='*' # names or patterns: 'body.*'; 'weight', 'bias'
-):
-    "Train these no more. A BatchNorm among them still follows the batches, until it is set to `eval`."
+def freeze(self:Learner, parameters='*'):
+    """Train `parameters` no more: names or patterns, as 'body.*' or 'bias'.
+
+    A BatchNorm among them still follows the batches, until it is set to `eval`."""
     for o in choose_parameters(find_parameters(unwrap(self.model)), parameters, 'freeze'): o.p.requires_grad_(False)
 
 @patch
-def unfreeze(self:Learner,
-    parameters='*' # as for `freeze`
-):
-    "Train these again."
+def unfreeze(self:Learner, parameters='*'):
+    "Train `parameters` again, chosen as for `freeze`."
     for o in choose_parameters(find_parameters(unwrap(self.model)), parameters, 'unfreeze'): o.p.requires_grad_()
 
 # %% ../nbs/37_shortcuts.ipynb #26e8ee17
 class ShortEpochCB(Callback):
-    "Ends every epoch, training and validation, after a part of its batches."
+    """Ends every epoch, training and validation, after a part of its batches.
+
+    `size` is a fraction of them, or a whole number where the loader has no length."""
     order = Order.prepare
-    def __init__(self,
-        size=.1 # fraction of the batches, or a whole number of them where the loader has no length
-    ):
+    def __init__(self, size=.1):
         if not (isinstance(size, int) and size > 0 or 0 < size < 1): raise ValueError(
             f'ShortEpochCB: size is {size!r}; it is a fraction between 0 and 1, or a number of batches from 1')
         self.size = size
@@ -134,12 +118,11 @@ class ShortEpochCB(Callback):
 
 # %% ../nbs/37_shortcuts.ipynb #27d891ce
 class MixUpCB(Callback):
-    "Mixes the inputs of each training batch with those of its other samples, and the losses alike."
-    order = Order.change
-    _of = None
-    def __init__(self,
-        alpha=.4 # of the beta distribution; 1: all weights alike, near 0: mostly one of the two
-    ):
+    """Mixes the inputs of each training batch with those of its other samples, and the losses alike.
+
+    `alpha` is of the beta distribution: with 1 all weights are alike, near 0 it is mostly one of the two."""
+    order,_of = Order.change,None
+    def __init__(self, alpha=.4):
         if not alpha > 0: raise ValueError(f'MixUpCB: alpha is {alpha!r}; it must be above 0')
         self.alpha = alpha
 
@@ -147,9 +130,8 @@ class MixUpCB(Callback):
         if not learn.training: return
         if not isinstance(learn.batch, (tuple, list)): raise TypeError(
             f'MixUpCB: the batch is a {type(learn.batch).__name__}; it mixes tuples (inputs..., targets...)')
-        n,first = batch_parts(learn).n_inp,learn.batch[0]
-        self.weight = float(np.random.beta(self.alpha, self.alpha))
-        self.places = torch.randperm(batch_size(learn.batch), device=first.device)
+        n,self.weight = batch_parts(learn).n_inp,float(np.random.beta(self.alpha, self.alpha))
+        self.places = torch.randperm(batch_size(learn.batch), device=learn.batch[0].device)
         learn.batch = (*(o[self.places].lerp(o, self.weight) for o in learn.batch[:n]), *learn.batch[n:])
         self._of,learn.loss_func = learn.loss_func,self._mixed
 
@@ -178,19 +160,15 @@ class ClosureCB(TrainCB):
 
 # %% ../nbs/37_shortcuts.ipynb #1c01fcd9
 class CSVLogCB(Callback):
-    "Appends a line with the loss and the metrics of every epoch to a CSV file."
+    "Appends a line with the loss and the metrics of every epoch to the CSV file `path`."
     order,in_trial = Order.show,False
-    def __init__(self,
-        path # of the file; a fit that goes on, or another one, appends to it
-    ): self.path = Path(path)
+    def __init__(self, path): self.path = Path(path)
 
     def after_epoch(self, learn):
-        names = [o for *where,o in learn.history.keys() if where == [learn.phase, 'epoch']] or ['loss']
+        names = [nm for *where,nm in learn.history.keys() if where == [learn.phase, 'epoch']] or ['loss']
         row = dict(run=learn.history.run, epoch=learn.epoch, phase=learn.phase, step=learn.n_steps)
         row |= {nm: epoch_value(learn, self, nm, [learn.phase]) for nm in names}   # waits for the device
         if not is_main(): return
+        text = '' if self.path.exists() else ','.join(row) + '\n'
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = not self.path.exists()
-        with open(self.path, 'a', newline='') as file:
-            if new: csv.writer(file).writerow(row)
-            csv.writer(file).writerow(row.values())
+        with open(self.path, 'a') as file: file.write(text + ','.join(map(str, row.values())) + '\n')

@@ -471,3 +471,60 @@ def test_two_processes_accumulate_tokens_as_one(tmp_path):
     assert steps == steps2 == 5
     torch.testing.assert_close(values2, values)
     torch.testing.assert_close(weights2, weights)
+
+
+# --- code as people have it ---
+
+def test_a_language_model_by_name_with_one_flat_import():
+    "Dict batches, an output with logits, epochs of so many batches, momentum; metrics without any, a bar given to fit."
+    import miniai.all as mi
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Tokens().body
+        def forward(self, x): return SimpleNamespace(logits=self.body(x))
+    x = torch.arange(60).reshape(12, 5) % 7
+    dl = [dict(inputs=o, labels=(o*3 + 1) % 7) for o in x.split(3)]
+    loss = lambda preds, labels: F.cross_entropy(preds.flatten(0, 1), labels.flatten())
+    learn = mi.MomentumLearner(Logits(), mi.DataLoaders(dl, dl), loss_func=loss, lr=.1, cbs=[mi.MetricsCB(), mi.DeviceCB('cpu')],
+                               inp_nm='inputs', lbl_nm='labels', preds_nm='logits', epoch_sz=6, mom=.9)
+    learn.fit(4, cbs=mi.ProgressCB(plot=True))
+    valid = learn.history.series('epoch', 'loss', 'valid').values
+    assert learn.n_steps == 24 and valid[-1] < .7*valid[0] and learn.preds.shape == (3, 5, 7)
+
+
+def test_a_worker_with_three_outputs():
+    "A variational autoencoder: reconstruction, mean and logarithm of the variance."
+    import miniai.all as mi
+    class VAE(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.mean, self.log_var, self.out = nn.Linear(8, 16), nn.Linear(16, 2), nn.Linear(16, 2), nn.Linear(2, 8)
+        def forward(self, x):
+            h = self.body(x).relu()
+            mean, log_var = self.mean(h), self.log_var(h)
+            return self.out(mean + (.5*log_var).exp()*torch.randn_like(mean)), mean, log_var
+    class VAECB(mi.TrainCB):
+        def predict(self, learn): learn.preds = learn.model(learn.batch[0])
+        def get_loss(self, learn):
+            out, mean, log_var = learn.preds
+            learn.loss = F.mse_loss(out, learn.batch[0]) - .001*(1 + log_var - mean**2 - log_var.exp()).mean()
+    set_seed(8)
+    learn = mi.Learner(VAE(), data(), lr=3e-3, opt_func=optim.Adam, cbs=[VAECB(), mi.MetricsCB()])
+    learn.watch()
+    learn.fit(6)
+    preds, _ = learn.capture_preds()
+    assert [tuple(o.shape) for o in preds] == [(128, 8), (128, 2), (128, 2)] and not severe(learn), learn.diagnose()
+
+
+# --- pages ---
+
+def test_the_table_of_callbacks_is_of_all_of_them():
+    import re
+    from pathlib import Path
+    import miniai.all as mi
+    from miniai.callback import Callback
+    wanted = {nm for nm in dir(mi) if isinstance(getattr(mi, nm), type) and issubclass(getattr(mi, nm), Callback)} - {'Callback'}
+    readme = (Path(__file__).resolve().parent.parent/'README.md').read_text(encoding='utf-8')
+    rows = dict(re.findall(r'^\| `(\w+)` \| (.+) \|$', readme, re.M))
+    assert wanted - set(rows) <= {'PyTorchInspector'}, 'run .ci/pages.py nbs/index.ipynb, and .ci/readme.py'
