@@ -109,7 +109,8 @@ def class_ids(evidence, *, max_units=3.): # units, in units of the classes that 
     high, ids = t['max'].max(), (t['whole'] == 1).all() and t['min'].min() >= 0
     units = (*entries(evidence, 'predictions')[1], 1)[1] if loss_kind(evidence) == 'classes' else 0
     many = len(t['max'])*np.prod(shape) > 10*units   # targets that were seen
-    if ids and many and len(shape) < 3 and units > max_units*(high+1): return found(
+    given = shape == entries(evidence, 'predictions')[1]   # fractions of classes, or one of them: 1
+    if ids and many and len(shape) < 3 and not given and units > max_units*(high+1): return found(
         evidence, 'warning', f'The head has {units} units, and no target is above {high:g}.', float(units),
         max_units*(high+1), causes=['a head for other classes'], tries=['a unit for each class'])
     if loss_kind(evidence) in ('binary', 'probabilities') and ids and high > 1: return found(
@@ -342,7 +343,7 @@ def sorted_batches(evidence, *, max_between=.5): # fraction of the variance of t
 # %% ../nbs/52_loss_rules.ipynb #b64c4cfd
 @rule(kind=('leakage', 'shuffle'), before='dead_units', causes=['rows that are in the data more than once'],
       tries=['look for duplicates before the data is split'])
-def repeated_samples(evidence, *, max_repeats=.15): # fraction of a batch that has a twin in it
+def repeated_samples(evidence, *, max_repeats=.25): # fraction of a batch; of draws from twice as many: .21
     """Samples that are more than once in a batch, entry by entry.
 
     Source: Kapoor and Narayanan, "Leakage and the reproducibility crisis" (2023), L1.3: duplicates."""
@@ -350,8 +351,8 @@ def repeated_samples(evidence, *, max_repeats=.15): # fraction of a batch that h
     repeats = float(np.nanmean(x.get('repeats', 0.)))
     same = len(x['min']) > 9 and x.get('repeats', x['zeros']*0).min() > .85
     if same and fall_of(evidence.loss()) < .5: return found(   # a few kinds of samples may be all there are
-        evidence, 'error', f'{repeats:.0%} of the samples of a batch are in it more than once, entry by entry, '
-        'and nothing is learned from them.', repeats, max_repeats,
+        evidence, 'error', f'{repeats:.0%} of the samples of a batch are in it more than once, and nothing '
+        'is learned from them.', repeats, max_repeats,
         kind=('data_no_information', 'constant_output'), causes=['a mask or a scale that leaves nothing'])
     if repeats > max_repeats and np.prod(shape[1:]) >= 4 and x['whole'].max() < 1: return found(
         evidence, 'warning', f'{repeats:.0%} of the samples of a batch are in it more than once.', repeats,
@@ -461,6 +462,11 @@ def constant_output(evidence):
                  chart=steps_chart('Deviation of the last output', tracks_of(evidence, names[-1:], 'std')))
 
 # %% ../nbs/52_loss_rules.ipynb #e5e8fcd9
+def of_guessing(evidence):
+    "The loss of guessing, and words for it."
+    n = evidence.facts.n_classes
+    return (np.log(n), f'guessing among {n} classes gives') if n else _of_mean(evidence)
+
 @rule(kind='not_learning', causes=['{decay}', 'targets that do not belong to their inputs (shuffled apart?)',
                                    'too high or too low a learning rate'],
       tries=['print inputs and targets of a batch', 'train on one batch: its loss must go to 0', '{find}'])
@@ -472,7 +478,7 @@ def at_chance(evidence,
 
     Source: CS231n, "Neural networks 3", sanity checks: the correct loss at chance performance."""
     loss, n, steps = needed_loss(evidence), evidence.facts.n_classes, evidence.n_steps()
-    chance, how = (np.log(n), f'guessing among {n} classes gives') if n else _of_mean(evidence)
+    chance, how = of_guessing(evidence)
     early = steps < min_steps
     if loss.late > chance*(1-min_gain): return found(
         evidence, 'note' if early or is_by_turns(evidence) else 'error',
@@ -494,7 +500,7 @@ def metric_stuck(evidence, *, min_epochs=3): # with one and the same value
         moves = len(loss) > 1 and np.ptp(loss) > .01*abs(np.mean(loss))
         if not moves or len(track) < min_epochs or track.values.ndim > 1 or np.ptp(track.values) > 0: continue
         value = float(track.values[-1])
-        if value == 1: continue   # of a task that is solved
+        if value == 1 or is_solved(evidence): continue
         yield found(evidence, 'warning', f'{nm} ({phase}) is {value:.4g} after each of {len(track)} epochs; '
                     'the loss moves.', value, steps=track.span(),
                     chart=steps_chart(f'{nm} ({phase})', {nm: track}))
@@ -515,6 +521,9 @@ def overfitting(evidence,
     if not n: raise Missing('no loss of validation, or none of training, was recorded')
     if n <= patience: raise Missing(f'{n} epochs are too few to tell; it takes {patience+1}')
     best = int(np.argmin(np.where(np.isfinite(valid.values[:n]), valid.values[:n], np.inf)))
+    try: chance = of_guessing(evidence)[0]
+    except Missing: chance = np.inf
+    if valid.values[best] > chance: return   # it has never learned anything of it: `learned_by_heart`
     worse = float(valid.values[n-patience:n].min()/valid.values[best]) - 1   # in all of the last epochs
     risen = worse*valid.values[best] > min_rise*max(valid.values[0], evidence.loss().first)
     if not (risen and worse > max_worse*.4 and train.values[n-1] < train.values[best]): return
@@ -523,6 +532,27 @@ def overfitting(evidence,
         f'{worse:.0%} higher or more in the last epochs, while that of training went on falling.',
         worse, max_worse, steps=valid.span([best, n-1]),
         caveats=['accuracy may still rise: the loss also counts how sure the answers are'],
+        chart=steps_chart('Loss, by epoch', dict(train=train, valid=valid)))
+
+# %% ../nbs/52_loss_rules.ipynb #42c56eda
+_causes = ['targets that do not belong to their inputs (shifted, or shuffled)',
+           'validation data of another kind']
+
+@rule(kind=('misaligned_labels', 'data_no_information'), causes=_causes,
+      tries=['print inputs with their targets, of both sets'])
+def learned_by_heart(evidence,
+    *, min_gain=.03, # by which fraction the training loss must be below that of guessing; validation: a third of it
+    min_epochs=4
+):
+    """A training loss below that of guessing, and a validation loss that is not, in every epoch.
+
+    Source: Zhang and others, "Understanding deep learning requires rethinking generalization" (2017)."""
+    (chance, how), train, valid = of_guessing(evidence), *map(evidence.epoch_loss, ('train', 'valid'))
+    if min(len(train), len(valid)) < min_epochs: raise Missing(f'it takes {min_epochs} epochs of both losses')
+    best = float(valid.finite.min(initial=np.inf))
+    if train.values[-1] < chance*(1-min_gain) and best > chance*(1-min_gain/3): return found(
+        evidence, 'warning', f'The training loss falls to {train.values[-1]:.3g}; that of validation is '
+        f'never below {best:.4g}; {how} {chance:.3g}.', best, float(chance), steps=valid.span(),
         chart=steps_chart('Loss, by epoch', dict(train=train, valid=valid)))
 
 # %% ../nbs/52_loss_rules.ipynb #9a79b7d5

@@ -230,10 +230,11 @@ def exploding_gradients(evidence,
 
 # %% ../nbs/50_rules.ipynb #161d7033
 def falls_of(track):
-    "At each row by which factor the values have fallen within three rows."
+    "At each row by which factor the values have fallen within three rows, and stay so in the next."
     v = track.values.astype(float)
     before = np.max([np.r_[np.full(k, np.nan_to_num(v[0])), v[:-k]] for k in (1, 2, 3)], axis=0)
-    with np.errstate(all='ignore'): return np.nan_to_num(before/v, nan=0., posinf=0.)
+    lasting = np.maximum(v, np.append(v[1:], 0.)/2)   # the next may be twice as much
+    with np.errstate(all='ignore'): return np.nan_to_num(before/lasting, nan=0., posinf=0.)
 
 def highest_of_two(values):
     """The highest value that one beside it reaches, or that ends a run.
@@ -245,12 +246,10 @@ def highest_of_two(values):
     return most if most > 100*abs(values[0]) else high
 
 def _jump(loss, step):
-    "The highest loss around `step`, in units of the lowest shortly before; 0 of one that jumps all the time."
+    "The highest loss around `step`, in units of the lowest shortly before."
     before = loss.values[(loss.steps >= step-6) & (loss.steps < step)]
-    now = loss[(loss.steps >= step-1) & (loss.steps <= step+2)].finite.max(initial=0.)
-    usual = loss.values[loss.steps < step-1][-20:]
-    noise = np.median(np.abs(np.diff(usual))) if len(usual) > 3 else 0.
-    return now/before.min() if len(before) and before.min() > 0 and now - np.median(before) > 3*noise else 0.
+    now = loss[(loss.steps >= step-1) & (loss.steps <= step+2)].finite
+    return now.max(initial=0.)/before.min() if len(before) and before.min() > 0 else 0.
 
 def _collapse(evidence, loss, limit):
     "A finding where outputs shrink to nearly nothing and the loss jumps by half or more."
@@ -261,7 +260,8 @@ def _collapse(evidence, loss, limit):
     if not events: return
     (first, layer, _), last = min(events), max(events)[0]
     before, late = loss.values[loss.steps < first].min(), loss.late
-    level = 'error' if late > before else 'note' if is_solved(evidence, .35) else 'warning'
+    level = 'error' if late > before else 'warning'
+    if is_solved(evidence, .1 if late > before else .35): level = 'note'
     own = {nm: o for nm,o in tracks.items() if any(nm == event[1] for event in events)}
     return found(
         evidence, level, f'At step {first} the output of {layer} collapses '
@@ -366,7 +366,7 @@ def at_layers(evidence, level, text, layers, **kw):
       causes=['it is not used in `forward`', 'it is used without a call (`layer.forward(x)`, `layer.weight`, '
               '`F.relu` beside an nn.ReLU)', 'it is for another phase'])
 def never_called(evidence):
-    """Layers that were watched and never ran: a warning if they have weights that get no gradient, else a note.
+    """Layers that were watched and never ran: a warning if they have weights without a gradient, else a note.
 
     Source: PyTorch, "Modules": only a call of a module runs its hooks."""
     silent, known = evidence.facts.silent, evidence.facts.sampled
@@ -444,7 +444,7 @@ def _dead_fraction(evidence, source):
     if since is None: return track.late
     return float(np.mean([0 <= o <= track[track.end].steps[0] for o in since]))
 
-@rule(kind='dead')
+@rule
 def dead_units(evidence, *, max_dead=.5): # fraction of a layer's units
     """Units that are zero whatever comes in: no gradient goes through them, so they stay so.
 
@@ -465,6 +465,7 @@ def dead_units(evidence, *, max_dead=.5): # fraction of a layer's units
     sentence = f'{value:.0%} of the units of {facts.named(layer)} are zero in {window}{began}.'
     return found(evidence, level, sentence,
                  value, max_dead, tracks, over if over.any() else slice(None), chart='Fraction of dead units',
+                 kind=('dead', 'init' if born else 'lr_high'),
                  caveats=[not followed and n < 32 and f'counted over {n} samples: in more fewer are zero'],
                  causes=[*causes, 'inputs that are far from mean 0'],
                  tries=[*tries, 'a ReLU that leaks (LeakyReLU, GeneralRelu)', 'BatchNorm before it'])
@@ -536,6 +537,11 @@ def fall_of(track):
     first = track[:max(1, len(track)//4)].usual
     return (first-track.late)/abs(first) if first else 0.
 
+def left_by_clipping(evidence):
+    "The usual fraction of the norm of all gradients that clipping leaves; 1 where that is not known."
+    before, after = (evidence.track('all', o) for o in ('grad_norm', 'grad_norm_clipped'))
+    return after.usual/before.usual if len(after) and len(before) and before.usual > 0 else 1.
+
 @rule(kind='lr_low', causes=['too low a learning rate{rate}', 'a schedule that stays near zero'],
       tries=['{find}', 'a thousand times as much'])
 def learning_rate_low(evidence,
@@ -559,9 +565,13 @@ def learning_rate_low(evidence,
         value, limit, caveats = high.get(name, np.inf), min_ratio, []
         text = f'No weight changes by more than {value:.1g} of itself in a step ({name} by most)'
         chart = steps_chart('Update:weight ratio', {o: ratios[o] for o in high if o == name}, min_ratio)
+    if ratios is not None and not value: return   # no step is made: `unchanged`
+    left, said = left_by_clipping(evidence), {}
+    if left < .01: said = dict(causes=[f'clipping, which leaves {left:.1g} of the gradients'],
+                               tries=['clip at about the usual norm'])
     if value < limit: return found(
         evidence, 'error', f'{text}, and the loss stays: it falls by {fall_of(loss):.1%}.', value, limit,
-        dict(loss=loss), caveats=caveats, chart=chart)
+        dict(loss=loss), caveats=caveats, chart=chart, **said)
 
 # %% ../nbs/50_rules.ipynb #f913214d
 @rule

@@ -7,12 +7,13 @@ __all__ = []
 
 # %% ../nbs/51_step_rules.ipynb #f9762537
 from collections import Counter
+from functools import partial
 
 import numpy as np
 
 from .evidence import Chart
-from .rules import (Missing, at_layers, decays, found, is_solved, layers_of, needed, rule, tracks_of,
-                          weights_with)
+from .rules import (Missing, at_layers, decays, found, is_solved, layers_of, needed, needed_loss, rule,
+                          tracks_of, weights_with)
 
 # %% ../nbs/51_step_rules.ipynb #303b8477
 def counted(evidence):
@@ -238,3 +239,25 @@ def dropout_of_answers(evidence):
     facts, last = evidence.facts, last_called(evidence.facts, but=('Identity', 'Flatten', 'Softmax'))
     if facts.model == 'Sequential' and facts.kind(last).startswith('Dropout'): return found(
         evidence, 'warning', f'{facts.named(last)} is the last.', layers=[last])
+
+@rule(kind=('dropout_misplaced', 'regularisation'), causes=['a probability that is too high'],
+      tries=['a probability of .1 to .5'])
+def dropout_of_most(evidence,
+    *, min_kept=.3, # fraction of the entries; what is kept is made larger, and so are the squares
+    max_left=.5     # of the first loss
+):
+    """Dropout that leaves next to nothing, in a run whose loss stays high.
+
+    Source: Srivastava and others, "Dropout" (2014), appendix A.4: at least half of the units are kept."""
+    loss, facts, names = needed_loss(evidence), evidence.facts, evidence.sources('std')
+    for before,nm in zip(names, names[1:]):
+        if not facts.kind(nm).startswith('Dropout'): continue
+        (mean, square), (now, after) = map(partial(_moments, evidence), (before, nm))
+        kept, same = square/after if after else 1., abs(now - mean) < .3*np.sqrt(square)
+        if same and kept < min_kept and loss.late > max_left*loss.first: return found(
+            evidence, 'warning', f'{facts.named(nm)} keeps {kept:.0%} of what comes in, and the loss ends at '
+            f'{loss.late/loss.first:.0%} of what it began with.', kept, min_kept, layers=[nm])
+
+def _moments(evidence, nm):   # the mean of the entries, and that of their squares
+    mean, std = (evidence.track(nm, o).usual for o in ('mean', 'std'))
+    return mean, mean**2 + std**2
