@@ -541,7 +541,7 @@ _causes = ['targets that do not belong to their inputs (shifted, or shuffled)',
 @rule(kind=('misaligned_labels', 'data_no_information'), causes=_causes,
       tries=['print inputs with their targets, of both sets'])
 def learned_by_heart(evidence,
-    *, min_gain=.03, # by which fraction the training loss must be below that of guessing; validation: a third of it
+    *, min_gain=.03, # by which part training must be below guessing; validation: a third of it
     min_epochs=4
 ):
     """A training loss below that of guessing, and a validation loss that is not, in every epoch.
