@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from .batches import inputs_and_targets, loss_func_of
-from .history import History, plain_frame, read_table, write_table
+from .history import History, plain_frame, write_table
 from .hooks import select_modules, unwrap
 from .inspector import Inspector
 from .learner import Learner
 from .loss_stats import first_tensor, is_affine, is_blind, is_clipped, is_summed
 from .lens import row_stat
+from .records import read_record
 from .visualizer import Recording
 from .watch import Watcher
 
@@ -405,7 +406,7 @@ def evidence_of(
     if isinstance(x, Evidence): return x
     if isinstance(x, History): return Evidence(x)
     if isinstance(x, (str, Path)):
-        history, facts = read_table(x)
+        history, facts = read_record(x)
         return Evidence(history, facts_of_dict(facts))
     if isinstance(x, Watcher): x = getattr(x, 'learn', None) or list(x.parts.values())
     if isinstance(x, (list, tuple)): return _of_several([evidence_of(o) for o in x])
@@ -432,7 +433,7 @@ class Chart:
         ax=None # matplotlib axes; default those of a new figure
     ): # the axes
         "Draw the lines."
-        from miniai.plots import plot_lines, subplots
+        from .plots import plot_lines, subplots
         if ax is None: ax = subplots(figsize=(6, 3))[1]
         for name,(x,y) in self.lines.items(): plot_lines(ax, x, {name: y}, lw=1.2)
         for y in self.guides: ax.axhline(y, color='0.4', lw=.8, ls='--')

@@ -254,20 +254,24 @@ class OptimizerSteps:
         self.loss_stats.count('before_step', optimizer, [o.p for o in held.params])
         if not self.steps.sampled: return
         self.sampler.begin_watch()
-        late = has_closure and self.steps.bare
-        samples = self.steps.samples or int(self.steps.bare and not late)
+        late = has_closure and (self.steps.bare or self.steps.in_closure)
+        samples = 0 if late else self.steps.samples or int(self.steps.bare)
         where = self.history.run, self.steps.current, self.epoch
         for tap in held.taps.values(): tap.rows.open('train', *where, samples, new=True)
         self._guard('the gradients', held.before, has_closure, self.compute, late)
+        if not late: self._write_norms(held, samples)
+        self.sampler.end_watch()
+
+    def _write_norms(self, held, samples):
         keep = lambda lens, stat, value: self._keep(lens, 'all', stat, value, 'train', samples)
         self._guard('the norm of all gradients', self.clip.write, held.params, keep)
-        self.sampler.end_watch()
 
     def _after_step(self, optimizer):
         if not self.active or not self.steps.after(optimizer): return
         held, where = self._held_by(optimizer), (self.history.run, self.steps.current, self.epoch)
         if held.late:   # whose samples came in the closure
             for tap in held.taps.values(): tap.rows.open('train', *where, self.steps.samples)
+            self._write_norms(held, self.steps.samples)
         self.loss_stats.count('after_step', optimizer, [o.p for o in held.params])
         self.sampler.begin_watch()
         self._guard('the updates', held.after, self.compute)
@@ -322,7 +326,7 @@ class State:
         "Go on from there; attach first."
         if not self.attached: raise RuntimeError('Inspector.load_state_dict: attach the model first')
         self.steps, self.pushed = Steps(self.sampler), dict.fromkeys(state['pushed'])
-        self.steps.number = state['step']
+        self.steps.number = self.steps.n_stepped = state['step']
         self.begin_epoch(state['epoch'])
         for nm,o in self._kept().items():
             o.load_state_dict(converted(state[nm], torch.Tensor, lambda a: a.cpu().numpy()))

@@ -38,6 +38,7 @@ class Steps:
         self.stepping, self.stepped, self.n_stepped = None, set(), 0   # ids of optimizers; all their steps
         self.turns, self.known = [], set()   # optimizers that stepped since sampling was decided; in a round
         self.bare = False   # the step of an optimizer began without a forward
+        self.in_closure = False   # set where the last backward pass of a step runs in the optimizer's closure
 
     def forward(self, params):   # one that trains begins
         if self._is_over(params): self.begin()
