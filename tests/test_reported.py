@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import nn, optim
 from torch.utils.checkpoint import checkpoint
 
-from miniai.accel import AccumulateCB, CompileCB, MixedPrecision
+from miniai.accel import AccumulateCB, CompileCB, GradClipCB, MixedPrecision
 from miniai.activations import ActivationStats
 from miniai.callback import Callback
 from miniai.checkpoint import CheckpointCB
 from miniai.history import History, plain_frame, read_table, write_table
-from miniai.inspector import InspectorCB
+from miniai.inspector import Inspector, InspectorCB
 from miniai.learner import Learner, LRFinderCB, MetricsCB, TrainCB, TrainLearner
 import miniai.augment, miniai.diagnose  # noqa: F401 (`learn.capture_preds`, `learn.diagnose`)
 from miniai.watch import RangeStats
@@ -706,3 +706,49 @@ def test_8_a_rate_that_is_suggested_was_tried(losses):
     finder.lrs, finder.losses = list(np.geomspace(1e-3, 1., len(losses))), losses
     tried = np.array(finder.lrs)[np.isfinite(losses)]
     assert all(tried[0] <= o <= tried[-1] for o in finder.suggest())
+
+class NoStep(TrainCB):
+    def step(self, learn): pass
+
+def diagnosed(*cbs, worker=TrainCB, scale=1, shift=0, opt=optim.Adam, lr=3e-3, epochs=6, door='learner'):
+    "What is found of a small net; by an Inspector without the callbacks."
+    torch.manual_seed(0)
+    train, valid = ([(x*scale, y) for x,y in images(n, seed=i)] for i,n in enumerate((15, 5)))
+    valid = [(x, (y+shift) % 4) for x,y in valid]
+    if door == 'learner':
+        right = quiet(accuracy=lambda preds, y: (preds.argmax(1) == y).float().mean())
+        learn = Learner(mlp(nn.ReLU), SimpleNamespace(train=train, valid=valid), F.cross_entropy, lr, [worker(), right, *cbs], opt_func=opt)
+        learn.watch(every=1)
+        learn.fit(epochs)
+        return learn.diagnose()
+    model, loss_fn = mlp(nn.ReLU), nn.CrossEntropyLoss()
+    inspector = Inspector(visualizer=None).attach(model, optimizer=(opt := opt(model.parameters(), lr)), loss_fn=loss_fn)
+    for _ in range(epochs):
+        for x,y in train:
+            loss_fn(model.train()(x), y).backward()
+            if worker is TrainCB: opt.step()
+            opt.zero_grad()
+        with torch.no_grad(): [loss_fn(model.eval()(x), y) for x,y in valid]
+        inspector.tick_epoch()
+    return inspector.detach().diagnose()
+
+doors = pytest.mark.parametrize('door', ['learner', 'inspector'])
+
+@doors
+@pytest.mark.parametrize('kw', [dict(epochs=8), dict(scale=30), dict(opt=optim.SGD, lr=.2, epochs=15)], ids=['accuracy of 1', 'unscaled', 'converged'])
+def test_8_a_solved_run_is_left_alone(kw, door): assert not diagnosed(door=door, **kw)
+
+@doors
+def test_8_shifted_labels_of_validation_are_no_overfitting(door):
+    assert {o.rule for o in diagnosed(shift=1, epochs=8, door=door) if o.level != 'note'} == {'learned_by_heart'}
+
+@doors
+@pytest.mark.filterwarnings('ignore:.*has made no step that PyTorch knows of')
+def test_8_a_step_that_is_never_made_is_no_low_rate(door):
+    found = diagnosed(worker=NoStep, door=door)
+    assert 'learning_rate_low' not in {o.rule for o in found}
+    if door == 'learner': assert 'opt.step' in found[0].causes[0] and found[0].rule == 'unchanged'
+
+def test_8_clipping_that_eats_the_step_is_named():
+    found, = diagnosed(GradClipCB(1e-5), opt=optim.SGD, lr=.05).of('error')[:1]
+    assert found.rule == 'learning_rate_low' and 'clipping, which leaves' in found.causes[0] and 'thousand' not in str(found.tries)
