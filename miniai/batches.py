@@ -70,7 +70,8 @@ class Predicts(Parts):
         else:
             if not isinstance(batch, Mapping): raise TypeError(
                 f'predict: the batch is a {type(batch).__name__}; a model is called by keywords with a dict')
-            out = learn.model(**batch if self.inp_nm is None else {o: batch[o] for o in names_of(self.inp_nm)})
+            chosen = list(batch) if self.inp_nm is None else names_of(self.inp_nm)
+            out = learn.model(**{o: named(batch, o, 'the batch') for o in chosen})
             learn.loss = named(out, self.loss_nm, 'predict: what the model returned')
         learn.preds = out if self.preds_nm is None else named(out, self.preds_nm, 'predict: what the model returned')
 

@@ -109,6 +109,7 @@ def test_learners_take_names():
     (TrainCB(inp_nm=('left', 'right')), 'lbl_nm is None'),
     (TrainCB(**{**names, 'preds_nm': 'scores'}), r"returned has no 'scores'; it has \['logits', 'loss'\]"),
     (KeywordCB(inp_nm=('left', 'right')), 'the model returned no loss'),
+    (KeywordCB(inp_nm=('left', 'x')), "the batch has no 'x'"),
     (KeywordCB(loss_nm='cost'), "returned has no 'cost'")])
 def test_a_name_that_is_missing_is_a_clear_error_and_leaves_nothing(worker, message):
     learn = learner(worker)
@@ -439,7 +440,7 @@ def test_rates_and_frozen_layers_by_name():
 # --- processes ---
 
 script = '''
-import sys
+import os, sys
 import torch
 sys.path[:0] = [sys.argv[2]]
 from test_batches import Tokens, Quiet, n_tokens, own_loss, right_tokens, token_loaders
@@ -448,7 +449,8 @@ from miniai.device import set_seed
 from miniai.distributed import is_main
 from miniai.learner import Learner, TrainCB
 set_seed(2)
-learn = Learner(Tokens(), token_loaders(4), own_loss, lr=.5, epoch_sz=4,
+world = int(os.environ.get('WORLD_SIZE', 1))   # each has a batch of every `world`
+learn = Learner(Tokens(), token_loaders(4//world), own_loss, lr=.5, epoch_sz=4,
                 cbs=[TrainCB(weight_of=n_tokens), Quiet(right=right_tokens), AccumulateCB(2), DDPCB()])
 learn.fit(max_steps=5)
 values = [learn.history.series('epoch', nm, phase).values.tolist() for nm in ('loss', 'right') for phase in ('train', 'valid')]
