@@ -542,12 +542,6 @@ def left_by_clipping(evidence):
     before, after = (evidence.track('all', o) for o in ('grad_norm', 'grad_norm_clipped'))
     return after.usual/before.usual if len(after) and len(before) and before.usual > 0 else 1.
 
-def left_by_clipping(evidence):
-    "The usual fraction of the norm of all gradients that clipping leaves; 1 where that is not known."
-    if 'all' not in evidence.sources('grad_norm_clipped'): return 1.
-    before, after = (evidence.track('all', o).usual for o in ('grad_norm', 'grad_norm_clipped'))
-    return after/before if before > 0 else 1.
-
 @rule(kind='lr_low', causes=['too low a learning rate{rate}', 'a schedule that stays near zero'],
       tries=['{find}', 'a thousand times as much'])
 def learning_rate_low(evidence,
