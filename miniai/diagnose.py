@@ -15,8 +15,8 @@ from fastcore.basics import listify, patch
 
 from .callback import Callback, CancelFitException, Order
 from .distributed import gather, is_main
-from .evidence import (Chart, Evidence, Facts, Finding, Findings, Param, Track, evidence_of, levels,
-                             unknown)
+from .evidence import (Chart, Evidence, Facts, Failed, Finding, Findings, Param, Track, evidence_of,
+                             levels, unknown)
 from .history import History
 from .inspector import Inspector
 from .learner import Learner
@@ -48,7 +48,7 @@ def asked(nm, f, evidence, given):
     except Missing as e: return [], str(e)
     except Exception as e:   # at the end of a long fit the other rules should still be heard
         warnings.warn(f'diagnose: rule {nm!r} failed ({type(e).__name__}: {e})', stacklevel=3)
-        return [], f'it failed ({type(e).__name__}: {e})'
+        return [], Failed(f'it failed ({type(e).__name__}: {e})')
 
 # %% ../nbs/53_diagnose.ipynb #78768423
 def diagnose(

@@ -114,6 +114,8 @@ class Losses:
         if not self.active: return
         inp = dict(zip(('input', 'target'), inp)) | kwargs
         self._guard('the loss', self._take_loss, hook.lens, mod, inp, outp)
+        if not self.seen.batches[self.phase]:   # parts of the model are called, never all of it
+            self.is_due = self.loss_stats.is_next_due(self.phase)
         if not self.is_due: return
         self._guard('what enters the loss', self._enter_loss, inp.get('input'), inp.get('target'))
 

@@ -269,14 +269,17 @@ def copies_of_units(model:nn.Module) -> dict:
     return {nm: 1 - len(o.unique(dim=0))/len(o) for nm,o in rows.items() if len(o) > 1}
 
 # %% ../nbs/49_evidence.ipynb #cb080706
-def _of_optimizer(opt):
-    "Its class, its learning rate (that it began with, or a schedule's highest), its largest weight decay."
-    if opt is None: return {}
-    groups = getattr(opt, 'param_groups', None) or [{}]
-    rates = {**getattr(opt, 'defaults', {}), **groups[0]}
-    lr = next((rates[nm] for nm in ('max_lr', 'initial_lr', 'lr') if nm in rates), None)
-    decay = max((float(o['weight_decay']) for o in groups if 'weight_decay' in o), default=None)
-    return dict(optimizer=type(opt).__name__, lr=None if lr is None else float(lr), weight_decay=decay)
+def _of_optimizers(opts):
+    "Their classes, the highest rate that they began with or that a schedule gives, the largest weight decay."
+    opts = [o for o in opts if o is not None]
+    groups = [getattr(o, 'defaults', {}) | group for o in opts
+              for group in getattr(o, 'param_groups', None) or [{}]]
+    rates = [next((float(o[nm]) for nm in ('max_lr', 'initial_lr', 'lr') if nm in o), None) for o in groups]
+    decays = [float(o['weight_decay']) for o in groups if 'weight_decay' in o]
+    apart = any(o.get('decoupled_weight_decay') for o in groups)   # as of AdamW, whatever it is called
+    names = dict.fromkeys('AdamW' if apart and type(o).__name__ == 'Adam' else type(o).__name__ for o in opts)
+    return dict(optimizer=', '.join(names), lr=max([o for o in rates if o is not None], default=None),
+                weight_decay=max(decays, default=None))
 
 def _of_parameters(model, opts=()):
     groups = [group for o in opts for group in getattr(o, 'param_groups', ())]
@@ -349,7 +352,7 @@ def _of_model(model, opts, loss_func, inputs, predictions, targets):
     "What a model, its optimizers, its loss and its last batch show; None for what is not known."
     facts = Facts(loss='' if loss_func is None else function_name(loss_func),
                   n_classes=tried(_n_classes, loss_func, predictions),
-                  **_of_optimizer(next(iter(opts), None)),
+                  **_of_optimizers(opts),
                   **tried(_of_answers, predictions, inputs, default={}))
     if model is None: return facts
     layers = {nm: type(m).__name__ for nm,m in select_modules(model)}
@@ -502,6 +505,9 @@ class Finding:
     __repr__ = __str__
 
 # %% ../nbs/49_evidence.ipynb #13386ae5
+class Failed(str):
+    "Why a rule could not be asked: it raised an error."
+
 class Findings(list):
     "Findings, worst first; `checked`: the rules that were asked; `unchecked`: why others could not be."
     def __init__(self,
@@ -528,12 +534,15 @@ class Findings(list):
         "One line; what could not be asked comes first where it is much."
         counts = [f'{n} {o}{"s"*(n != 1)}' for o in levels if (n := len(self.of(o)))]
         text = f'{", ".join(counts) or "Nothing found"}. Rules checked: {len(self.checked)}.'
-        n = len(self.unchecked)
+        failed = [nm for nm,why in self.unchecked.items() if isinstance(why, Failed)]
+        if failed: text += f' Rules that failed with an error: {", ".join(failed)} (see `unchecked`).'
+        missing = {nm: why for nm,why in self.unchecked.items() if nm not in failed}
+        n = len(missing)
         if n > 3 and n > len(self.checked)/2:
-            (why, most), = Counter(self.unchecked.values()).most_common(1)
+            (why, most), = Counter(missing.values()).most_common(1)
             return (f'{n} of {n+len(self.checked)} rules could not be asked (see `unchecked`), {most} '
                     f'since {why}. {text}')
-        which = ', '.join(self.unchecked) if n < 4 else f'{n} (see `unchecked`)'
+        which = ', '.join(missing) if n < 4 else f'{n} (see `unchecked`)'
         return f'{text} Not checked, for want of records: {which}.' if n else text
 
     def __str__(self): return '\n\n'.join([self.summary(), *map(str, self)])

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/38_ledger.ipynb #62df8ab5
 from collections import Counter
 from operator import attrgetter
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -40,6 +41,7 @@ class FollowsGradient:
     def __init__(self):
         self.p, self.handle, self.at_step, self.backwards, self.stepping = None, None, None, 0, False
         self.counts, self.kept, self.dropped, self.old, self.some = Counter(), 0, 0, False, False
+        self.known = WeakKeyDictionary()   # optimizer -> whether it has the parameter
         self.failed = False
 
     def follow(self, params, optimizer=None):
@@ -77,6 +79,13 @@ class FollowsGradient:
 # %% ../nbs/38_ledger.ipynb #0bf536f3
 class GradientWatch(FollowsGradient):
     "Judges the gradient of one parameter at the steps of the optimizer."
+    def is_of(self, optimizer):
+        "Whether an optimizer has the parameter; another one's steps say nothing of it."
+        if self.p is not None and optimizer not in self.known:
+            groups = getattr(optimizer, 'param_groups', ())
+            self.known[optimizer] = not groups or any(p is self.p for o in groups for p in o['params'])
+        return self.known.get(optimizer, True)
+
     def before_step(self):
         "Judge what an optimizer finds: old gradients may have been another loss's, and zeroed since."
         self.stepping = True
@@ -101,7 +110,7 @@ class StepCounts:
     def before_step(self, optimizer, params):
         "Note what an optimizer finds."
         self.fresh = not getattr(optimizer, 'state', True)
-        self.grads.before_step()
+        if self.grads.is_of(optimizer): self.grads.before_step()
         now = sum(map(version, params))
         if self.versions.get(id(optimizer), now) != now: self.written.append(self.counts['steps'])
         del self.written[1000:]
@@ -112,7 +121,7 @@ class StepCounts:
         self.versions = dict(others) | {id(optimizer): sum(map(version, params))}
         self.first = self.first or id(optimizer)   # its rates are kept
         self.grads.follow(params, optimizer)
-        self.grads.stepped(is_due(n))
+        if self.grads.is_of(optimizer): self.grads.stepped(is_due(n))
         rates = [o.get('lr') for o in getattr(optimizer, 'param_groups', ())]
         known = self.first == id(optimizer) and rates and isinstance(rates[0], (int, float))
         if is_due(n) and known: self.rates.append((n, rates[0]))

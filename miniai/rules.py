@@ -366,13 +366,14 @@ def at_layers(evidence, level, text, layers, **kw):
       causes=['it is not used in `forward`', 'it is used without a call (`layer.forward(x)`, `layer.weight`, '
               '`F.relu` beside an nn.ReLU)', 'it is for another phase'])
 def never_called(evidence):
-    """Layers that were watched and never ran: a warning if they have weights without a gradient, else a note.
+    """Layers that were watched and never ran: a warning if they are to be trained and get no gradient.
 
     Source: PyTorch, "Modules": only a call of a module runs its hooks."""
     silent, known = evidence.facts.silent, evidence.facts.sampled
     if not silent and not known: raise Missing(f'no outputs of layers were recorded; watch with {_or}')
     used = layers_of(nm for nm in evidence.sources('grad_norm') if evidence.track(nm, 'grad_norm').usual > 0)
-    owners = [o for o in silent if o in layers_of(evidence.facts.params) and o not in used]
+    mine = layers_of(nm for nm,p in evidence.facts.params.items() if p.trained)
+    owners = [o for o in silent if o in mine and o not in used]
     return at_layers(evidence, 'warning' if owners else 'note', 'Never called: {}.', owners or silent)
 
 @rule(kind='ledger',
