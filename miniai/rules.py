@@ -462,7 +462,8 @@ def dead_units(evidence, *, max_dead=.5): # fraction of a layer's units
     if over.any() and not born: began = f', most since step {track.span(over)[0]}'
     causes = ['a bias far below zero, or weights that are too small' if born else 'too high a learning rate']
     tries = ['Kaiming initialisation, with bias 0' if born else 'a lower learning rate, or a warm-up']
-    level = 'error' if value > .9 else 'note' if is_solved(evidence, .5) else 'warning'
+    fine = is_solved(evidence, .5) or fall_of(evidence.loss()) > .5   # the first is of losses above 0
+    level = 'error' if value > .9 else 'note' if fine else 'warning'
     sentence = f'{value:.0%} of the units of {facts.named(layer)} are zero in {window}{began}.'
     return found(evidence, level, sentence,
                  value, max_dead, tracks, over if over.any() else slice(None), chart='Fraction of dead units',
