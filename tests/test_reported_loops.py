@@ -467,3 +467,69 @@ def test_a_model_is_scripted_after_watching_it():
     learn.watch(every=1)
     learn.fit(1)
     assert torch.equal(torch.jit.script(model)(x), model(x))
+
+
+# --- norms of very large, very small and complex numbers ---
+
+class Scale(nn.Module):
+    def __init__(self, dtype=torch.float32): super().__init__(); self.weight = nn.Parameter(torch.tensor([1., 2.]).to(dtype))
+    def forward(self, x): return self.weight*x
+
+class SumLoss(TrainCB):
+    def predict(self, learn): learn.preds = learn.model(learn.batch)
+    def get_loss(self, learn): learn.loss = learn.preds.abs().sum()/4
+
+@pytest.mark.filterwarnings('ignore')   # the loss itself may be infinite
+@pytest.mark.parametrize('size', [1e-30, 1e-23, 1., 1e19, 3e19, 1e37])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.complex64], ids=['real', 'complex'])
+def test_norms_neither_overflow_nor_vanish(size, dtype):
+    data, wanted = [torch.full((4, 2), size)]*2, size*2**.5
+    if dtype is torch.complex64: data = [o*torch.tensor(.6+.8j) for o in data]
+    learn = Learner(Scale(dtype), SimpleNamespace(train=data), None, cbs=SumLoss(), lr=0.)
+    watcher = learn.watch(every=1)
+    learn.fit(1, valid=False)
+    model = Scale(dtype)
+    inspector = Inspector([ParameterGradientGeometry(inplace=False)], module=model, visualizer=None)
+    for x in data:
+        (model(x).abs().sum()/4).backward()
+        (opt := optim.SGD(model.parameters(), 0.)).step(); opt.zero_grad()
+    inspector.tick_epoch()
+    for found in (watcher.gradients.rows('weight', 'grad_norm').values, watcher.gradients.rows('all', 'grad_norm').values,
+                  table(inspector, 'weight', 'grad_norm').values): assert np.allclose(found/wanted, 1, rtol=1e-4) and len(found) == 2
+
+
+# --- what is no activation ---
+
+class Lengths(nn.Module):
+    "A sequence that is packed: lengths of batches are no activation."
+    def __init__(self): super().__init__(); self.layer, self.rnn, self.last = nn.Linear(2, 5), nn.GRU(5, 7, batch_first=True), nn.Linear(7, 3)
+    def forward(self, x):
+        packed = nn.utils.rnn.pack_padded_sequence(self.layer(x.view(-1, 3, 2)), torch.tensor([3]*8 + [2]*(len(x)-8)), batch_first=True)
+        return self.last(self.rnn(packed)[1][0])
+
+def computed(f): return lambda: nn.Sequential(f(nn.Linear(6, 12)), nn.ReLU(), f(nn.Linear(12, 3)))
+P = nn.utils.parametrizations
+none = dict(lengths=(Lengths, ['layer', 'rnn[0][0]', 'rnn[1]', 'last']), **{f.__name__: (computed(f), ['0', '1', '2']) for f in (P.weight_norm, P.spectral_norm, P.orthogonal)})
+
+@pytest.mark.parametrize('door', ['learner', 'inspector'])
+@pytest.mark.parametrize('name', none)
+def test_what_is_no_activation_has_no_rows(name, door):
+    make, wanted = none[name]
+    torch.manual_seed(0)
+    model, seen = make(), []
+    last = list(model.children())[-1]
+    last.register_forward_hook(lambda m, inp, outp: seen.append(outp.mean().item()))
+    if door == 'learner':
+        learn = learner(model=model, dls=loaders(3))
+        watcher = learn.watch(every=1)
+        quietly(learn.fit, 1, valid=False)
+        names, values = watcher.activations.panels(), watcher.activations.rows(wanted[-1], 'mean').values
+    else:
+        inspector = Inspector([OutputStats(inplace=False)], module=model, visualizer=None)
+        for x,_ in batches(3):
+            model(x).sum().backward()
+            optim.SGD(model.parameters(), 0.).step()
+        quietly(inspector.tick_epoch)
+        names, values = list(inspector.facts()['sources']), table(inspector, wanted[-1], 'mean').values
+        assert {source for _,source,_ in inspector.history.keys()} == {*wanted, 'batches'}
+    assert names == wanted and np.allclose(values, seen, atol=1e-6)
