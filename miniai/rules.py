@@ -81,6 +81,11 @@ def is_solved(evidence, left=.1):
     loss = evidence.loss()
     return len(loss) > 1 and 0 <= loss.late < left*loss.first
 
+def fall_of(track):
+    "By which fraction the loss falls, from the first quarter to the last."
+    first = track[:max(1, len(track)//4)].usual
+    return (first-track.late)/abs(first) if first else 0.
+
 def tracks_of(evidence, names, stat): return {nm: evidence.track(nm, stat) for nm in names}
 def read(evidence, names, stat, what):
     "One reading of each track: 'first', 'usual' or 'late'."
@@ -534,11 +539,6 @@ def update_ratios(evidence):
     tracks = tracks_of(evidence, weights_with(evidence, 'update_ratio'), 'update_ratio')
     grads = tracks_of(evidence, evidence.sources('grad_norm'), 'grad_norm')
     return {nm: o for nm,o in tracks.items() if len(o.finite) and (nm not in grads or grads[nm].usual > 0)}
-def fall_of(track):
-    "By which fraction the loss falls, from the first quarter to the last."
-    first = track[:max(1, len(track)//4)].usual
-    return (first-track.late)/abs(first) if first else 0.
-
 def left_by_clipping(evidence):
     "The usual fraction of the norm of all gradients that clipping leaves; 1 where that is not known."
     before, after = (evidence.track('all', o) for o in ('grad_norm', 'grad_norm_clipped'))
