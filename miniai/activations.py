@@ -139,6 +139,7 @@ class LayerStats:
 
     def __len__(self): return 3
     def __getitem__(self, i):
+        if isinstance(i, slice): return tuple(self[k] for k in range(3)[i])
         stat, kind = (('mean', np.float32), ('std', np.float32), ('hist', np.int64))[i]
         values = self.history.series(self.source, stat, first_run=self.first_run).values   # a flush
         if stat == 'hist' and len(values): values = values[:, :-len(outside)]
