@@ -43,8 +43,7 @@ class Recording:
     """Keeps what one run has recorded, epoch by epoch, and how it wants to be drawn.
 
     `rows` is (phase, source, stat) -> (epochs [n], values [n]), `panels` are of `Panel`.
-    `values` gives one line of a plot, `band` lower and upper ends: of a `source` (a layer, 'loss', ...), a
-    `stat` as recorded, without its aggregate, and a `phase`."""
+    `values` gives a line, `band` its ends: of a `source`, a `stat` without its aggregate, and a `phase`."""
     def __init__(self, rows:dict, panels=()): self.rows, self.panels = rows, list(panels)
 
     @classmethod
