@@ -101,7 +101,7 @@ class Facts:
         seen = {source for _,source,stat in self.history.keys() if stat.startswith('grad_')}
         chosen = {o.name for lens in self.lenses if lens.tap == 'grad'
                   for o in choose_parameters(self.params, lens.parameters) if expects_gradient(o.p)}
-        unreached = tuple(o.name for o in self.params if o.name in chosen - seen) if chosen and seen else None
+        unreached = tuple(o.name for o in self.params if o.name in chosen - seen) if seen else None
         return dict(layers=dict(self.kinds), sources=sources, silent=self.silent, sampled=sampled,
                     unreached=unreached, **self.loss_stats.facts())
 
@@ -251,7 +251,7 @@ class OptimizerSteps:
         held = self._held_by(optimizer)
         if not held.params or not self.steps.before(optimizer): return
         self.seen.fresh = True
-        self.loss_stats.count('before_step', optimizer, [o.p for o in held.params])
+        self.loss_stats.count('before_step', optimizer, held.tensors)
         if not self.steps.sampled: return
         self.sampler.begin_watch()
         late = has_closure and (self.steps.bare or self.steps.in_closure)
@@ -272,11 +272,12 @@ class OptimizerSteps:
         if held.late:   # whose samples came in the closure
             for tap in held.taps.values(): tap.rows.open('train', *where, self.steps.samples)
             self._write_norms(held, self.steps.samples)
-        self.loss_stats.count('after_step', optimizer, [o.p for o in held.params])
+        self.loss_stats.count('after_step', optimizer, held.tensors)
         self.sampler.begin_watch()
         self._guard('the updates', held.after, self.compute)
         self.sampler.end_watch()
         for o in self.tables: o.close()
+        if self.log is not None and self.log.came: self._guard('the log', self.log.write)
         if self.log is not None and self.log.came: self._guard('the log', self.log.write)
 
 
@@ -467,7 +468,7 @@ class Starting:
         self.phase, self.params, self.pushed, self.silent, self.optimizer = 'train', [], {}, (), None
         self.layers, self.held, self.last_gradients, self.lent = None, {}, {}, []
         self.subject, self.opts, self.batch = {}, [], {}   # what is watched, weakly; the batch seen last
-        self.is_due = False
+        self.is_due, self.in_optimizer = False, {}
         self.loss_stats.before_fit()
         self.begin_epoch(0)
 
@@ -483,6 +484,10 @@ class Starting:
         if self.attached and self.seen.fresh: self._tick(everywhere=False)
         self.sampler.stop()
         if self.attached and self.log is not None: self.log.end(self)
+        ids = {id(p) for o in self.asked()['opts'] for group in o.param_groups for p in group['params']}
+        # what the optimizers had, which may be gone when somebody asks
+        had = {o.name: id(o.p) in ids for o in self.params if ids and expects_gradient(o.p)}
+        self.in_optimizer = had or self.in_optimizer
         self.model, self.optimizer, self.held = None, None, {}
         if self.layers: self.layers.release()
         self.params = [replace(o, p=SimpleNamespace(requires_grad=expects_gradient(o.p)), owner=None)

@@ -123,3 +123,18 @@ def test_fault_of_a_loop_is_named(rule, kw): assert rule in looped(**kw)
 
 def test_layer_in_a_list_is_named(): assert 'unregistered' in looped(Hidden())
 def test_right_loop_is_left_alone(): assert not looped()
+
+
+def test_an_optimizer_that_is_gone_is_known():
+    "A loop in a function: its optimizer held other parameters, and is gone when somebody asks."
+    def train():
+        net, loss_fn = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), nn.CrossEntropyLoss()
+        opt = torch.optim.SGD(net.parameters(), .1)
+        for m in net[::2]: m.weight, m.bias = (nn.Parameter(o.detach().clone()) for o in (m.weight, m.bias))
+        with Inspector(visualizer=None).attach(net, optimizer=opt, loss_fn=loss_fn) as inspector:
+            for x,y in zip(torch.randn(60, 16, 8), torch.randint(3, (60, 16))):
+                loss_fn(net(x), y).backward()
+                opt.step()
+        return inspector
+    found = train().diagnose('not_trained')
+    assert [(o.level, o.layers) for o in found] == [('error', ('0', '2'))]
