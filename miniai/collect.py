@@ -179,6 +179,7 @@ def in_backward():
     "Say whether a backward pass is running, as when checkpointed blocks are computed again."
     return torch._C._current_graph_task_id() != -1
 
+# %% ../nbs/16_collect.ipynb #ed34010f
 class Listener:
     "Hooks modules while it listens; subclasses say what is done with what they return."
     def __init__(self, sampler, told):

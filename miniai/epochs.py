@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from .batches import mean_over
-from .device import batch_size
-from .distributed import gather, rank, world_size
-from .history import History
-from .hooks import choose_parameters, find_parameters
-from .kernels import add_to_row, empty_row
-from .lens import aggregates, epoch_taps, layer_taps, row_stat, summary
-from .loss_stats import few
-from .rows import to_host
-from .stats import Sums, grad_bins, unit_view
-from .steps import Moment
+from miniai.batches import mean_over
+from miniai.device import batch_size
+from miniai.distributed import gather, rank, world_size
+from miniai.history import History
+from miniai.hooks import choose_parameters, find_parameters
+from miniai.kernels import add_to_row, empty_row
+from miniai.lens import aggregates, epoch_taps, layer_taps, row_stat, summary
+from miniai.loss_stats import few
+from miniai.rows import to_host
+from miniai.stats import Sums, grad_bins, unit_view
+from miniai.steps import Moment
 
 # %% ../nbs/46_epochs.ipynb #5a974803
 class Seen:
@@ -166,8 +166,8 @@ def read_now(lens, stat, a, axis):
     return float(lens.values(stat, Sums.of(to_host([row])[0], grad_bins))[0])
 
 # %% ../nbs/46_epochs.ipynb #683ce4fe
-class Parameters:
-    "Knows the parameters of the model, and reads at the end of an epoch those that a lens asks for."
+class KnowsParameters:
+    "Knows the parameters of the model."
     def _find_parameters(self):
         "All parameters of the model as it is now; new ones are found at the next epoch."
         found = [o for o in find_parameters(self.model) if not self._is_sharded(o)]
@@ -184,6 +184,9 @@ class Parameters:
         if found: self.warn('a parameter', what, 'divided')
         return found
 
+# %% ../nbs/46_epochs.ipynb #b8a0f98a
+class Parameters(KnowsParameters):
+    "Knows the parameters of the model, and reads at the end of an epoch those that a lens asks for."
     def _read_parameters(self):
         self._find_parameters()
         for lens in self.lenses:
@@ -209,8 +212,8 @@ class Parameters:
         return np.nan
 
 # %% ../nbs/46_epochs.ipynb #21472afd
-class Epochs:
-    "Makes rows of what an epoch had."
+class CountsEpochs:
+    "Begins epochs, and ends them."
     def tick_epoch(self,
         epoch:int=None # number of the epoch that ends here; default one more than the last, from 0
     ):
@@ -235,6 +238,9 @@ class Epochs:
         if self.steps.moment is Moment.STEPPING: self.steps.moment = Moment.STEPPED   # its step has failed
         if self.layers and not self.active: self.layers.each('listen', False)
 
+# %% ../nbs/46_epochs.ipynb #b71e2312
+class Epochs(CountsEpochs):
+    "Makes rows of what an epoch had."
     def _close_epoch(self, everywhere):
         for o in self.tables: o.close()
         values, done = self.seen.numbers(), set()

@@ -509,6 +509,7 @@ class Finding:
 class Failed(str):
     "Why a rule could not be asked: it raised an error."
 
+# %% ../nbs/49_evidence.ipynb #763564e4
 class Findings(list):
     "Findings, worst first; `checked`: the rules that were asked; `unchecked`: why others could not be."
     def __init__(self,
@@ -541,8 +542,7 @@ class Findings(list):
         n = len(missing)
         if n > 3 and n > len(self.checked)/2:
             (why, most), = Counter(missing.values()).most_common(1)
-            return (f'{n} of {n+len(self.checked)} rules could not be asked (see `unchecked`), {most} '
-                    f'since {why}. {text}')
+            return f'{n} of {n+len(self.checked)} rules could not be asked, {most} since {why}. {text}'
         which = ', '.join(missing) if n < 4 else f'{n} (see `unchecked`)'
         return f'{text} Not checked, for want of records: {which}.' if n else text
 

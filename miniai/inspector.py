@@ -234,8 +234,8 @@ class AfterForwards:
             if a.requires_grad: a.register_hook(note)
 
 # %% ../nbs/47_inspector.ipynb #f073acea
-class OptimizerSteps:
-    "Follows the steps of optimizers."
+class BeforeSteps:
+    "Reads what is there before an optimizer steps."
     def _held_by(self, optimizer):
         "What is read around this optimizer's steps; nothing if it is not one to watch."
         held = self.held.get(id(optimizer))
@@ -266,6 +266,9 @@ class OptimizerSteps:
         keep = lambda lens, stat, value: self._keep(lens, 'all', stat, value, 'train', samples)
         self._guard('the norm of all gradients', self.clip.write, held.params, keep)
 
+# %% ../nbs/47_inspector.ipynb #712c6e5a
+class OptimizerSteps(BeforeSteps):
+    "Follows the steps of optimizers."
     def _after_step(self, optimizer):
         if not self.active or not self.steps.after(optimizer): return
         held, where = self._held_by(optimizer), (self.history.run, self.steps.current, self.epoch)
@@ -449,8 +452,8 @@ class Attaching:
         return self
 
 # %% ../nbs/47_inspector.ipynb #2a5de882
-class Starting:
-    "Begins anew, and ends."
+class Begins:
+    "Begins anew."
     def _hook_loss(self, lens, loss_fn):
         lens.read, lens.labels = self._last, self.labels
         if lens.loss_fn is None and loss_fn is not None:
@@ -473,6 +476,10 @@ class Starting:
         self.begin_epoch(0)
 
     def _params(self): return self.params
+
+# %% ../nbs/47_inspector.ipynb #7c04fadf
+class Starting(Begins):
+    "Begins anew, and ends."
     def detach(self): # the inspector
         "Take every hook off. What the epoch had so far becomes its row; table and pictures stay."
         if self.layers: self.layers.each('detach')

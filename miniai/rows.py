@@ -102,8 +102,9 @@ class Readers(list):
     "Functions (table, key, chunk) that are called with rows when they come to the host; a copy has none."
     def __reduce_ex__(self, protocol): return Readers, ()
 
-class Table:
-    "Series by key, which begins with phase and source."
+# %% ../nbs/14_rows.ipynb #77f194ea
+class Columns:
+    "Series by key."
     stats, bins, readers = (), None, ()   # stats: names of series, where they are no part of the key
     def __init__(self): self.chunks = {}   # key -> `Column`
 
@@ -118,6 +119,9 @@ class Table:
     def kept_bytes(self): return sum(o.nbytes for o in self.chunks.values())
     def facts_of(self, *key): return self.chunks.get(key, Column()).facts   # [n, 5]
 
+# %% ../nbs/14_rows.ipynb #f1513986
+class Table(Columns):
+    "Series by key, which begins with phase and source."
     def thinned(self):
         found = sorted(self.chunks.items(), key=lambda o: o[1].stride)
         return {nm: o.stride for key,o in found for nm in key[2:] or self.stats}
@@ -217,8 +221,8 @@ def to_host(tensors):
     return arrays
 
 # %% ../nbs/14_rows.ipynb #cf7f8334
-class Slots(MergedTable):
-    "Rows of sums that wait."
+class OpenSlots(MergedTable):
+    "Rows of sums that wait, one slot to a step."
     def __init__(self, bins):
         super().__init__()
         self.bins, self.cells, self.slots, self.closed, self.i = bins, {}, [], True, -1
@@ -240,6 +244,10 @@ class Slots(MergedTable):
         return self.i
 
     def close(self): self.closed = True
+
+# %% ../nbs/14_rows.ipynb #8ff47c98
+class Slots(OpenSlots):
+    "Rows of sums that wait."
     def cell(self, source, n_units, device='cpu', call=0):
         "Find the cell of a source; one for another number of units takes its place."
         found = self.cells.get(source)

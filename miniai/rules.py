@@ -256,6 +256,7 @@ def _jump(loss, step):
     now = loss[(loss.steps >= step-1) & (loss.steps <= step+2)].finite
     return now.max(initial=0.)/before.min() if len(before) and before.min() > 0 else 0.
 
+# %% ../nbs/50_rules.ipynb #f43b499b
 def _collapse(evidence, loss, limit):
     "A finding where outputs shrink to nearly nothing and the loss jumps by half or more."
     tracks = {nm: o for nm,o in tracks_of(evidence, evidence.sources('std'), 'std').items()
@@ -544,6 +545,7 @@ def left_by_clipping(evidence):
     before, after = (evidence.track('all', o) for o in ('grad_norm', 'grad_norm_clipped'))
     return after.usual/before.usual if len(after) and len(before) and before.usual > 0 else 1.
 
+# %% ../nbs/50_rules.ipynb #d1c5b979
 @rule(kind='lr_low', causes=['too low a learning rate{rate}', 'a schedule that stays near zero'],
       tries=['{find}', 'a thousand times as much'])
 def learning_rate_low(evidence,

@@ -210,6 +210,7 @@ class Statistic:
         _failed.add(self.f)
         return np.full(len(sums), np.nan)
 
+# %% ../nbs/10_stats.ipynb #80160273
 statistics, _failed = {}, set()   # functions of users that gave no values
 
 def statistic(
