@@ -539,10 +539,10 @@ class Findings(list):
         failed = [nm for nm,why in self.unchecked.items() if isinstance(why, Failed)]
         if failed: text += f' Rules that failed with an error: {", ".join(failed)} (see `unchecked`).'
         missing = {nm: why for nm,why in self.unchecked.items() if nm not in failed}
-        n = len(missing)
+        n, of = len(missing), len(missing) + len(self.checked)
         if n > 3 and n > len(self.checked)/2:
             (why, most), = Counter(missing.values()).most_common(1)
-            return f'{n} of {n+len(self.checked)} rules could not be asked, {most} since {why}. {text}'
+            return f'{n} of {of} rules could not be asked (see `unchecked`), {most} since {why}. {text}'
         which = ', '.join(missing) if n < 4 else f'{n} (see `unchecked`)'
         return f'{text} Not checked, for want of records: {which}.' if n else text
 
