@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LogCB']
 
-# %% ../nbs/29_loggers.ipynb #5fa14a5e
+# %% ../nbs/29_loggers.ipynb #f209cf94
 import sys
 from fnmatch import fnmatchcase
 from functools import partial
@@ -18,7 +18,7 @@ from .collect import Told
 from .distributed import is_main
 from .history import History
 
-# %% ../nbs/29_loggers.ipynb #594df0d8
+# %% ../nbs/29_loggers.ipynb #95bc7458
 def _to_tensorboard(writer, row, step):
     for nm,o in row.items():
         if isinstance(o, str): writer.add_text(nm, o, step)
@@ -41,7 +41,7 @@ def _to_log(module, row, step):
     row = {nm: o for nm,o in row.items() if not isinstance(o, tuple)} | drawn
     if row: module.log(row, step=step)
 
-# %% ../nbs/29_loggers.ipynb #bdddc9cf
+# %% ../nbs/29_loggers.ipynb #502f49d2
 def door(o):
     "A function of (dict, step) that hands both to the logger `o`."
     if isinstance(o, list): return lambda row, step: o.append((step, row))
@@ -52,7 +52,7 @@ def door(o):
     raise TypeError(f"LogCB: log is {o!r}; give a function of (dict, step), a list, TensorBoard's "
                     'SummaryWriter, or what has a method `log_metrics` (mlflow) or `log` (wandb)')
 
-# %% ../nbs/29_loggers.ipynb #6875c984
+# %% ../nbs/29_loggers.ipynb #63a0db61
 _of_epochs = {'mean', 'std', 'min', 'Q1', 'median', 'Q3', 'max', '#'}   # whose steps are logged
 
 def _plain(stat):
@@ -63,13 +63,14 @@ def _plain(stat):
 
 def _together(values, samples, bins):
     "One number or histogram of several; None for a gap, or for an array that is no histogram."
-    if values[0].ndim: return (sum(values)[:bins.n], bins.edges) if bins and len(values[0]) == len(bins) else None
+    if values[0].ndim:
+        return (sum(values)[:bins.n], bins.edges) if bins and len(values[0]) == len(bins) else None
     there = np.isfinite(values) | np.isinf(values)
     if not there.any(): return None
     values, samples = np.array(values)[there], np.array(samples)[there]
     return float(np.average(values, weights=samples) if samples.all() else values.mean())
 
-# %% ../nbs/29_loggers.ipynb #ffbd6399
+# %% ../nbs/29_loggers.ipynb #4ba25c2c
 class LogCB(Callback):
     """Hands what is recorded to a logger, a dictionary for each step, when it comes to the host anyway.
 
@@ -103,7 +104,8 @@ class LogCB(Callback):
 
     def listen(self, *histories):
         "Get the rows of these tables from here on, and of no others."
-        for o in self.histories: o.readers.remove(self._take)
+        for o in self.histories:   # of a copy, no reader
+            o.readers[:] = [f for f in o.readers if f != self._take]
         self.histories = histories if is_main() else ()
         for o in self.histories: o.readers.append(self._take)
 
@@ -130,7 +132,8 @@ class LogCB(Callback):
 
     def _wants(self, name):
         if name in self.names: return self.names[name]
-        chosen, full = any(fnmatchcase(name, o) for o in self.only), sum(self.names.values()) >= self.max_names
+        chosen = any(fnmatchcase(name, o) for o in self.only)
+        full = sum(self.names.values()) >= self.max_names
         if chosen and full: self.warn('the log', f'has {self.max_names} names; more are left out, such as '
                                       f"{name!r}. Choose with only='*norm*', say", about='full')
         self.names[name] = chosen and not full

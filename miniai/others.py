@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainerInspector', 'LightningInspector']
 
-# %% ../nbs/58_others.ipynb #cafd92e2
+# %% ../nbs/58_others.ipynb #2cf20b89
 import argparse, json, sys
 from functools import cache
 from importlib import import_module
@@ -21,7 +21,7 @@ from .files import atomic_write
 from .hooks import Hook
 from .inspector import Inspector
 
-# %% ../nbs/58_others.ipynb #a5bc53bc
+# %% ../nbs/58_others.ipynb #ab11ce16
 @cache
 def with_base(cls):
     "`cls` as a subclass of the library's own callback; of both of Lightning's names, where both are in use."
@@ -38,7 +38,9 @@ class OtherLoop:
     def __init__(self,
         lenses=None, # list of lenses; default as for `Inspector`
         **kw         # for `Inspector`
-    ): self.inspector, self.findings, self._state = Inspector(lenses, visualizer=None, **kw), None, None
+    ):
+        self.inspector = Inspector(lenses, visualizer=None, **kw)
+        self.findings, self._state, self._last = None, None, None   # states: to go on from, and at the end
 
     def __enter__(self): return self
     def __exit__(self, *args): self.inspector.detach()
@@ -46,7 +48,7 @@ class OtherLoop:
     def _begin(self, model, step):
         self.inspector.attach(model)
         if self._state is not None: self.inspector.load_state_dict(self._state)
-        self._state = None
+        self._state, self._last = None, None
         self.inspector.set_step(None, step)
 
     def _push(self, value, train, **parts):
@@ -60,9 +62,10 @@ class OtherLoop:
         if self.inspector.seen.fresh: self.inspector.tick_epoch()
         self.findings = diagnose(self.inspector)
         if is_main(): print(self.findings)
+        self._last = self.inspector.state_dict()
         self.inspector.detach()
 
-# %% ../nbs/58_others.ipynb #c46cb85a
+# %% ../nbs/58_others.ipynb #64b1d78d
 class TrainerInspector(OtherLoop):
     """A `TrainerCallback` that watches what `transformers.Trainer` trains: `Trainer(..., callbacks=[it])`.
 
@@ -77,7 +80,8 @@ class TrainerInspector(OtherLoop):
         path = folder/f'inspector_{rank()}.pt'
         if state.global_step and path.exists(): self._state = torch.load(path, 'cpu', weights_only=True)
         self._begin(model, state.global_step)
-        parts = args.gradient_accumulation_steps*(args.world_size if args.average_tokens_across_devices else 1)
+        parts = args.gradient_accumulation_steps
+        if args.average_tokens_across_devices: parts *= args.world_size
         def _loss(hook, mod, inp, kwargs, outp):
             loss, train = outp.get('loss') if isinstance(outp, dict) else None, torch.is_grad_enabled()
             if loss is None: return
@@ -92,8 +96,8 @@ class TrainerInspector(OtherLoop):
         over = int((state.epoch or 0) + 1e-6) > self.inspector.epoch
         if over and self.inspector.seen.fresh: self.inspector.tick_epoch()
 
-    def on_step_begin(self, args, state, control, **kwargs): self.inspector.set_step('train', state.global_step)
-    def on_step_end(self, args, state, control, **kwargs): self.inspector.set_step(None, state.global_step)
+    def on_step_begin(self, args, state, control, **kw): self.inspector.set_step('train', state.global_step)
+    def on_step_end(self, args, state, control, **kw): self.inspector.set_step(None, state.global_step)
     def on_log(self, args, state, control, logs=None, **kwargs):
         for nm in ('loss', 'eval_loss'):
             if nm in logs and not self.heard: self._push(logs[nm], nm == 'loss')
@@ -109,14 +113,14 @@ class TrainerInspector(OtherLoop):
 
     def on_train_end(self, args, state, control, **kwargs): self._end()
 
-# %% ../nbs/58_others.ipynb #fc30ca68
+# %% ../nbs/58_others.ipynb #7d3021bf
 def called_part(module):
-    "What `training_step` calls: the module, or, where it has no `forward` of its own, its one part with weights."
+    "What `training_step` calls: the module, or, if it has no `forward`, its one part with weights."
     parts = [o for o in module.children() if next(o.parameters(), None) is not None]
     lacks = type(module).forward.__module__.startswith(('lightning.', 'pytorch_lightning.'))
     return parts[0] if lacks and len(parts) == 1 else module
 
-# %% ../nbs/58_others.ipynb #58b50db5
+# %% ../nbs/58_others.ipynb #0d4e5dcf
 class LightningInspector(OtherLoop):
     """A Lightning `Callback` that watches what `Trainer.fit` trains: `Trainer(..., callbacks=[it])`.
 
@@ -165,10 +169,10 @@ class LightningInspector(OtherLoop):
     def on_train_end(self, trainer, pl_module): self._end()
     def on_exception(self, trainer, pl_module, exception): self.inspector.detach()
     def teardown(self, trainer, pl_module, stage): self.inspector.detach()
-    def state_dict(self): return self.inspector.state_dict()
+    def state_dict(self): return self._last or self.inspector.state_dict()
     def load_state_dict(self, state): self._state = state
 
-# %% ../nbs/58_others.ipynb #f6d6ea72
+# %% ../nbs/58_others.ipynb #27f8fe89
 def as_json(findings):
     "Text; numbers that JSON does not have are spelled out."
     spell = lambda o: str(o) if isinstance(o, float) and o*0 != 0 else o
@@ -178,10 +182,10 @@ def as_json(findings):
 
 def main_diagnose(argv=None):
     "Run the console command `miniai_diagnose`."
-    p = argparse.ArgumentParser(prog='miniai_diagnose', description='Say what is wrong with a recorded training.')
+    p = argparse.ArgumentParser(prog='miniai_diagnose', description='Say what is wrong with a recorded run.')
     p.add_argument('file', help="a table of miniai, trainer_state.json, Lightning's metrics.csv, a folder of "
                                 'TensorBoard events, a CSV export of W&B')
-    p.add_argument('--fail-on', choices=[*levels, 'never'], default='error', help='least level that ends with 1')
+    p.add_argument('--fail-on', choices=[*levels, 'never'], default='error', help='level that ends with 1')
     p.add_argument('--json', action='store_true', help='print JSON')
     args = p.parse_args(argv)
     try: found = diagnose(args.file)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/48_records.ipynb #d7626cc5
+# %% ../nbs/48_records.ipynb #bc1250fe
 import csv, json, re
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from .history import History, read_table
 
-# %% ../nbs/48_records.ipynb #ce2f70cf
+# %% ../nbs/48_records.ipynb #550d36a2
 _valid, _train = {'val', 'valid', 'validation', 'eval', 'test', 'dev'}, {'train', 'training'}
 _counters = {'global', 'runtime', 'timestamp', 'second', 'flos', 'time', 'relative', 'wall', 'hp'}
 
@@ -26,12 +26,13 @@ def place_of(name):
     phase = 'valid' if _valid & {*words} else 'train'
     rest = [o for o in words if o not in _valid | _train | {'step', 'epoch', 'batch', 'total', 'trainer'}]
     if not rest or _counters & {*rest}: return None
-    if rest == ['loss']: return phase, 'batch' if phase == 'train' and 'epoch' not in words else 'epoch', 'loss'
+    by_step = phase == 'train' and 'epoch' not in words
+    if rest == ['loss']: return phase, 'batch' if by_step else 'epoch', 'loss'
     if rest == ['grad', 'norm']: return 'train', 'all', 'grad_norm'
     if rest[0] == 'lr' or rest[:2] == ['learning', 'rate']: return 'train', 'batch', 'lr'
     return phase, 'epoch', '_'.join(rest)
 
-# %% ../nbs/48_records.ipynb #77dda02c
+# %% ../nbs/48_records.ipynb #501956ea
 def _of_trainer(path):
     lines = json.loads(path.read_text(encoding='utf-8'))['log_history']
     return [o for o in lines if 'train_runtime' not in o]   # the last has means over the run
@@ -45,8 +46,9 @@ def _of_csv(path):
     # of W&B: "name of the run - train/loss", and the same with __MIN and __MAX
     runs = {nm.rpartition(' - ')[0] for nm in (rows[0] if rows else ()) if ' - ' in nm}
     if len(runs) > 1: raise ValueError(f'it has several runs ({", ".join(sorted(runs))}); export one')
-    return [{nm.rpartition(' - ')[2]: _number(o) for nm,o in row.items() if nm and not nm.endswith(('__MIN', '__MAX'))
-             and o and _number(o) is not None} for row in rows]
+    bare = lambda nm: nm.rpartition(' - ')[2]
+    return [{bare(nm): _number(o) for nm,o in row.items() if nm and o and _number(o) is not None
+             and not nm.endswith(('__MIN', '__MAX'))} for row in rows]
 
 def _of_events(path):
     try: from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -57,7 +59,7 @@ def _of_events(path):
 
 _readers = {'.json': _of_trainer, '.csv': _of_csv, '': _of_events}
 
-# %% ../nbs/48_records.ipynb #c43ca0c4
+# %% ../nbs/48_records.ipynb #74550cf3
 _steps = 'step', '_step', 'Step', 'global_step', 'trainer/global_step', 'iteration'
 
 def table_of(lines):
@@ -70,7 +72,9 @@ def table_of(lines):
     for nm,points in series.items():
         place = place_of(nm)
         if place and len(points) > len(found.get(place, ())): found[place] = sorted(points)
-    if not found: raise ValueError('it has no loss or metric by step' + (f', but {", ".join(series)}' if series else ''))
+    if not found:
+        rest = f', but {", ".join(series)}' if series else ''
+        raise ValueError('it has no loss or metric by step' + rest)
     history, rates = History(), found.pop(('train', 'batch', 'lr'), [])
     ends = [step for step,_ in found.get(('valid', 'epoch', 'loss'), ())]
     for (phase,source,stat),points in found.items():
@@ -79,16 +83,18 @@ def table_of(lines):
     history.run = 0
     return history, dict(rates=rates, lr=max(o for _,o in rates)) if rates else {}
 
-# %% ../nbs/48_records.ipynb #b1f2c79a
+# %% ../nbs/48_records.ipynb #c4e91306
 def _is_own(path):
     if path.suffix != '.csv': return path.suffix in ('.parquet', '.jsonl')
-    with open(path, encoding='utf-8') as f: return {'phase', 'source', 'stat'} <= {*f.readline().strip().split(',')}
+    with open(path, encoding='utf-8') as f: head = f.readline().strip().split(',')
+    return {'phase', 'source', 'stat'} <= {*head}
 
 def read_record(path):
     "The table of a run and its facts, from our file or that of another tool."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'diagnose: no file or folder is called {path}')
-    if path.is_dir(): path = next((path/nm for nm in ('trainer_state.json', 'metrics.csv') if (path/nm).exists()), path)
+    within = [path/nm for nm in ('trainer_state.json', 'metrics.csv')]
+    path = next((o for o in within if o.exists()), path)
     try:
         if _is_own(path): return read_table(path)
         read = _readers.get('' if path.is_dir() else path.suffix or '?')
