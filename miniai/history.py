@@ -73,7 +73,8 @@ class WaitingValues(MergedTable):
         arrived = iter(to_host([torch.stack(values) for *_,values in groups if is_tensor(values)]))
         for key,kind,_,_,facts,_,values in groups:
             values = next(arrived) if is_tensor(values) else np.array(values)
-            self.add(key, Chunk(np.array(facts, np.int64), (values.astype(kind),)))
+            with np.errstate(over='ignore'): values = values.astype(kind)   # a number beyond float32 is infinite
+            self.add(key, Chunk(np.array(facts, np.int64), (values,)))
         return self
 
     @property
@@ -228,6 +229,9 @@ class _Readable(_Bounded):
 # %% ../nbs/15_history.ipynb #4745d197
 class History(_Readable):
     "Rows (run, step, epoch, phase, source, stat, value), written without a host read; numpy or pandas out."
+    def __repr__(self):   # waits for nothing
+        return f'History({sum(len(o.chunks) for o in self.tables)} series, {self.nbytes/1e6:.1f} MB)'
+
     def frame(self): # pandas.DataFrame: run, step, epoch, phase, source, stat, samples, call, value
         "Give the table in long form, one line a row, ordered by step."
         import pandas as pd

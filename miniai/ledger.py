@@ -76,6 +76,8 @@ class FollowsGradient:
         if self.handle is not None: self.handle.remove()
         self.handle = self.p = None
 
+    def __getstate__(self): return vars(self) | dict(known={})   # weak keys cannot be pickled
+
 # %% ../nbs/38_ledger.ipynb #0bf536f3
 class GradientWatch(FollowsGradient):
     "Judges the gradient of one parameter at the steps of the optimizer."

@@ -54,7 +54,7 @@ def summary(values, weights):
         std = np.sqrt(np.average((values - mean)**2, weights=weights))
         ordered, at = np.sort(values), np.array([.25, .5, .75])*(len(values) - 1)   # NaN comes last
         low, high = ordered[at.astype(int)], ordered[np.ceil(at).astype(int)]
-        quartiles = low + np.where(high > low, high - low, 0)*(at % 1)
+        quartiles = np.where(high > low, low*(1 - at % 1) + high*(at % 1), low)
         if np.isnan(ordered[-1]): quartiles = [np.nan]*3
         return np.array([mean, std, values.min(), *quartiles, values.max()])
 
