@@ -27,7 +27,7 @@ from .device import batch_size, def_device, detached, rng_state, to_cpu, to_devi
 from .history import History
 from .lr_find import LRFinderCB, SuggestedLRs, lr_find
 from .metrics import MetricsCB
-from .optimizers import as_optimizer, groups_by_rate
+from .optimizers import new_optimizer
 from .progress import ProgressCB
 
 # %% ../nbs/24_learner.ipynb #327ecf9f
@@ -65,8 +65,8 @@ class _Batches(HasCallbacks):
             for p in group['params']: p.grad = None
 
 # %% ../nbs/24_learner.ipynb #e6d999d0
-class _Epochs(_Batches):
-    "The passes over the data, and the fit that they make."
+class _Passes(_Batches):
+    "A pass over the data, for training or validation."
     @with_cbs('epoch')
     def _one_epoch(self):
         for self.iter,self.batch in self._numbered():
@@ -96,6 +96,9 @@ class _Epochs(_Batches):
             self._stream = self.dl = self._stream or EpochsOf(self, self.dl, self.epoch_sz)
         self._one_epoch()
 
+# %% ../nbs/24_learner.ipynb #4a28e685
+class _Epochs(_Passes):
+    "The fit that the passes make."
     @with_cbs('fit')
     def _fit(self, train, valid):
         if self._resume and not self.epochs: self._resume.load(self)   # it had come to its end
@@ -176,6 +179,12 @@ class _Records:
         single = isinstance(loss, torch.Tensor) and loss.numel() == 1
         if single: self.record('batch', 'loss', loss.reshape(()))
 
+    def __getstate__(self):   # a copy is in no fit, and holds no graph
+        rest = dict(_levels=[], _bound={}, _bound_cbs=[], _in_phase=None, _resume=None, hold=False,
+                    _stream=None)
+        graphs = {nm: detached(o) for nm,o in vars(self).items() if nm in ('preds', 'loss')}
+        return {**vars(self), **rest, **graphs}
+
 # %% ../nbs/24_learner.ipynb #e9c2ba4c
 class _Later:
     "A method that another module adds to the Learner; it is imported when the method is asked for."
@@ -226,15 +235,16 @@ def _ready_opt(learn, lr, reset_opt):
         if lr is None: raise ValueError('fit: there is no learning rate; pass `lr` to the Learner or to fit')
         if not isinstance(lr, (Real, torch.Tensor, Mapping)):
             raise TypeError(f'fit: lr is {lr!r} ({type(lr).__name__}); it must be a number, or name -> number')
-        by_name = isinstance(lr, Mapping)
-        params = groups_by_rate(learn.model, lr) if by_name else learn.model.parameters()
-        learn.opt = as_optimizer(learn.opt_func(params, max(lr.values()) if by_name else lr))
+        learn.opt = new_optimizer(learn.opt_func, learn.model, lr)
         learn._drop_grads()
     elif learn.opt is None:
         raise ValueError('fit: opt_func is None; set `learn.opt` to an optimizer before fitting')
     elif lr is not None:
-        rates = lr.values() if isinstance(lr, Mapping) else repeat(lr)
-        for group,rate in zip(learn.opt.param_groups, rates): group['lr'] = rate
+        groups = learn.opt.param_groups
+        rates = [*lr.values()] if isinstance(lr, Mapping) else [lr]*len(groups)
+        if len(rates) != len(groups): raise ValueError(
+            f'fit: lr has {len(rates)} rates, and the optimizer has {len(groups)} groups; give one for each')
+        for group,rate in zip(groups, rates): group['lr'] = rate
     if reset_opt: learn.epochs_done = 0
 
 # %% ../nbs/24_learner.ipynb #81e2af88
@@ -313,12 +323,6 @@ class Learner(_Epochs, _Records, _OtherRooms):
             self._fit(train, valid)
 
     def __repr__(self): return f'Learner({type(self.model).__name__}, {self.dls}, cbs={list(self.cbs)})'
-
-    def __getstate__(self):   # a copy is in no fit, and holds no graph
-        rest = dict(_levels=[], _bound={}, _bound_cbs=[], _in_phase=None, _resume=None, hold=False,
-                    _stream=None)
-        graphs = {nm: detached(o) for nm,o in vars(self).items() if nm in ('preds', 'loss')}
-        return {**vars(self), **rest, **graphs}
 
 # %% ../nbs/24_learner.ipynb #6a66c700
 class TrainCB(Predicts, Callback):
