@@ -11,7 +11,7 @@ __all__ = ['Learner', 'TrainCB', 'KeywordCB', 'TrainLearner', 'MomentumLearner',
 from collections.abc import Mapping
 from contextlib import contextmanager
 from importlib import import_module
-from itertools import islice, repeat
+from itertools import islice
 from numbers import Real
 
 import numpy as np
@@ -292,7 +292,8 @@ class Learner(_Epochs, _Records, _OtherRooms):
         model,                # any module
         dls=(0,),             # object with the loaders `.train` and `.valid`
         loss_func=F.mse_loss, # called with predictions and targets
-        lr=0.1,               # for `opt_func`, or name of parameters -> rate; None if every `fit` gives its own
+        lr=0.1,              
+                # for `opt_func`, or name of parameters -> rate; None if every `fit` gives its own
         cbs=None,             # one callback or a list of them
         opt_func=optim.SGD,   # makes one optimizer or several of parameters and rate; None: you set `opt`
         epoch_sz=None         # training batches to an epoch; default: one pass over the loader
@@ -304,7 +305,8 @@ class Learner(_Epochs, _Records, _OtherRooms):
         self.epoch_sz,self.max_steps,self.first_step = epoch_sz,None,0
         self._in_phase = None   # what the epoch is for, in a fit
         self.hold = False   # set by a callback before a batch: add up its gradients with those of the next
-        self._resume = self._rng = self._stream = None   # how to go on from a file; random state before a pass
+        self._resume = self._rng = self._stream = None  
+                # how to go on from a file; random state before a pass
 
     def fit(self,
         n_epochs=1,    # passes over the data
@@ -340,13 +342,15 @@ class KeywordCB(TrainCB):
         lbl_nm='labels',   # name of the target, for metrics
         preds_nm='logits', # name of the predictions in what the model returns
         loss_nm='loss',    # name of the loss in it
-        **parts            # others, as for `TrainCB`: inp_nm if not all of the batch is for the model, weight_of
+        **parts           
+                # others, as for `TrainCB`: inp_nm if not all of the batch is for the model, weight_of
     ): super().__init__(lbl_nm=lbl_nm, preds_nm=preds_nm, loss_nm=loss_nm, **parts)
 
 # %% ../nbs/24_learner.ipynb #7f480262
 class TrainLearner(Learner, Predicts):
     "A Learner that needs no TrainCB."
-    def __init__(self, model, dls=(0,), loss_func=F.mse_loss, lr=0.1, cbs=None, opt_func=optim.SGD, epoch_sz=None,
+    def __init__(self, model, dls=(0,), loss_func=F.mse_loss, lr=0.1, cbs=None, opt_func=optim.SGD,
+            epoch_sz=None,
         **parts # as for `TrainCB`: n_inp, inp_nm, lbl_nm, preds_nm, ...
     ):
         super().__init__(model, dls, loss_func, lr, cbs, opt_func, epoch_sz)

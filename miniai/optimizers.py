@@ -27,6 +27,11 @@ class Optimizers(optim.Optimizer):
 
     def __getitem__(self, nm): return self.opts[nm]
 
+    def add_param_group(self, group):   # a new one becomes the last one's
+        known = any(group is g for o in self.opts.values() for g in o.param_groups)
+        if not known: [*self.opts.values()][-1].add_param_group(group)
+        super().add_param_group(group)
+
     def step(self, closure=None):
         loss = None if closure is None else closure()
         for o in self.opts.values(): o.step()
@@ -38,7 +43,8 @@ class Optimizers(optim.Optimizer):
     @state.setter
     def state(self, value): pass   # PyTorch begins with an empty one
 
-    def __getstate__(self): return dict(opts=self.opts, defaults=self.defaults, param_groups=self.param_groups)
+    def __getstate__(self): return dict(opts=self.opts, defaults=self.defaults,
+            param_groups=self.param_groups)
 
     def __setstate__(self, saved):
         super().__setstate__({nm: o for nm,o in saved.items() if nm != 'state'})
@@ -61,3 +67,8 @@ def groups_by_rate(model, rates):
         left = [o for o in left if o not in chosen]
     if left: raise ValueError(f"lr: no pattern of {list(rates)} means {left[0].name}; end with '*' for all others")
     return groups
+
+def new_optimizer(f, model, lr):
+    "The optimizer that `f` makes of parameters and learning rate; `lr` is one, or name -> rate."
+    if not isinstance(lr, Mapping): return as_optimizer(f(model.parameters(), lr))
+    return as_optimizer(f(groups_by_rate(model, lr), max(lr.values())))

@@ -22,7 +22,7 @@ from .device import batch_size
 from .distributed import is_main
 from .hooks import choose_parameters, find_parameters, unwrap
 from .learner import EpochsOf, Learner, MetricsCB, ProgressCB, TrainCB
-from .optimizers import as_optimizer
+from .optimizers import new_optimizer
 from .sgd import OneCycleCB, epoch_value
 
 # %% ../nbs/37_shortcuts.ipynb #d34774f0
@@ -72,7 +72,7 @@ def load(self:Learner, path): # the learner
     The state of its optimizer is what `fit(reset_opt=False)` goes on with."""
     state,model = load_state(path),unwrap(self.model)
     same_form(state['model'], model, path, 'model')
-    opt = state['opt'] and (self.opt or as_optimizer(self.opt_func(model.parameters(), self.lr or 0.)))
+    opt = state['opt'] and (self.opt or new_optimizer(self.opt_func, model, self.lr or 0.))
     if opt and type(opt).__name__ != state['opt']['kind']: raise CheckpointError(
         f"{path} has the state of the optimizer {state['opt']['kind']}; this learner has {type(opt).__name__}")
     model.load_state_dict(state['model'])
@@ -93,12 +93,14 @@ def freeze(self:Learner, parameters='*'):
     """Train `parameters` no more: names or patterns, as 'body.*' or 'bias'.
 
     A BatchNorm among them still follows the batches, until it is set to `eval`."""
-    for o in choose_parameters(find_parameters(unwrap(self.model)), parameters, 'freeze'): o.p.requires_grad_(False)
+    for o in choose_parameters(find_parameters(unwrap(self.model)), parameters,
+            'freeze'): o.p.requires_grad_(False)
 
 @patch
 def unfreeze(self:Learner, parameters='*'):
     "Train `parameters` again, chosen as for `freeze`."
-    for o in choose_parameters(find_parameters(unwrap(self.model)), parameters, 'unfreeze'): o.p.requires_grad_()
+    for o in choose_parameters(find_parameters(unwrap(self.model)), parameters,
+            'unfreeze'): o.p.requires_grad_()
 
 # %% ../nbs/37_shortcuts.ipynb #26e8ee17
 class ShortEpochCB(Callback):

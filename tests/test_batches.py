@@ -422,6 +422,31 @@ def test_optimizers_that_ask_again():
     assert len(watch.updates.history.series('head.weight', 'update_ratio')) == 3
 
 
+def test_a_group_that_is_added_later_is_trained_and_saved():
+    "As where layers are unfrozen during a fit: it becomes the last optimizer's."
+    learn, late = opt_learner(adam_twice), nn.Parameter(torch.ones(3))
+    learn.fit(max_steps=1)
+    learn.opt.add_param_group(dict(params=[late], lr=.5))
+    late.grad = torch.ones(3)
+    learn.opt.step()
+    assert (late < 1).all() and late in learn.opt.state
+    assert learn.opt.param_groups[-1] is [*learn.opt.opts.values()][-1].param_groups[-1]
+    assert len(learn.opt.state_dict()['param_groups']) == 3
+
+
+def test_rates_by_name_are_loaded_and_counted(tmp_path):
+    "A new learner whose rates are by name takes up the state of its optimizer; too few rates are refused."
+    lr = {'body.*': .01, '*': .02}
+    learn, other = opt_learner(optim.AdamW, lr=lr), opt_learner(optim.AdamW, lr=lr)
+    learn.fit(max_steps=2)
+    learn.save(tmp_path/'run.pt')
+    assert [o['lr'] for o in other.load(tmp_path/'run.pt').opt.param_groups] == [.01, .02] and len(other.opt.state) > 1
+    with pytest.raises(ValueError, match='1 rates, and the optimizer has 2 groups'): learn.fit(reset_opt=False, lr={'*': .3})
+    assert [o['lr'] for o in learn.opt.param_groups] == [.01, .02]
+    learn.fit(max_steps=1, reset_opt=False, lr={'body.*': .03, '*': .04})
+    assert [o['lr'] for o in learn.opt.param_groups] == [.03, .04]
+
+
 def test_rates_and_frozen_layers_by_name():
     learn = opt_learner(optim.SGD, lr={'body.*': .01, '*': .1})
     learn.fit_one_cycle(1)
