@@ -40,6 +40,7 @@ _np_types = {getattr(torch, nm): np.dtype(nm) for nm in 'float32 float64 int64 i
 
 def _like(o): return o[1], o[2].shape, getattr(o[2], 'device', None)   # (facts, type, value)
 
+# %% ../nbs/15_history.ipynb #8e7f9b80
 class WaitingValues(MergedTable):
     "Values on their way from a device to series."
     def __init__(self):
@@ -73,7 +74,8 @@ class WaitingValues(MergedTable):
         arrived = iter(to_host([torch.stack(values) for *_,values in groups if is_tensor(values)]))
         for key,kind,_,_,facts,_,values in groups:
             values = next(arrived) if is_tensor(values) else np.array(values)
-            with np.errstate(over='ignore'): values = values.astype(kind)   # a number beyond float32 is infinite
+            # a number beyond float32 is infinite
+            with np.errstate(over='ignore'): values = values.astype(kind)
             self.add(key, Chunk(np.array(facts, np.int64), (values,)))
         return self
 

@@ -266,8 +266,8 @@ def _collapse(evidence, loss, limit):
     if not events: return
     (first, layer, _), last = min(events), max(events)[0]
     before, late = loss.values[loss.steps < first].min(), loss.late
-    level = 'error' if late > before else 'warning'
-    if is_solved(evidence, .1 if late > before else .35): level = 'note'
+    fine = is_solved(evidence, .1 if late > before else .35)
+    level = 'note' if fine else 'error' if late > before else 'warning'
     own = {nm: o for nm,o in tracks.items() if any(nm == event[1] for event in events)}
     return found(
         evidence, level, f'At step {first} the output of {layer} collapses '
