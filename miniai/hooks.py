@@ -117,9 +117,10 @@ def count_hooks(model:nn.Module) -> int:
     return sum(len(getattr(m, k, None) or ()) for m in model.modules() for k in kinds)
 
 def unwrap(model:nn.Module) -> nn.Module:
-    "Give what is inside `model` where torch.compile or DistributedDataParallel wraps it, changing names."
+    "Give what is inside `model` where torch.compile, DDP or Fabric wraps it, changing names."
     wraps = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    inner = getattr(model, '_orig_mod', model.module if wraps else None)
+    named = getattr(model, '_orig_mod', getattr(model, '_original_module', None))
+    inner = model.module if wraps else named
     return model if inner is None else unwrap(inner)
 
 # %% ../nbs/02_hooks.ipynb #7bd13219

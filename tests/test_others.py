@@ -58,7 +58,7 @@ def values(inspector, drop=()):
 def assert_same(one, other, drop=()):
     one, other = values(one, drop), values(other, drop)
     assert len(one) > 500 and set(one.index) == set(other.index)
-    both = one.join(other, rsuffix='_other')
+    both = one.assign(value_other=other.value, samples_other=other.samples)
     wrong = [key for key, a, b in zip(both.index, both.value, both.value_other)
              if not np.allclose(np.asarray(a, float), np.asarray(b, float), rtol=1e-4, atol=1e-6, equal_nan=True)]
     assert not wrong
@@ -178,6 +178,7 @@ def test_mlflow_offline(tmp_path, monkeypatch):
     mlflow = pytest.importorskip('mlflow', reason='the package mlflow is not installed')
     monkeypatch.setenv('MLFLOW_ALLOW_FILE_STORE', 'true')
     mlflow.set_tracking_uri(tmp_path.as_uri())
+    mlflow.set_experiment('a test')
     with mlflow.start_run() as run: inspector = loop(Inspector(lenses(), visualizer=None, log=LogCB(mlflow, only='*/loss/*')))
     found = mlflow.MlflowClient().get_metric_history(run.info.run_id, 'train/loss/loss')
     assert np.allclose([o.value for o in sorted(found, key=lambda o: o.step)], inspector.history.series('loss', 'loss').values)
