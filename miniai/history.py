@@ -41,8 +41,8 @@ _np_types = {getattr(torch, nm): np.dtype(nm) for nm in 'float32 float64 int64 i
 def _like(o): return o[1], o[2].shape, getattr(o[2], 'device', None)   # (facts, type, value)
 
 # %% ../nbs/15_history.ipynb #8e7f9b80
-class WaitingValues(MergedTable):
-    "Values on their way from a device to series."
+class TakenValues(MergedTable):
+    "Values that were taken, and wait."
     def __init__(self):
         super().__init__()
         self.waiting = {}   # key -> [(facts, type, value)]
@@ -66,6 +66,9 @@ class WaitingValues(MergedTable):
         wide = torch.float32 if value.is_mps else torch.float64   # the widest it has
         return kind, value.to(wide, copy=True)
 
+# %% ../nbs/15_history.ipynb #e7ca2252
+class WaitingValues(TakenValues):
+    "Values on their way from a device to series."
     def flush(self):
         groups = [(key, *like, *zip(*rows)) for key,waiting in self.waiting.items()
                   for like,rows in groupby(waiting, _like)]

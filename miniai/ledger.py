@@ -36,8 +36,8 @@ def is_due(n, often=4):
     return n < often or n % (1 << (n//often).bit_length() - 1) == 0
 
 # %% ../nbs/38_ledger.ipynb #801cd452
-class FollowsGradient:
-    "Compares the gradient of one parameter with what it was at the last step, as each backward pass comes."
+class ChoosesParameter:
+    "Chooses a parameter to follow, and hears of its gradients."
     def __init__(self):
         self.p, self.handle, self.at_step, self.backwards, self.stepping = None, None, None, 0, False
         self.counts, self.kept, self.dropped, self.old, self.some = Counter(), 0, 0, False, False
@@ -62,6 +62,9 @@ class FollowsGradient:
             self.failed = True
             self.remove()
 
+# %% ../nbs/38_ledger.ipynb #adb55a92
+class FollowsGradient(ChoosesParameter):
+    "Compares the gradient of one parameter with what it was at the last step, as each backward pass comes."
     def _compare(self, grad):
         now = None if self.p.grad is None else head(self.p.grad)
         if self.backwards == 1:

@@ -300,12 +300,11 @@ def learning_rate_high(evidence,
     harmless = high < np.log(evidence.facts.n_classes or 1) or not lost and is_solved(evidence, .35)
     level = levels[int(not lost) + int(harmless)]   # not above chance, or over
     last = loss.late if loss.values[-1] <= limit else loss.values[-1]
-    text = f'The training loss rises from {first:.3g} to {high:.3g}, and '
-    text += f'{"ends at" if lost or last > limit else "comes back to"} {last:.3g}.'
+    ends = 'ends at' if lost or last > limit else 'comes back to'
+    text = f'The training loss rises from {first:.3g} to {high:.3g}, and {ends} {last:.3g}.'
     if died: text += f' By then units have died in {died[0]}'
     return found(evidence, level, text, float(high/first) if first else np.inf, max_rise, dict(loss=loss),
-                 loss.values > limit, died,
-                 chart=steps_chart('Training loss', dict(loss=loss), limit))
+                 loss.values > limit, died, chart=steps_chart('Training loss', dict(loss=loss), limit))
 
 # %% ../nbs/50_rules.ipynb #f685bf0a
 _stages = 'weights', 'output', 'loss', 'gradient', 'update'   # of a step, in their order
@@ -434,8 +433,7 @@ def identical_units(evidence, *, max_copies=.5): # fraction of a layer's units t
     chart = depth_chart('Fraction of units that are copies', list(copies), fraction=[*copies.values()])
     first, named = copies[layers[0]], evidence.facts.named(layers[0])
     return found(evidence, 'error', f'{first:.0%} of the units of {named} are copies of another one; such a '
-                 'layer is worth one unit.', first, max_copies,
-                 layers=layers, steps=evidence.loss().span(),
+                 'layer is worth one unit.', first, max_copies, layers=layers, steps=evidence.loss().span(),
                  chart=replace(chart, log=False, guides=(max_copies,)),
                  caveats=['the weights are those at the end of the run'])
 
