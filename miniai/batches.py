@@ -21,16 +21,17 @@ def named(o, nm, what):
     if isinstance(nm, int): return o[nm]
     if isinstance(o, Mapping) and nm in o: return o[nm]
     if not isinstance(o, Mapping) and hasattr(o, nm): return getattr(o, nm)
-    has = list(o) if isinstance(o, Mapping) else [*getattr(o, '__dict__', ())] or f'no names ({type(o).__name__})'
+    has = list(o) if isinstance(o, Mapping) else [*getattr(o, '__dict__',
+            ())] or f'no names ({type(o).__name__})'
     raise ValueError(f'{what} has no {nm!r}; it has {has}')
 
 # %% ../nbs/03_batches.ipynb #b73bb2c3
 def _unnamed(batch):
     keys = f' with keys {list(batch)}' if isinstance(batch, Mapping) else ''
     return TypeError(
-        f'predict: the batch is a {type(batch).__name__}{keys}; expected a tuple (inputs..., targets...). Say '
-        'what is what, TrainCB(inp_nm=..., lbl_nm=...); use KeywordCB() for a model(**batch) that returns its '
-        'loss; give DataLoaders as_tuple=True; or override `predict` and `get_loss` of TrainCB')
+        f'predict: the batch is a {type(batch).__name__}{keys}; expected a tuple (inputs..., targets...). '
+        'Say what is what, TrainCB(inp_nm=..., lbl_nm=...); use KeywordCB() if model(**batch) returns '
+        'its loss; give DataLoaders as_tuple=True; or override `predict` and `get_loss` of TrainCB')
 
 class Parts:
     "Knows the parts of a batch and of what a model returns."
@@ -73,20 +74,21 @@ class Predicts(Parts):
             chosen = list(batch) if self.inp_nm is None else names_of(self.inp_nm)
             out = learn.model(**{o: named(batch, o, 'the batch') for o in chosen})
             learn.loss = named(out, self.loss_nm, 'predict: what the model returned')
-        learn.preds = out if self.preds_nm is None else named(out, self.preds_nm, 'predict: what the model returned')
+        learn.preds = out if self.preds_nm is None else named(out, self.preds_nm,
+                'predict: what the model returned')
 
     def compare_with(self, learn):
         "Set `loss`."
         if self.loss_nm is not None:
             if learn.loss is None: raise ValueError(
-                f'get_loss: the model returned no loss (its {self.loss_nm!r} is None); most return one only if '
-                f'the batch has labels, and this one has {list(learn.batch)}')
+                f'get_loss: the model returned no loss (its {self.loss_nm!r} is None); most return one only '
+                f'if the batch has labels, and this one has {list(learn.batch)}')
             return
         if self.lbl_nm is None and not isinstance(learn.batch, (tuple, list)): raise ValueError(
             'get_loss: lbl_nm is None; name the target, which may be an input again')
         if not callable(learn.loss_func): raise TypeError(
-            f'get_loss: loss_func is {learn.loss_func!r}; give a function of predictions and targets, such as '
-            'F.cross_entropy, or override `get_loss`')
+            f'get_loss: loss_func is {learn.loss_func!r}; give a function of predictions and targets, such '
+            'as F.cross_entropy, or override `get_loss`')
         learn.loss = learn.loss_func(learn.preds, *self.targets_of(learn.batch))
 
 # %% ../nbs/03_batches.ipynb #c0ef89b0
@@ -107,7 +109,8 @@ def loss_func_of(learn):
     "The loss function; None if the loss is the model's, or nobody says that it is the default one."
     found = [getattr(type(o), 'get_loss', None) for o in (learn, *learn.cbs)]
     own = any(o is not None and not o.__module__.startswith('miniai.') for o in found)
-    if batch_parts(learn).loss_nm is None and not (own and learn.loss_func is F.mse_loss): return learn.loss_func
+    if batch_parts(learn).loss_nm is None and not (own and learn.loss_func is F.mse_loss):
+            return learn.loss_func
 
 # %% ../nbs/03_batches.ipynb #41c4352d
 def counted(learn, by_class=True):
@@ -119,7 +122,7 @@ def counted(learn, by_class=True):
     return mean_over(learn.loss_func, y, parts.loss_nm is not None, by_class)
 
 def mean_over(f, y, own=False, by_class=True):
-    "What a loss function is a mean over with these targets; `own`: the model has computed its loss by itself."
+    "What a loss function is a mean over with these targets; `own`: the model has computed the loss."
     said = lambda nm, default: default if own else getattr(f, 'keywords', {}).get(nm, getattr(f, nm, default))
     classes = own or getattr(f, 'func', f) in (F.cross_entropy, F.nll_loss) or hasattr(f, 'ignore_index')
     if not classes or not isinstance(y, torch.Tensor) or y.is_floating_point(): return

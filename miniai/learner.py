@@ -234,7 +234,7 @@ def _ready_opt(learn, lr, reset_opt):
         lr = learn.lr if lr is None else lr
         if lr is None: raise ValueError('fit: there is no learning rate; pass `lr` to the Learner or to fit')
         if not isinstance(lr, (Real, torch.Tensor, Mapping)):
-            raise TypeError(f'fit: lr is {lr!r} ({type(lr).__name__}); it must be a number, or name -> number')
+            raise TypeError(f'fit: lr is {lr!r} ({type(lr).__name__}); it must be a number, or name -> one')
         learn.opt = new_optimizer(learn.opt_func, learn.model, lr)
         learn._drop_grads()
     elif learn.opt is None:
@@ -337,7 +337,7 @@ class TrainCB(Predicts, Callback):
 
 # %% ../nbs/24_learner.ipynb #1219771c
 class KeywordCB(TrainCB):
-    "Instead of `TrainCB`: calls the model as `model(**batch)` and takes predictions and loss from what it returns."
+    "Instead of `TrainCB`: calls `model(**batch)` and takes predictions and loss from what it returns."
     def __init__(self,
         lbl_nm='labels',   # name of the target, for metrics
         preds_nm='logits', # name of the predictions in what the model returns

@@ -55,7 +55,9 @@ class Optimizers(optim.Optimizer):
             o.state.clear()
             o.state.update({p: state[p] for g in o.param_groups for p in g['params'] if p in state})
 
-def as_optimizer(o): return Optimizers(o) if isinstance(o, (list, tuple, Mapping)) else o
+def as_optimizer(o):
+    "One optimizer of several in a list or a mapping; another stays as it is."
+    return Optimizers(o) if isinstance(o, (list, tuple, Mapping)) else o
 
 # %% ../nbs/06_optimizers.ipynb #74cb8ea4
 def groups_by_rate(model, rates):
@@ -65,7 +67,8 @@ def groups_by_rate(model, rates):
         chosen = choose_parameters(left, pattern, 'lr')
         groups.append(dict(params=[o.p for o in chosen], lr=lr))
         left = [o for o in left if o not in chosen]
-    if left: raise ValueError(f"lr: no pattern of {list(rates)} means {left[0].name}; end with '*' for all others")
+    if left: raise ValueError(
+        f"lr: no pattern of {list(rates)} means {left[0].name}; end with '*' for others")
     return groups
 
 def new_optimizer(f, model, lr):

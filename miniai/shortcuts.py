@@ -74,7 +74,7 @@ def load(self:Learner, path): # the learner
     same_form(state['model'], model, path, 'model')
     opt = state['opt'] and (self.opt or new_optimizer(self.opt_func, model, self.lr or 0.))
     if opt and type(opt).__name__ != state['opt']['kind']: raise CheckpointError(
-        f"{path} has the state of the optimizer {state['opt']['kind']}; this learner has {type(opt).__name__}")
+        f"{path} has the state of the optimizer {state['opt']['kind']}; here it is {type(opt).__name__}")
     model.load_state_dict(state['model'])
     if opt: load_opt(opt, state['opt']['state'], (state['opt']['state'] or {}).get('param_groups', ()))
     self.opt = opt or self.opt
@@ -110,7 +110,7 @@ class ShortEpochCB(Callback):
     order = Order.prepare
     def __init__(self, size=.1):
         if not (isinstance(size, int) and size > 0 or 0 < size < 1): raise ValueError(
-            f'ShortEpochCB: size is {size!r}; it is a fraction between 0 and 1, or a number of batches from 1')
+            f'ShortEpochCB: size is {size!r}; it is a fraction below 1, or a number of batches')
         self.size = size
 
     def before_epoch(self, learn):
