@@ -371,6 +371,7 @@ class RunningMean:
         "Count a 0-d tensor with its weight; nothing is read from the device."
         if isinstance(weight, int) and not weight: return self   # the mean of nothing, which is NaN
         value = value.detach().to(torch.float32 if value.device.type == 'mps' else torch.float64)
+        if isinstance(weight, torch.Tensor): value = value.where(weight.to(value.device) > 0, 0.)   # likewise
         return self._add(value*weight, weight)
 
     def merge(self, other): return self._add(other.total, other.weight)

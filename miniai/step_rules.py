@@ -251,7 +251,8 @@ def dropout_of_most(evidence,
     Source: Srivastava and others, "Dropout" (2014), appendix A.4: at least half of the units are kept."""
     loss, facts, names = needed_loss(evidence), evidence.facts, evidence.sources('std')
     for before,nm in zip(names, names[1:]):
-        if not facts.kind(nm).startswith('Dropout'): continue
+        # what is dropped after an embedding is a sum, with that of places
+        if not facts.kind(nm).startswith('Dropout') or facts.kind(before) == 'Embedding': continue
         (mean, square), (now, after) = map(partial(_moments, evidence), (before, nm))
         kept, same = square/after if after else 1., abs(now - mean) < .3*np.sqrt(square)
         if same and kept < min_kept and loss.late > max_left*loss.first: return found(

@@ -555,3 +555,33 @@ def test_the_table_of_callbacks_is_of_all_of_them():
     readme = (Path(__file__).resolve().parent.parent/'README.md').read_text(encoding='utf-8')
     rows = dict(re.findall(r'^\| `(\w+)` \| (.+) \|$', readme, re.M))
     assert wanted - set(rows) <= {'PyTorchInspector'}, 'run .ci/pages.py nbs/index.ipynb, and .ci/readme.py'
+
+
+def test_a_batch_without_a_target_does_not_count():
+    "Its loss is NaN, the mean of nothing; that of the epoch is the mean over the targets that there are."
+    learn = token_learner(8)
+    batches = [*learn.dls.valid]
+    empty = batches[0][0], torch.full_like(batches[0][1], -100)
+    want, got = learn.validate(batches)['loss'], learn.validate([empty, *batches])['loss']
+    assert got == pytest.approx(want, abs=1e-6) and learn.validate([empty])['loss'] != learn.validate([empty])['loss']
+
+
+class Places(nn.Module):
+    "A sum of two embeddings goes into Dropout."
+    def __init__(self):
+        super().__init__()
+        self.token, self.place, self.drop, self.head = nn.Embedding(20, 16), nn.Embedding(8, 16), nn.Dropout(.5), nn.Linear(16, 20)
+    def forward(self, x): return self.head(self.drop(self.token(x) + self.place(torch.arange(8)))).transpose(1, 2)
+
+
+def test_dropout_of_a_sum_of_embeddings_leaves_enough():
+    set_seed(0)
+    x = torch.randint(0, 20, (64, 8))
+    y = torch.where(torch.rand(x.shape) < .6, torch.randint(0, 20, x.shape), x)
+    dl = [(x[i:i+8], y[i:i+8]) for i in range(0, 64, 8)]
+    learn = Learner(Places(), DataLoaders(dl, dl), F.cross_entropy, .003, [TrainCB(), Quiet()], optim.Adam)
+    learn.watch()
+    learn.fit(10)
+    found = learn.diagnose()
+    loss = found.evidence.loss()
+    assert loss.late > .5*loss.first and 'dropout_of_most' in found.checked and 'dropout_of_most' not in [o.rule for o in found]
