@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LogCB']
 
-# %% ../nbs/29_loggers.ipynb #f209cf94
+# %% ../nbs/29_loggers.ipynb #91a1e73c
 import sys
 from fnmatch import fnmatchcase
 from functools import partial
@@ -18,7 +18,7 @@ from .collect import Told
 from .distributed import is_main
 from .history import History
 
-# %% ../nbs/29_loggers.ipynb #95bc7458
+# %% ../nbs/29_loggers.ipynb #b6d2f7bc
 def _to_tensorboard(writer, row, step):
     for nm,o in row.items():
         if isinstance(o, str): writer.add_text(nm, o, step)
@@ -41,7 +41,7 @@ def _to_log(module, row, step):
     row = {nm: o for nm,o in row.items() if not isinstance(o, tuple)} | drawn
     if row: module.log(row, step=step)
 
-# %% ../nbs/29_loggers.ipynb #502f49d2
+# %% ../nbs/29_loggers.ipynb #6a71820f
 def door(o):
     "A function of (dict, step) that hands both to the logger `o`."
     if isinstance(o, list): return lambda row, step: o.append((step, row))
@@ -52,7 +52,7 @@ def door(o):
     raise TypeError(f"LogCB: log is {o!r}; give a function of (dict, step), a list, TensorBoard's "
                     'SummaryWriter, or what has a method `log_metrics` (mlflow) or `log` (wandb)')
 
-# %% ../nbs/29_loggers.ipynb #63a0db61
+# %% ../nbs/29_loggers.ipynb #18f8434c
 _of_epochs = {'mean', 'std', 'min', 'Q1', 'median', 'Q3', 'max', '#'}   # whose steps are logged
 
 def _plain(stat):
@@ -70,8 +70,72 @@ def _together(values, samples, bins):
     values, samples = np.array(values)[there], np.array(samples)[there]
     return float(np.average(values, weights=samples) if samples.all() else values.mean())
 
-# %% ../nbs/29_loggers.ipynb #4ba25c2c
-class LogCB(Callback):
+# %% ../nbs/29_loggers.ipynb #fbbfb9a2
+class Arrivals:
+    "Takes rows that come, and sorts them by step and name."
+    def listen(self, *histories):
+        "Get the rows of these tables from here on, and of no others."
+        for o in self.histories: o.readers.remove(self._take)
+        self.histories = histories if is_main() else ()
+        for o in self.histories: o.readers.append(self._take)
+
+    def _take(self, *row): self.came.append(row)   # table, key, chunk
+
+    def _sort(self, table, key, chunk):
+        often = table.bins or key[1] in ('batch', 'loss')   # has a row for each step
+        for phase,source,stat,values in table.read_chunk(key, chunk):
+            name = f'{phase}/{_plain(stat)}/{source}'
+            if not _plain(stat) or not self._wants(name): continue
+            for (_,step,_,samples,_),value in zip(chunk.facts.tolist(), values):
+                if phase == 'train' and often and step % self.every: continue
+                row = self.steps.setdefault(step, {}).setdefault(name, ([], [], table.bins))
+                row[0].append(np.asarray(value)); row[1].append(samples)
+
+    def _wants(self, name):
+        if name in self.names: return self.names[name]
+        chosen = any(fnmatchcase(name, o) for o in self.only)
+        full = sum(self.names.values()) >= self.max_names
+        if chosen and full: self.warn('the log', f'has {self.max_names} names; more are left out, such as '
+                                      f"{name!r}. Choose with only='*norm*', say", about='full')
+        self.names[name] = chosen and not full
+        return self.names[name]
+
+# %% ../nbs/29_loggers.ipynb #2c1fad05
+class Sending(Arrivals):
+    "Hands over what has come."
+    def write(self, last=False):
+        "Log what has come; the last step, to which rows may be added, only where that is over."
+        for o in self.histories: o.flush()   # all of them, so that steps stay together
+        came, self.came = self.came, []
+        for o in came: self._tried(self._sort, *o)
+        for step in sorted(self.steps)[:None if last else -1]:
+            found = {nm: _together(*o) for nm,o in self.steps.pop(step).items()}
+            self._send({nm: o for nm,o in found.items() if o is not None}, step)
+
+    def _send(self, row, step):
+        if self.ahead is None: self.ahead = max(0, self.at - step)
+        self.at = max(self.at, step + self.ahead)
+        if row: self._tried(self.log, row, self.at)
+        self.logged |= bool(row)
+
+    def _tried(self, f, *args):
+        try: return f(*args)
+        except Exception as e:
+            self.warn('the log', f'has failed ({type(e).__name__}: {e}); what was refused is lost', 'failed')
+
+    def end(self,
+        x=None # Learner or Inspector, to be diagnosed
+    ):
+        "Log what is left, and the findings; let go of the tables."
+        self.write(True)
+        diagnose = getattr(sys.modules.get('miniai.diagnose'), 'diagnose', None)
+        if x is not None and diagnose and self.logged:
+            self._tried(lambda: self.log(dict(findings=str(diagnose(x))), self.at))
+        self.listen()
+        self.ahead, self.logged = None, False
+
+# %% ../nbs/29_loggers.ipynb #b6ba44ee
+class LogCB(Sending, Callback):
     """Hands what is recorded to a logger, a dictionary for each step, when it comes to the host anyway.
 
     Names are 'train/loss/batch', 'train/grad_norm/conv1.weight', 'valid/accuracy/epoch': phase, statistic,
@@ -101,62 +165,3 @@ class LogCB(Callback):
 
     def cleanup_epoch(self, learn): self.write(True)
     def cleanup_fit(self, learn): self.end(learn)
-
-    def listen(self, *histories):
-        "Get the rows of these tables from here on, and of no others."
-        for o in self.histories:   # of a copy, no reader
-            o.readers[:] = [f for f in o.readers if f != self._take]
-        self.histories = histories if is_main() else ()
-        for o in self.histories: o.readers.append(self._take)
-
-    def _take(self, *row): self.came.append(row)   # table, key, chunk
-
-    def write(self, last=False):
-        "Log what has come; the last step, to which rows may be added, only where that is over."
-        for o in self.histories: o.flush()   # all of them, so that steps stay together
-        came, self.came = self.came, []
-        for o in came: self._tried(self._sort, *o)
-        for step in sorted(self.steps)[:None if last else -1]:
-            found = {nm: _together(*o) for nm,o in self.steps.pop(step).items()}
-            self._send({nm: o for nm,o in found.items() if o is not None}, step)
-
-    def _sort(self, table, key, chunk):
-        often = table.bins or key[1] in ('batch', 'loss')   # has a row for each step
-        for phase,source,stat,values in table.read_chunk(key, chunk):
-            name = f'{phase}/{_plain(stat)}/{source}'
-            if not _plain(stat) or not self._wants(name): continue
-            for (_,step,_,samples,_),value in zip(chunk.facts.tolist(), values):
-                if phase == 'train' and often and step % self.every: continue
-                row = self.steps.setdefault(step, {}).setdefault(name, ([], [], table.bins))
-                row[0].append(np.asarray(value)); row[1].append(samples)
-
-    def _wants(self, name):
-        if name in self.names: return self.names[name]
-        chosen = any(fnmatchcase(name, o) for o in self.only)
-        full = sum(self.names.values()) >= self.max_names
-        if chosen and full: self.warn('the log', f'has {self.max_names} names; more are left out, such as '
-                                      f"{name!r}. Choose with only='*norm*', say", about='full')
-        self.names[name] = chosen and not full
-        return self.names[name]
-
-    def _send(self, row, step):
-        if self.ahead is None: self.ahead = max(0, self.at - step)
-        self.at = max(self.at, step + self.ahead)
-        if row: self._tried(self.log, row, self.at)
-        self.logged |= bool(row)
-
-    def _tried(self, f, *args):
-        try: return f(*args)
-        except Exception as e:
-            self.warn('the log', f'has failed ({type(e).__name__}: {e}); what was refused is lost', 'failed')
-
-    def end(self,
-        x=None # Learner or Inspector, to be diagnosed
-    ):
-        "Log what is left, and the findings; let go of the tables."
-        self.write(True)
-        diagnose = getattr(sys.modules.get('miniai.diagnose'), 'diagnose', None)
-        if x is not None and diagnose and self.logged:
-            self._tried(lambda: self.log(dict(findings=str(diagnose(x))), self.at))
-        self.listen()
-        self.ahead, self.logged = None, False

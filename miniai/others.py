@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainerInspector', 'LightningInspector']
 
-# %% ../nbs/58_others.ipynb #2cf20b89
+# %% ../nbs/58_others.ipynb #330abf75
 import argparse, json, sys
 from functools import cache
 from importlib import import_module
@@ -21,7 +21,7 @@ from .files import atomic_write
 from .hooks import Hook
 from .inspector import Inspector
 
-# %% ../nbs/58_others.ipynb #ab11ce16
+# %% ../nbs/58_others.ipynb #329d074c
 @cache
 def with_base(cls):
     "`cls` as a subclass of the library's own callback; of both of Lightning's names, where both are in use."
@@ -65,8 +65,26 @@ class OtherLoop:
         self._last = self.inspector.state_dict()
         self.inspector.detach()
 
-# %% ../nbs/58_others.ipynb #64b1d78d
-class TrainerInspector(OtherLoop):
+# %% ../nbs/58_others.ipynb #96578058
+class TrainerLogs(OtherLoop):
+    "Takes steps, and the losses and metrics that a `Trainer` logs."
+    def on_epoch_begin(self, args, state, control, **kwargs):   # what was validated since is the epoch's
+        over = int((state.epoch or 0) + 1e-6) > self.inspector.epoch
+        if over and self.inspector.seen.fresh: self.inspector.tick_epoch()
+
+    def on_step_begin(self, args, state, control, **kw): self.inspector.set_step('train', state.global_step)
+    def on_step_end(self, args, state, control, **kw): self.inspector.set_step(None, state.global_step)
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for nm in ('loss', 'eval_loss'):
+            if nm in logs and not self.heard: self._push(logs[nm], nm == 'loss')
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        skip = 'eval_loss', 'eval_runtime', 'eval_samples_per_second', 'eval_steps_per_second'
+        self._push_metrics({nm.removeprefix('eval_'): o for nm,o in (metrics or {}).items()
+                            if nm.startswith('eval_') and nm not in skip and isinstance(o, (int, float))})
+
+# %% ../nbs/58_others.ipynb #ebe738d0
+class TrainerInspector(TrainerLogs):
     """A `TrainerCallback` that watches what `transformers.Trainer` trains: `Trainer(..., callbacks=[it])`.
 
     Rows are by global step. Gradients are those the optimizer gets: accumulated, unscaled, after clipping.
@@ -92,36 +110,43 @@ class TrainerInspector(OtherLoop):
 
     def _folder(self, args, state): return Path(args.output_dir)/f'checkpoint-{state.global_step}'
 
-    def on_epoch_begin(self, args, state, control, **kwargs):   # what was validated since is the epoch's
-        over = int((state.epoch or 0) + 1e-6) > self.inspector.epoch
-        if over and self.inspector.seen.fresh: self.inspector.tick_epoch()
-
-    def on_step_begin(self, args, state, control, **kw): self.inspector.set_step('train', state.global_step)
-    def on_step_end(self, args, state, control, **kw): self.inspector.set_step(None, state.global_step)
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        for nm in ('loss', 'eval_loss'):
-            if nm in logs and not self.heard: self._push(logs[nm], nm == 'loss')
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        skip = 'eval_loss', 'eval_runtime', 'eval_samples_per_second', 'eval_steps_per_second'
-        self._push_metrics({nm.removeprefix('eval_'): o for nm,o in (metrics or {}).items()
-                            if nm.startswith('eval_') and nm not in skip and isinstance(o, (int, float))})
-
     def on_save(self, args, state, control, **kwargs):
         path, saved = self._folder(args, state)/f'inspector_{rank()}.pt', self.inspector.state_dict()
         if path.parent.exists(): atomic_write(path, lambda file: torch.save(saved, file))
 
     def on_train_end(self, args, state, control, **kwargs): self._end()
 
-# %% ../nbs/58_others.ipynb #7d3021bf
+# %% ../nbs/58_others.ipynb #13948ec3
 def called_part(module):
     "What `training_step` calls: the module, or, if it has no `forward`, its one part with weights."
     parts = [o for o in module.children() if next(o.parameters(), None) is not None]
     lacks = type(module).forward.__module__.startswith(('lightning.', 'pytorch_lightning.'))
     return parts[0] if lacks and len(parts) == 1 else module
 
-# %% ../nbs/58_others.ipynb #0d4e5dcf
-class LightningInspector(OtherLoop):
+# %% ../nbs/58_others.ipynb #73a59ff7
+class LightningLosses(OtherLoop):
+    "Takes the losses and metrics of Lightning, and watches its validation."
+    def on_validation_batch_start(self, trainer, *args):
+        if self.inspector.attached: self.inspector.set_step('valid', trainer.global_step)
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, *args):
+        if self.inspector.attached: self._push_output(outputs, False)
+
+    def _push_output(self, outputs, train, times=1):
+        loss = outputs.get('loss') if isinstance(outputs, dict) else outputs
+        if not isinstance(loss, torch.Tensor): return
+        self.heard |= not train
+        self._push(loss.detach()*times, train)
+
+    def on_validation_end(self, trainer, pl_module):
+        if not self.inspector.attached: return
+        logged = trainer.callback_metrics
+        if 'val_loss' in logged and not self.heard: self._push(logged['val_loss'], False)
+        self._push_metrics({nm: o for nm,o in logged.items() if 'loss' not in nm})
+        self.inspector.set_step(None, trainer.global_step)
+
+# %% ../nbs/58_others.ipynb #6f53b6bc
+class LightningInspector(LightningLosses):
     """A Lightning `Callback` that watches what `Trainer.fit` trains: `Trainer(..., callbacks=[it])`.
 
     Rows are by `trainer.global_step`. Gradients are those the optimizer gets: accumulated, unscaled, after
@@ -146,25 +171,6 @@ class LightningInspector(OtherLoop):
         self._push_output(outputs, True, trainer.accumulate_grad_batches)   # by which it was divided
         self.inspector.set_step(None, trainer.global_step)
 
-    def on_validation_batch_start(self, trainer, *args):
-        if self.inspector.attached: self.inspector.set_step('valid', trainer.global_step)
-
-    def on_validation_batch_end(self, trainer, pl_module, outputs, *args):
-        if self.inspector.attached: self._push_output(outputs, False)
-
-    def _push_output(self, outputs, train, times=1):
-        loss = outputs.get('loss') if isinstance(outputs, dict) else outputs
-        if not isinstance(loss, torch.Tensor): return
-        self.heard |= not train
-        self._push(loss.detach()*times, train)
-
-    def on_validation_end(self, trainer, pl_module):
-        if not self.inspector.attached: return
-        logged = trainer.callback_metrics
-        if 'val_loss' in logged and not self.heard: self._push(logged['val_loss'], False)
-        self._push_metrics({nm: o for nm,o in logged.items() if 'loss' not in nm})
-        self.inspector.set_step(None, trainer.global_step)
-
     def on_train_epoch_end(self, trainer, pl_module): self.inspector.tick_epoch()
     def on_train_end(self, trainer, pl_module): self._end()
     def on_exception(self, trainer, pl_module, exception): self.inspector.detach()
@@ -172,7 +178,7 @@ class LightningInspector(OtherLoop):
     def state_dict(self): return self._last or self.inspector.state_dict()
     def load_state_dict(self, state): self._state = state
 
-# %% ../nbs/58_others.ipynb #27f8fe89
+# %% ../nbs/58_others.ipynb #00803666
 def as_json(findings):
     "Text; numbers that JSON does not have are spelled out."
     spell = lambda o: str(o) if isinstance(o, float) and o*0 != 0 else o
