@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainerInspector', 'LightningInspector']
 
-# %% ../nbs/58_others.ipynb #330abf75
+# %% ../nbs/58_others.ipynb #59328e03
 import argparse, json, sys
 from functools import cache
 from importlib import import_module
@@ -21,7 +21,7 @@ from .files import atomic_write
 from .hooks import Hook
 from .inspector import Inspector
 
-# %% ../nbs/58_others.ipynb #329d074c
+# %% ../nbs/58_others.ipynb #714676ff
 @cache
 def with_base(cls):
     "`cls` as a subclass of the library's own callback; of both of Lightning's names, where both are in use."
@@ -32,6 +32,7 @@ def with_base(cls):
         raise ImportError(f'{cls.__name__}: it needs {package}; pip install {package}') from e
     return type(cls.__name__, (cls, *found), dict(__doc__=cls.__doc__))
 
+# %% ../nbs/58_others.ipynb #64b495e9
 class OtherLoop:
     "A callback of another library that holds an `Inspector`."
     def __new__(cls, *args, **kwargs): return object.__new__(with_base(cls))
@@ -65,7 +66,7 @@ class OtherLoop:
         self._last = self.inspector.state_dict()
         self.inspector.detach()
 
-# %% ../nbs/58_others.ipynb #96578058
+# %% ../nbs/58_others.ipynb #7cd89dd9
 class TrainerLogs(OtherLoop):
     "Takes steps, and the losses and metrics that a `Trainer` logs."
     def on_epoch_begin(self, args, state, control, **kwargs):   # what was validated since is the epoch's
@@ -83,7 +84,7 @@ class TrainerLogs(OtherLoop):
         self._push_metrics({nm.removeprefix('eval_'): o for nm,o in (metrics or {}).items()
                             if nm.startswith('eval_') and nm not in skip and isinstance(o, (int, float))})
 
-# %% ../nbs/58_others.ipynb #ebe738d0
+# %% ../nbs/58_others.ipynb #d1aae4e4
 class TrainerInspector(TrainerLogs):
     """A `TrainerCallback` that watches what `transformers.Trainer` trains: `Trainer(..., callbacks=[it])`.
 
@@ -116,14 +117,14 @@ class TrainerInspector(TrainerLogs):
 
     def on_train_end(self, args, state, control, **kwargs): self._end()
 
-# %% ../nbs/58_others.ipynb #13948ec3
+# %% ../nbs/58_others.ipynb #4fb29627
 def called_part(module):
     "What `training_step` calls: the module, or, if it has no `forward`, its one part with weights."
     parts = [o for o in module.children() if next(o.parameters(), None) is not None]
     lacks = type(module).forward.__module__.startswith(('lightning.', 'pytorch_lightning.'))
     return parts[0] if lacks and len(parts) == 1 else module
 
-# %% ../nbs/58_others.ipynb #73a59ff7
+# %% ../nbs/58_others.ipynb #4120035f
 class LightningLosses(OtherLoop):
     "Takes the losses and metrics of Lightning, and watches its validation."
     def on_validation_batch_start(self, trainer, *args):
@@ -145,7 +146,7 @@ class LightningLosses(OtherLoop):
         self._push_metrics({nm: o for nm,o in logged.items() if 'loss' not in nm})
         self.inspector.set_step(None, trainer.global_step)
 
-# %% ../nbs/58_others.ipynb #6f53b6bc
+# %% ../nbs/58_others.ipynb #d53db7da
 class LightningInspector(LightningLosses):
     """A Lightning `Callback` that watches what `Trainer.fit` trains: `Trainer(..., callbacks=[it])`.
 
@@ -178,7 +179,7 @@ class LightningInspector(LightningLosses):
     def state_dict(self): return self._last or self.inspector.state_dict()
     def load_state_dict(self, state): self._state = state
 
-# %% ../nbs/58_others.ipynb #00803666
+# %% ../nbs/58_others.ipynb #1ff0749e
 def as_json(findings):
     "Text; numbers that JSON does not have are spelled out."
     spell = lambda o: str(o) if isinstance(o, float) and o*0 != 0 else o
