@@ -292,8 +292,7 @@ class Learner(_Epochs, _Records, _OtherRooms):
         model,                # any module
         dls=(0,),             # object with the loaders `.train` and `.valid`
         loss_func=F.mse_loss, # called with predictions and targets
-        lr=0.1,              
-                # for `opt_func`, or name of parameters -> rate; None if every `fit` gives its own
+        lr=0.1,               # for `opt_func`, or name of parameters -> rate; None: every `fit` gives one
         cbs=None,             # one callback or a list of them
         opt_func=optim.SGD,   # makes one optimizer or several of parameters and rate; None: you set `opt`
         epoch_sz=None         # training batches to an epoch; default: one pass over the loader

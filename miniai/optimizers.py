@@ -43,8 +43,7 @@ class Optimizers(optim.Optimizer):
     @state.setter
     def state(self, value): pass   # PyTorch begins with an empty one
 
-    def __getstate__(self): return dict(opts=self.opts, defaults=self.defaults,
-            param_groups=self.param_groups)
+    def __getstate__(self): return {nm: getattr(self, nm) for nm in ('opts', 'defaults', 'param_groups')}
 
     def __setstate__(self, saved):
         super().__setstate__({nm: o for nm,o in saved.items() if nm != 'state'})
@@ -55,6 +54,7 @@ class Optimizers(optim.Optimizer):
             o.state.clear()
             o.state.update({p: state[p] for g in o.param_groups for p in g['params'] if p in state})
 
+# %% ../nbs/06_optimizers.ipynb #6a1f0c2e
 def as_optimizer(o):
     "One optimizer of several in a list or a mapping; another stays as it is."
     return Optimizers(o) if isinstance(o, (list, tuple, Mapping)) else o
