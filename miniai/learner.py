@@ -304,8 +304,7 @@ class Learner(_Epochs, _Records, _OtherRooms):
         self.epoch_sz,self.max_steps,self.first_step = epoch_sz,None,0
         self._in_phase = None   # what the epoch is for, in a fit
         self.hold = False   # set by a callback before a batch: add up its gradients with those of the next
-        self._resume = self._rng = self._stream = None  
-                # how to go on from a file; random state before a pass
+        self._resume = self._rng = self._stream = None   # to go on from a file or in a pass
 
     def fit(self,
         n_epochs=1,    # passes over the data
@@ -341,8 +340,7 @@ class KeywordCB(TrainCB):
         lbl_nm='labels',   # name of the target, for metrics
         preds_nm='logits', # name of the predictions in what the model returns
         loss_nm='loss',    # name of the loss in it
-        **parts           
-                # others, as for `TrainCB`: inp_nm if not all of the batch is for the model, weight_of
+        **parts            # as for `TrainCB`: inp_nm if not all of the batch is for the model, weight_of
     ): super().__init__(lbl_nm=lbl_nm, preds_nm=preds_nm, loss_nm=loss_nm, **parts)
 
 # %% ../nbs/24_learner.ipynb #7f480262

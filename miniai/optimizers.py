@@ -15,7 +15,7 @@ from .hooks import choose_parameters, find_parameters, unwrap
 
 # %% ../nbs/06_optimizers.ipynb #debc188b
 class Optimizers(optim.Optimizer):
-    "Makes one optimizer of several, a list or name -> optimizer; `opt[name]` is one of them."
+    "Makes one optimizer of several `opts`, a list or name -> optimizer; `opt[name]` is one of them."
     def __init__(self, opts):
         self.opts = dict(opts if isinstance(opts, Mapping) else enumerate(opts))
         odd = {nm: type(o).__name__ for nm,o in self.opts.items() if not isinstance(o, optim.Optimizer)}
@@ -56,7 +56,7 @@ class Optimizers(optim.Optimizer):
 
 # %% ../nbs/06_optimizers.ipynb #6a1f0c2e
 def as_optimizer(o):
-    "One optimizer of several in a list or a mapping; another stays as it is."
+    "Make one optimizer of several, if `o` is a list or a mapping of them."
     return Optimizers(o) if isinstance(o, (list, tuple, Mapping)) else o
 
 # %% ../nbs/06_optimizers.ipynb #74cb8ea4
