@@ -75,7 +75,8 @@ class Arrivals:
     "Takes rows that come, and sorts them by step and name."
     def listen(self, *histories):
         "Get the rows of these tables from here on, and of no others."
-        for o in self.histories: o.readers.remove(self._take)
+        for o in self.histories:   # of a copy, no reader
+            o.readers[:] = [f for f in o.readers if f != self._take]
         self.histories = histories if is_main() else ()
         for o in self.histories: o.readers.append(self._take)
 
