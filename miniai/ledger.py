@@ -8,7 +8,6 @@ __all__ = []
 # %% ../nbs/38_ledger.ipynb #62df8ab5
 from collections import Counter
 from operator import attrgetter
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -41,7 +40,7 @@ class ChoosesParameter:
     def __init__(self):
         self.p, self.handle, self.at_step, self.backwards, self.stepping = None, None, None, 0, False
         self.counts, self.kept, self.dropped, self.old, self.some = Counter(), 0, 0, False, False
-        self.known = WeakKeyDictionary()   # optimizer -> whether it has the parameter
+        self.known = {}   # id of an optimizer -> whether it has the parameter
         self.failed = False
 
     def follow(self, params, optimizer=None):
@@ -79,17 +78,15 @@ class FollowsGradient(ChoosesParameter):
         if self.handle is not None: self.handle.remove()
         self.handle = self.p = None
 
-    def __getstate__(self): return vars(self) | dict(known={})   # weak keys cannot be pickled
-
 # %% ../nbs/38_ledger.ipynb #0bf536f3
 class GradientWatch(FollowsGradient):
     "Judges the gradient of one parameter at the steps of the optimizer."
     def is_of(self, optimizer):
         "Whether an optimizer has the parameter; another one's steps say nothing of it."
-        if self.p is not None and optimizer not in self.known:
+        if self.p is not None and id(optimizer) not in self.known:
             groups = getattr(optimizer, 'param_groups', ())
-            self.known[optimizer] = not groups or any(p is self.p for o in groups for p in o['params'])
-        return self.known.get(optimizer, True)
+            self.known[id(optimizer)] = not groups or any(p is self.p for o in groups for p in o['params'])
+        return self.known.get(id(optimizer), True)
 
     def before_step(self):
         "Judge what an optimizer finds: old gradients may have been another loss's, and zeroed since."

@@ -28,8 +28,8 @@ class Moment(Enum):
     STEPPED = 'an optimizer has stepped: the next forward begins a step'
 
 # %% ../nbs/45_steps.ipynb #5f245717
-class Steps:
-    "Finds out which training step a loop is in, if the loop does not say it."
+class ForwardsOfSteps:
+    "Finds out which training step a loop is in, by its forwards."
     patience = 64   # forwards without a step of an optimizer, from which on each is a step of its own
     def __init__(self, sampler):
         self.sampler, self.moment, self.sampled = sampler, Moment.BEFORE, False
@@ -61,6 +61,9 @@ class Steps:
         self.known, self.turns = set(self.turns), []
         self.sampled = self.sampler.wants('train', self.number)
 
+# %% ../nbs/45_steps.ipynb #2ab8ce2e
+class Steps(ForwardsOfSteps):
+    "Finds out which training step a loop is in, if the loop does not say it."
     def before(self, optimizer):   # False if another one is inside its step
         if self.moment is Moment.STEPPING and self.stepping != id(optimizer): return False
         self.bare = self.moment is Moment.BEFORE or id(optimizer) in self.stepped
@@ -199,8 +202,8 @@ class LayerTaps:
         self.taps.append(tap)
 
 # %% ../nbs/45_steps.ipynb #3dcaa101
-class Layers(LayerTaps):
-    "The layers of a model, and what is open for them in a forward."
+class OpenLayers(LayerTaps):
+    "Opens the taps on layers for a forward, and closes them."
     def open(self, raw, sampled, run, steps, epoch, samples, put=True):
         "Make ready for outputs and their gradients; `put` hooks on, or take them off. Whether any tap is on."
         self.raw, on = raw, [o for o in self.taps if sampled and raw in o.raws]
@@ -228,6 +231,10 @@ class Layers(LayerTaps):
         for o in (o for tap in self.taps for o in (*tap.hooks, *tap.others)): o.m = None
 
     @property
+
+# %% ../nbs/45_steps.ipynb #c5a39266
+class Layers(OpenLayers):
+    "The layers of a model, and what is open for them in a forward."
     def hooked(self): return list(dict.fromkeys(hook.name for tap in self.taps for hook in tap.hooks))
 
     def order(self):
@@ -248,12 +255,13 @@ def n_held(optimizer):
     return sum(len(group['params']) for group in optimizer.param_groups)
 
 # %% ../nbs/45_steps.ipynb #3dec08ef
-class OptimizerTaps:
-    "What is read around the steps of one optimizer."
+class BeforeStep:
+    "What is read before a step of one optimizer."
     def __init__(self, optimizer, params, tables, warn):
         held = {id(p) for group in optimizer.param_groups for p in group['params']}
         self.ref, self.size, self.moving, self.late = weakref.ref(optimizer), n_held(optimizer), None, False
         self.params, self.taps = [o for o in params if id(o.p) in held], {}
+        self.tensors = [o.p for o in self.params]
         for rows in (o for o in tables if o.tap in ('grad', 'update')):
             tap = self.taps[rows.tap] = ParameterTap(rows, warn, rows.pairs, rows.what & 3)
             tap.lenses = [o for o in rows.lenses if o.optimizer in (None, optimizer)]
@@ -277,6 +285,9 @@ class OptimizerTaps:
         tap.read(grads if scale is None else [None if o is None else o/scale for o in grads])
         self._call(tap, compute, lambda o: o.p.grad)
 
+# %% ../nbs/45_steps.ipynb #9e710126
+class OptimizerTaps(BeforeStep):
+    "What is read around the steps of one optimizer."
     def after(self, compute):   # reads the updates
         if self.late: self._read_gradients(compute)
         self.late = False

@@ -43,6 +43,7 @@ recipes = dict(
     BatchTransformCB=lambda cls, folder: cls(lambda batch: batch),
     CheckpointCB=lambda cls, folder: cls(folder/'checkpoints'),
     CSVLogCB=lambda cls, folder: cls(folder/'log.csv'),
+    LogCB=lambda cls, folder: cls([]),
     CompileCB=lambda cls, folder: cls(backend='eager'),
     EpochSchedCB=lambda cls, folder: cls(partial(lr_scheduler.StepLR, step_size=1)),
     HooksCallback=lambda cls, folder: cls(lambda hook, mod, inp, outp: None),
