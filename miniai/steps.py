@@ -230,11 +230,10 @@ class OpenLayers(LayerTaps):
         self.chosen = {lens: [(nm, None) for nm,_ in found] for lens,found in self.chosen.items()}
         for o in (o for tap in self.taps for o in (*tap.hooks, *tap.others)): o.m = None
 
-    @property
-
 # %% ../nbs/45_steps.ipynb #c5a39266
 class Layers(OpenLayers):
     "The layers of a model, and what is open for them in a forward."
+    @property
     def hooked(self): return list(dict.fromkeys(hook.name for tap in self.taps for hook in tap.hooks))
 
     def order(self):
