@@ -15,8 +15,12 @@ modules = [importlib.import_module(f'miniai.{o.name}') for o in pkgutil.iter_mod
            if not o.name.startswith('_')]
 by_module = pytest.mark.parametrize('module', modules, ids=lambda o: o.__name__.split('.')[-1])
 
-# what PyTorch, or a loop, has set the arguments of
-protocol = {*events, 'forward', 'extra_repr', 'state_dict', 'load_state_dict', 'callback'}
+protocol = {*events, 'forward', 'extra_repr', 'state_dict', 'load_state_dict', 'callback', 'teardown'}
+
+
+def is_asked(f):
+    "Whether PyTorch or a loop, ours or another library's (`on_...`), has set the arguments and says what it is."
+    return f.__name__ in protocol or f.__name__.startswith('on_')
 
 
 def public(module):
@@ -74,13 +78,13 @@ def undocumented(f, cls):
 def test_arguments_are_documented(module):
     "What each is, its shape or unit: in a comment behind it, or in a docstring that names it."
     missing = [f'{nm}({", ".join(found)})' for nm, f, cls in callables(module)
-               if not generated(f) and f.__name__ not in protocol and (found := undocumented(f, cls))]
+               if not generated(f) and not is_asked(f) and (found := undocumented(f, cls))]
     assert not missing
 
 
 @by_module
 def test_methods_are_documented(module):
-    bare = [nm for nm, f, cls in callables(module) if f.__name__ not in protocol and f.__name__ != '__init__'
+    bare = [nm for nm, f, cls in callables(module) if not is_asked(f) and f.__name__ != '__init__'
             and not generated(f) and not any((o.__doc__ or '').strip() for o in (f, *overridden(f, cls)))]
     assert not bare
 
