@@ -141,9 +141,14 @@ class StepRows(AtSteps):
         cost.bytes += sum(o.nbytes for o in (*self.tap.before.values(), *self.tap.starts.values()))
         return cost
 
+    def state_dict(self):
+        "As above, with what the next step is compared with."
+        return super().state_dict() | dict(before={nm: o.clone() for nm,o in self.tap.before.items()})
+
     def load_state_dict(self, state):
         super().load_state_dict(state)
         self._new_tap()   # the table has other memory now
+        self.tap.before.update({nm: o.clone() for nm,o in state.get('before', {}).items()})
 
     def __len__(self): return len(self.params)
     def __getstate__(self):

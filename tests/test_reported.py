@@ -20,6 +20,7 @@ from miniai.accel import AccumulateCB, CompileCB, GradClipCB, MixedPrecision
 from miniai.activations import ActivationStats
 from miniai.callback import Callback
 from miniai.checkpoint import CheckpointCB
+from miniai.gradients import GradientStats, UpdateStats
 from miniai.history import History, plain_frame, read_table, write_table
 from miniai.inspector import Inspector, InspectorCB
 from miniai.learner import Learner, LRFinderCB, MetricsCB, TrainCB, TrainLearner
@@ -494,14 +495,15 @@ def test_21_a_thinned_table_knows_it_when_it_is_read_again(way, tmp_path):
     assert again.thinned() == thinned
     assert np.array_equal(again.series('0', 'mean').steps, acts.history.series('0', 'mean').steps)
 
-@pytest.mark.parametrize('door', ['ranges', 'inspector'])
+@pytest.mark.parametrize('door', ['ranges', 'inspector', 'gradients', 'updates'])
 def test_21_tables_go_on_after_a_resume(door, tmp_path):
     class Kill(Callback):
         order = 10**6
         def after_batch(self, learn):
             if learn.training and learn.n_steps == 11: raise KeyboardInterrupt
     def made(folder):
-        cb = RangeStats() if door == 'ranges' else InspectorCB(visualizer=None)
+        make = dict(ranges=RangeStats, inspector=partial(InspectorCB, visualizer=None), gradients=GradientStats, updates=UpdateStats)
+        cb = make[door]()
         return learner(cb, CheckpointCB(tmp_path/folder, every=1)), cb
     (whole, one), (killed, _), (resumed, two) = made('one'), made('two'), made('two')
     whole.fit(2)
