@@ -122,10 +122,11 @@ class MetricsCB(_Metrics):
 
     def after_epoch(self, learn):
         values = {nm: self._do(nm, o.compute) for nm,o in self.all_metrics.items()} if self.n else {}
+        samples = int(self.loss.weight)   # waits for the device, once an epoch
         for nm,v in values.items():   # others than numbers do not fit into a table
             if isinstance(v, (torch.Tensor, int, float, np.number)):
-                learn.record('epoch', nm, v, samples=int(self.loss.weight))
-        # waits for the device, once an epoch
+                learn.record('epoch', nm, v, samples=samples)
+        # waits for the device, too
         log = {nm: log_text(values.get(nm, math.nan)) for nm in self.all_metrics}
         self._log({**log, 'epoch': learn.epoch, 'train': 'train' if learn.training else 'eval'})
 
