@@ -418,7 +418,8 @@ def make_accelerator(mixed_precision, **kw):
     except ImportError as e:
         raise ImportError('AccelerateCB needs the package accelerate: pip install accelerate') from e
     if mixed_precision == 'fp16' and not torch.cuda.is_available():
-        warnings.warn("AccelerateCB: mixed_precision is 'fp16' and there is no CUDA; it computes in float32")
+        warnings.warn("AccelerateCB: mixed_precision is 'fp16' and there is no CUDA device; it computes in "
+                      'float32', stacklevel=4)
         mixed_precision = 'no'
     many = int(os.environ.get('WORLD_SIZE', 1)) > 1
     if many and not getattr(torch, 'accelerator', torch.cuda).is_available():
