@@ -15,6 +15,7 @@ from miniai.device import set_seed
 from miniai.hooks import count_hooks
 from miniai.inspector import Inspector
 from miniai.learner import Learner, MetricsCB, ProgressCB, TrainCB, TrainLearner
+from shared import ClosureCB
 
 x = torch.randn(256, 20, generator=torch.Generator().manual_seed(0))
 side, corner = (x[:, :1] > 0).float(), (x[:, 0] > 0).long() + 2*(x[:, 1] > 0).long()
@@ -179,14 +180,6 @@ def test_an_optimizer_that_knows_the_model_steps_the_copy_only():
 
 
 def test_an_optimizer_of_closures():
-    class ClosureCB(TrainCB):
-        def step(self, learn):
-            def closure():
-                learn.opt.zero_grad()
-                loss = learn.loss_func(learn.model(learn.batch[0]), learn.batch[1])
-                loss.backward()
-                return loss
-            learn.opt.step(closure)
     learn = Learner(mlp(out=1), data(x, side), nn.MSELoss(), .5, ClosureCB(), optim.LBFGS)
     found = learn.check(steps=10)
     assert set(found.ledger.changed) == {True} and not found.of('error'), found
