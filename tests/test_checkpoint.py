@@ -201,7 +201,8 @@ def test_killed_again_and_again_at_any_time(tmp_path):
         if status == 0: break
     if not (tmp_path/'out.pt').exists(): assert in_child(go) == 0
     assert kills >= 2
-    same(whole, torch.load(tmp_path/'out.pt', weights_only=False))
+    # killed after its last checkpoint, the last process only finds that all is done: its schedule is not made
+    same(at_end(whole), at_end(torch.load(tmp_path/'out.pt', weights_only=False)))
 
 script = '''
 import os, signal, sys, torch
