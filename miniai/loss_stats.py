@@ -30,6 +30,12 @@ def repeats_of(a):
     same = mixed[1:] == mixed[:-1]
     return same.float().mean() if len(same) else same.new_zeros((), dtype=torch.float32)
 
+def most_frequent(a):
+    "The fraction of the entries of a tensor [n] that are its most frequent number."
+    a, at = a.sort().values, torch.arange(len(a), device=a.device)
+    is_first = torch.cat([a.new_ones(1, dtype=torch.bool), a[1:] != a[:-1]])   # of a run of equal ones
+    return (1 + at - torch.where(is_first, at, 0).cummax(0).values).max()/len(a)
+
 def entries_of(a):
     "The numbers `entry_stats` of a tensor [B, units, ...], on its device."
     a = a.detach()
@@ -37,10 +43,9 @@ def entries_of(a):
     units = a if a.ndim == 2 else a.transpose(0, 1).flatten(1).T   # [samples, units]
     units = units[::max(1, units.numel()//2**13)].float()         # some 10,000 entries will do
     std, mean = torch.std_mean(units, correction=0)
-    zeros, whole = ((o == 0).float().mean() for o in (units, units.frac()))
+    zeros, whole = (1 - o.count_nonzero()/o.numel() for o in (units, units.frac()))
     ends = *units.sum(1).aminmax(), *units.logsumexp(1).aminmax()
-    few = units.reshape(-1)[:512]
-    most = (few[:, None] == few).float().mean(1).max()   # of its most frequent number
+    most = most_frequent(units.reshape(-1)[:512])
     return torch.stack([*units.aminmax(), mean, std, zeros, whole, *ends, repeats_of(a), most])
 
 # %% ../nbs/39_loss_stats.ipynb #00895371
