@@ -119,16 +119,20 @@ class StepCounts:
 
     def after_step(self, optimizer, params):
         "Note what an optimizer leaves."
-        n, others = self.counts['steps'], [*self.versions.items()][-8:]
-        self.versions = dict(others) | {id(optimizer): sum(map(version, params))}
+        n, due = self.counts['steps'], is_due(self.counts['steps'])
+        self.versions[id(optimizer)] = sum(map(version, params))
+        if len(self.versions) > 8: del self.versions[next(iter(self.versions))]
         self.first = self.first or id(optimizer)   # its rates are kept
         self.grads.follow(params, optimizer)
-        if self.grads.is_of(optimizer): self.grads.stepped(is_due(n))
+        if self.grads.is_of(optimizer): self.grads.stepped(due)
+        if due and self.first == id(optimizer): self._note_rate(n, optimizer)
+        self.counts['steps'] += 1
+        self.counts['in eval mode'] += not self.training
+        self.counts['fresh'] += bool(self.fresh and getattr(optimizer, 'state', ()))
+
+    def _note_rate(self, n, optimizer):
         rates = [o.get('lr') for o in getattr(optimizer, 'param_groups', ())]
-        known = self.first == id(optimizer) and rates and isinstance(rates[0], (int, float))
-        if is_due(n) and known: self.rates.append((n, rates[0]))
-        self.counts.update({'steps': 1, 'in eval mode': int(not self.training),
-                            'fresh': int(self.fresh and bool(getattr(optimizer, 'state', ())))})
+        if rates and isinstance(rates[0], (int, float)): self.rates.append((n, rates[0]))
 
 # %% ../nbs/38_ledger.ipynb #52b34a0b
 class Forwards(StepCounts):
