@@ -18,11 +18,18 @@ consequences = 'not_finite', 'constant_output', 'at_chance'   # rules that find 
 explanations = ('input_scale', 'target_scale', 'no_nonlinearity', 'first_loss_high', 'exclusive_classes',
                 'class_ids', 'sorted_batches', 'norm_of_few', 'summed_loss')   # that explain them
 
-# %% ../nbs/52_loss_rules.ipynb #b30b1dda
-_loss_wants = dict(   # name of the loss, small and without _ -> what it wants
-    crossentropy='logits', crossentropyloss='logits', bcewithlogitsloss='logits',
-    binarycrossentropywithlogits='logits', nllloss='log-probabilities')
+# %% ../nbs/52_loss_rules.ipynb #645860e4
+_kinds = dict(crossentropy='classes', nll='classes', bcewithlogits='binary',
+              binarycrossentropywithlogits='binary', bce='probabilities', binarycrossentropy='probabilities',
+              mse='numbers', l1='numbers', smoothl1='numbers', huber='numbers')
 
+def loss_name(evidence): return evidence.facts.loss.lower().replace('_', '').removesuffix('loss')
+
+def loss_kind(evidence):
+    "'classes', 'binary' (of logits), 'probabilities' (binary), 'numbers'; '' of other losses."
+    return _kinds.get(loss_name(evidence), '')
+
+# %% ../nbs/52_loss_rules.ipynb #b30b1dda
 def always_within(evidence, few=10, width=.5):
     "Whether predictions are from 0 to 1 in `few` steps at least, and fill `width` of that."
     both = [evidence.track('predictions', 'entries', phase).values for phase in ('train', 'valid')]
@@ -35,52 +42,49 @@ def softmax_before_loss(evidence):
 
     An error if the last predictions show it, a warning if only the type of the last layer does. Source:
     PyTorch, `CrossEntropyLoss` and `BCEWithLogitsLoss`: the input is expected to be unnormalized logits."""
-    facts = evidence.facts
+    facts, last = evidence.facts, last_called(evidence.facts)
     if not facts.loss or not (facts.answers or facts.layers):
         raise Missing('the loss function, or how the model ends, is not known; diagnose the Learner')
-    wants, last = _loss_wants.get(facts.loss.lower().replace('_', '')), last_called(facts)
+    logits, logs = loss_kind(evidence) in ('classes', 'binary'), loss_name(evidence) == 'nll'
     ends = facts.kind(last) in ('Softmax', 'Softmax2d', 'Sigmoid') and facts.answers != 'number'
     seen = facts.answers == 'distribution' and not facts.loss.lower().startswith('b')
-    within = facts.answers == 'fraction' and always_within(evidence) and wants == 'logits'
-    if not wants or not (seen or ends or within): return
+    within = facts.answers == 'fraction' and always_within(evidence) and not logs
+    if not logits or not (seen or ends or within): return
     what = 'softmax' if seen or 'Softmax' in facts.kind(last) else 'sigmoid'
-    cause, cure = dict(logits=(f'a {what} in the model, and another one in the loss',
-                               f'take the {what} out of the model; apply it after training')).get(
-        wants, (f'a {what} without its logarithm', 'a LogSoftmax, or cross entropy of what comes before it'))
     reason = 'its last predictions add up to 1' if seen else 'its predictions are all from 0 to 1'
-    if ends: reason = f'{facts.named(last)} is the last'
     return found(
-        evidence, 'error' if facts.answers else 'warning', f'The model ends in a {what} ({reason}), but '
-        f'{facts.loss} wants {wants}.', layers=[last] if ends else [], causes=[cause], tries=[cure],
+        'error' if facts.answers else 'warning', f'The model ends in a {what} '
+        f'({"{layer} is the last" if ends else reason}), but {facts.loss} wants '
+        f'{"log-probabilities" if logs else "logits"}.', layers=[last] if ends else [],
+        causes=[f'a {what} without its logarithm' if logs
+                else f'a {what} in the model, and another one in the loss'],
+        tries=['a LogSoftmax, or cross entropy of what comes before it' if logs
+               else f'take the {what} out of the model; apply it after training'],
         caveats=[not facts.answers and 'read from the type of the last layer; another one may run last'])
 
 # %% ../nbs/52_loss_rules.ipynb #8eac777a
-_kinds = dict(crossentropy='classes', nll='classes', bcewithlogits='binary',
-              binarycrossentropywithlogits='binary', bce='probabilities', binarycrossentropy='probabilities',
-              mse='numbers', l1='numbers', smoothl1='numbers', huber='numbers')
-
-def loss_kind(evidence):
-    "'classes', 'binary' (of logits), 'probabilities' (binary), 'numbers'; '' of other losses."
-    return _kinds.get(evidence.facts.loss.lower().replace('_', '').removesuffix('loss'), '')
-
 def entries(evidence, source, phase='train'):
     "Name of a number -> its values [n] in the steps that were taken, and the shape of a batch."
     values = evidence.track(source, 'entries', phase).values
     shape = evidence.facts.shapes.get(source, ((), ''))[0]
-    if not len(values) or not shape: raise Missing(f'what enters the loss is not known; {_or}')
+    if not len(values) or not shape: raise Missing(
+        'what enters the loss is not known; use `learn.watch()`, or give the loss to '
+        '`Inspector.attach(model, optimizer, loss_fn)`')
     return dict(zip(entry_stats, values.astype(float).T)), shape
 
 def spread(t):
     "Mean and deviation of all entries, from those of several batches."
     return np.mean(t['mean']), np.sqrt(np.mean(t['std']**2) + np.var(t['mean']))
 
-def _of_mean(evidence):
-    "The squared error of always answering with the mean of the targets, and words for it."
+def largest(t): return max(np.nanmax(np.abs(t['mean'])), np.nanmax(t['std']))   # mean or deviation
+
+def of_guessing(evidence):
+    "The loss of guessing, and words for it."
+    n = evidence.facts.n_classes
+    if n: return np.log(n), f'guessing among {n} classes gives'
     if not evidence.facts.loss.lower().startswith('mse'):
         raise Missing('what guessing would cost is not known; it is where the loss is cross entropy or MSE')
     return spread(entries(evidence, 'targets')[0])[1]**2, 'answering with the mean of the targets gives'
-
-_or = 'use `learn.watch()`, or give the loss to `Inspector.attach(model, optimizer, loss_fn)`'
 
 # %% ../nbs/52_loss_rules.ipynb #5a6ba0a7
 @rule(kind='one_unit_softmax', before='exploding_activations',
@@ -88,14 +92,13 @@ _or = 'use `learn.watch()`, or give the loss to `Inspector.attach(model, optimiz
       tries=['no activation, and BCEWithLogitsLoss', 'a unit for each class, and CrossEntropyLoss'])
 def one_unit_softmax(evidence):
     """A head of one unit whose answer is always 1, or cross entropy over one unit, which is always 0.
-
     Source: the definition of the softmax: exp(x)/exp(x) = 1, and its gradient is 0."""
     p, shape = entries(evidence, 'predictions')
     if loss_kind(evidence) == 'classes' and len(shape) > 1 and shape[1] == 1: return found(
-        evidence, 'error', f'{evidence.facts.loss} is over one unit, so it is 0 and has no gradient.', 1., 1.,
+        'error', f'{evidence.facts.loss} is over one unit, so it is 0 and has no gradient.', 1., 1.,
         kind=('one_unit_softmax', 'class_ids_vs_units'))
-    if shape[-1] == 1 and (p['min'] == 1).all() and (p['max'] == 1).all(): return found(
-        evidence, 'error', 'The one unit of the head is exactly 1 in every step.', 1., 1.)
+    if shape[-1] == 1 and (p['min'] == 1).all() and (p['max'] == 1).all():
+        return found('error', 'The one unit of the head is exactly 1 in every step.', 1., 1.)
 
 # %% ../nbs/52_loss_rules.ipynb #e5895f3f
 @rule(kind=('class_ids_vs_units', 'head_range'), before='exploding_activations',
@@ -103,37 +106,34 @@ def one_unit_softmax(evidence):
       tries=['a unit for each class, CrossEntropyLoss, and class numbers of type int64'])
 def class_ids(evidence, *, max_units=3.): # units, in units of the classes that are among the targets
     """Targets of 0, 1, 2 and more for the one unit of a loss of two classes; or units without a class.
-
     Source: PyTorch, `BCEWithLogitsLoss`: targets from 0 to 1; `CrossEntropyLoss`: C classes."""
-    t, shape = entries(evidence, 'targets')
+    (t, shape), (_, outputs) = entries(evidence, 'targets'), entries(evidence, 'predictions')
     high, ids = t['max'].max(), (t['whole'] == 1).all() and t['min'].min() >= 0
-    units = (*entries(evidence, 'predictions')[1], 1)[1] if loss_kind(evidence) == 'classes' else 0
+    units = (*outputs, 1)[1] if loss_kind(evidence) == 'classes' else 0
     many = len(t['max'])*np.prod(shape) > 10*units   # targets that were seen
-    given = shape == entries(evidence, 'predictions')[1]   # fractions of classes, or one of them: 1
+    given = shape == outputs   # fractions of classes, or one of them: 1
     if ids and many and len(shape) < 3 and not given and units > max_units*(high+1): return found(
-        evidence, 'warning', f'The head has {units} units, and no target is above {high:g}.', float(units),
+        'warning', f'The head has {units} units, and no target is above {high:g}.', units,
         max_units*(high+1), causes=['a head for other classes'], tries=['a unit for each class'])
     if loss_kind(evidence) in ('binary', 'probabilities') and ids and high > 1: return found(
-        evidence, 'error', f'Targets are whole numbers up to {high:g}, but {evidence.facts.loss} knows '
-        'the classes 0 and 1 only.', float(high), 1.)
+        'error', f'Targets are whole numbers up to {high:g}, but {evidence.facts.loss} knows the classes 0 '
+        'and 1 only.', high, 1.)
 
 @rule(kind='shape_broadcast', before='exploding_activations',
       causes=['an axis too much or too few: [N, 1] against [N]', 'more units than targets'],
       tries=['`targets[:, None]`, or `preds.squeeze(1)`', 'as many units as targets'])
 def shapes_differ(evidence):
     """Predictions and targets of different shapes, which the loss stretches to a common one.
-
     Source: PyTorch, "Broadcasting semantics": [N, 1] - [N] is [N, N]."""
     (_, mine), (_, its) = entries(evidence, 'predictions'), entries(evidence, 'targets')
     if loss_kind(evidence) != 'numbers' or mine == its or mine[0] != its[0] and mine[0] > 1: return
-    return found(evidence, 'error', f'Predictions are {list(mine)}, targets {list(its)}: '
-                 f'{evidence.facts.loss} compares each with others than its own.')
+    return found('error', f'Predictions are {list(mine)}, targets {list(its)}: {evidence.facts.loss} '
+                 'compares each with others than its own.')
 
 # %% ../nbs/52_loss_rules.ipynb #64fc706b
-def sums_to_one(evidence):
-    "Whether predictions of several units add up to 1 in all steps."
-    p, shape = entries(evidence, 'predictions')
-    return len(shape) > 1 and shape[1] > 1 and (np.abs([p['sum_min'] - 1, p['sum_max'] - 1]) < .01).all()
+def sums_to_one(t, shape, by=.01):
+    "Whether the entries of several units add up to 1 in all steps."
+    return len(shape) > 1 and shape[1] > 1 and (np.abs([t['sum_min'] - 1, t['sum_max'] - 1]) < by).all()
 
 # %% ../nbs/52_loss_rules.ipynb #a9c5ed2a
 _bounds = dict(Sigmoid=(0, 1), Softmax=(0, 1), Hardsigmoid=(0, 1), Tanh=(-1, 1), Hardtanh=(-1, 1),
@@ -143,24 +143,22 @@ _bounds = dict(Sigmoid=(0, 1), Softmax=(0, 1), Hardsigmoid=(0, 1), Tanh=(-1, 1),
       tries=['a last layer without activation', 'targets scaled to that range', 'a loss for such targets'])
 def head_range(evidence, *, min_beyond=.1): # of the targets' deviation, by which they lie beyond
     """Targets that the last activation cannot give, or that the loss is not made for.
-
     Source: Bishop, "Pattern Recognition and Machine Learning" (2006), 5.2: output activations and targets."""
-    t, facts = entries(evidence, 'targets')[0], evidence.facts
+    (t, _), (p, shape), facts = entries(evidence, 'targets'), entries(evidence, 'predictions'), evidence.facts
     last, low, high = last_called(facts), t['min'].min(), t['max'].max()
     beyond = min_beyond*np.nanmax(t['std'])
     bounds, what = _bounds.get(facts.kind(last), (-np.inf, np.inf)), f'{facts.named(last)} gives'
-    p = entries(evidence, 'predictions')[0]   # of another layer, if they go beyond
+    # predictions are of another layer, if they go beyond
     if p['min'].min() < bounds[0] or p['max'].max() > bounds[1]: bounds = -np.inf, np.inf
     if loss_kind(evidence) in ('binary', 'probabilities'): bounds, what = (0, 1), f'{facts.loss} wants'
     several = (low, high, t['whole'].min()) == (0, 1, 1) and t['sum_max'].max() > 1
-    if several and sums_to_one(evidence): return found(
-        evidence, 'error', 'Predictions of a sample add up to 1, and its targets to as much as '
+    if several and sums_to_one(p, shape): return found(
+        'error', 'Predictions of a sample add up to 1, and its targets to as much as '
         f'{t["sum_max"].max():g}.', causes=['a softmax for classes that do not exclude each other'],
         kind=('head_range', 'wrong_loss'), tries=['a sigmoid for each class, BCEWithLogitsLoss'])
     if loss_kind(evidence) == 'classes' or not (low < bounds[0]-beyond or high > bounds[1]+beyond): return
-    return found(evidence, 'error', f'Targets are from {low:.3g} to {high:.3g}, but {what} numbers from '
-                 f'{bounds[0]:g} to {bounds[1]:g}.', float(high if high > bounds[1] else low),
-                 layers=[last] if last else [],
+    return found('error', f'Targets are from {low:.3g} to {high:.3g}, but {what} numbers from {bounds[0]:g} '
+                 f'to {bounds[1]:g}.', high if high > bounds[1] else low, layers=[last] if last else [],
                  causes=[f'{what} no others', 'targets that are not scaled'],
                  kind=('head_range', 'wrong_loss' if 'wants' in what else 'target_scale'))
 
@@ -168,30 +166,28 @@ def head_range(evidence, *, min_beyond=.1): # of the targets' deviation, by whic
 @rule(kind='loss_input', before='exploding_activations')
 def loss_input(evidence):
     """Predictions that the loss is not made for: after a ReLU, outside of 0 to 1, or a loss below zero.
-
     Source: PyTorch, `CrossEntropyLoss`, `BCEWithLogitsLoss`, `BCELoss`, `NLLLoss`: what each expects."""
     p, facts, kind = entries(evidence, 'predictions')[0], evidence.facts, loss_kind(evidence)
     last, loss = last_called(facts), evidence.loss()
-    relu, zeros = facts.kind(last) == 'ReLU', float(p['zeros'].mean())
+    relu, zeros = facts.kind(last) == 'ReLU', p['zeros'].mean()
     cut = (p['min'] == 0).all() and (relu or (p['zeros'] > .1).all())
     if cut and kind in ('classes', 'binary'): return found(
-        evidence, 'error', f'No prediction is below 0, and {zeros:.0%} are 0: {facts.loss} wants '
-        'logits of both signs.', zeros, 0., layers=[last] if relu else [], kind=('loss_input', 'head_range'),
+        'error', f'No prediction is below 0, and {zeros:.0%} are 0: {facts.loss} wants logits of both signs.',
+        zeros, 0., layers=[last] if relu else [], kind=('loss_input', 'head_range'),
         causes=['a ReLU at the end of the model'], tries=['a last layer without activation'])
     if facts.clipped: return found(
-        evidence, 'error', f'Predictions go from {p["min"].min():.3g} to {p["max"].max():.3g}, and '
-        f'{facts.loss} ignores by how much they are beyond 0 and 1.',
-        causes=['logits for a loss of probabilities'],
+        'error', f'Predictions go from {p["min"].min():.3g} to {p["max"].max():.3g}, and {facts.loss} '
+        'ignores by how much they are beyond 0 and 1.', causes=['logits for a loss of probabilities'],
         tries=['a Sigmoid or Softmax at the end of the model', 'BCEWithLogitsLoss, or CrossEntropyLoss'])
     off = np.abs([p.get('lse_min', 0.), p.get('lse_max', 0.)]).max()   # of log-probabilities it is 0
     if facts.loss.lower().startswith('nll') and off > .1: return found(
-        evidence, 'error', f'{facts.loss} wants log-probabilities, but those of a sample do not add up to 1.',
-        float(off), .1, causes=['no LogSoftmax, or one over another axis than that of the classes'],
+        'error', f'{facts.loss} wants log-probabilities, but those of a sample do not add up to 1.', off, .1,
+        causes=['no LogSoftmax, or one over another axis than that of the classes'],
         tries=['LogSoftmax over axis 1, or CrossEntropyLoss of what comes before it'])
     ids = not kind and facts.shapes.get('targets', ('', ''))[1] == 'int64' and facts.blind is not None
     if (kind in ('classes', 'probabilities', 'binary') or ids) and loss.late < 0: return found(
-        evidence, 'error', f'{facts.loss} ends at {loss.late:.3g}: below zero.', loss.late, 0.,
-        dict(loss=loss), causes=['numbers that are no log-probabilities', 'targets outside of 0 to 1'],
+        'error', f'{facts.loss} ends at {loss.late:.3g}: below zero.', loss.late, 0., dict(loss=loss),
+        causes=['numbers that are no log-probabilities', 'targets outside of 0 to 1'],
         tries=['LogSoftmax before NLLLoss, or CrossEntropyLoss'])
 
 # %% ../nbs/52_loss_rules.ipynb #66b2257e
@@ -200,86 +196,74 @@ def loss_input(evidence):
       tries=['CrossEntropyLoss, with the numbers of the classes as targets'])
 def exclusive_classes(evidence):
     """Samples that have exactly one of several classes, under a loss that judges each class by itself.
-
     Source: Bishop (2006), 5.2: a softmax for classes that exclude each other."""
     t, shape = entries(evidence, 'targets')
-    shares = len(shape) == 2 and shape[1] > 1 and (np.abs([t['sum_min'] - 1, t['sum_max'] - 1]) < 1e-3).all()
-    if shares and t['whole'].max() < 1 and evidence.facts.kind(last_called(evidence.facts)) == 'Sigmoid':
-        return found(evidence, 'warning', f'{shape[1]} targets of a sample add up to 1, answers do not.',
-                     kind=('head_range', 'wrong_loss'), causes=['sigmoids where a softmax is meant'])
+    if len(shape) != 2 or shape[1] < 2: return
+    sigmoid = evidence.facts.kind(last_called(evidence.facts)) == 'Sigmoid'
+    if sums_to_one(t, shape, 1e-3) and t['whole'].max() < 1 and sigmoid: return found(
+        'warning', f'{shape[1]} targets of a sample add up to 1, answers do not.',
+        kind=('head_range', 'wrong_loss'), causes=['sigmoids where a softmax is meant'])
     one_each = (np.array([t['whole'], t['sum_min'], t['sum_max'], 1 - t['min']]) == 1).all()
-    binary = loss_kind(evidence) in ('binary', 'probabilities')
-    if binary and one_each and len(shape) == 2 and shape[1] > 1: return found(
-        evidence, 'warning', f'Every sample has exactly one of {shape[1]} classes, and {evidence.facts.loss} '
-        'judges each class by itself.', float(shape[1]), 1.)
+    if loss_kind(evidence) in ('binary', 'probabilities') and one_each: return found(
+        'warning', f'Every sample has exactly one of {shape[1]} classes, and {evidence.facts.loss} judges '
+        'each class by itself.', shape[1], 1.)
 
 # %% ../nbs/52_loss_rules.ipynb #41bcf574
 @rule(kind='input_scale', before='dead_units', causes=['inputs that are not scaled'],
       tries=['subtract the mean of the training data, divide by its deviation', 'BatchNorm as a first layer'])
 def input_scale(evidence,
     *, max_size=30., # largest mean or deviation of the inputs
-    min_input=.01    # smallest deviation
-):
+    min_input=.01): # smallest deviation
     """Inputs whose mean or deviation is far from 1, before a layer that does not normalise.
-
     Source: LeCun and others, "Efficient backprop" (1998), 4.3: mean 0, equal variances."""
     x, facts = entries(evidence, 'inputs')[0], evidence.facts
     first = next((o for o in facts.layers.values() if o not in ('Flatten', 'Identity', 'Dropout')), '')
-    whole = facts.shapes['inputs'][1].startswith(('int', 'uint', 'bool'))
-    size = float(max(np.nanmax(np.abs(x['mean'])), np.nanmax(x['std'])))
+    whole, size = facts.shapes['inputs'][1].startswith(('int', 'uint', 'bool')), largest(x)
     small = 0 < np.nanmax(x['std']) < min_input and np.nanmean(x['zeros']) < .5   # rows that are sparse
     if whole or not first.startswith(('Linear', 'Conv', 'LSTM', 'GRU', 'RNN')): return
     if size > max_size or small: return found(
-        evidence, 'warning', f'Inputs go from {x["min"].min():.3g} to {x["max"].max():.3g} (mean '
-        f'{x["mean"].mean():.3g}, deviation {x["std"].mean():.3g}).', size, min_input if small else max_size,
+        'warning', f'Inputs go from {x["min"].min():.3g} to {x["max"].max():.3g} (mean {x["mean"].mean():.3g}'
+        f', deviation {x["std"].mean():.3g}).', size, min_input if small else max_size,
         causes=['inputs that were scaled twice'] if small else [])
 
 @rule(kind='target_scale', before='dead_units', causes=['targets that are not scaled'],
       tries=['subtract their mean and divide by their deviation; undo it for predictions'])
 def target_scale(evidence,
     *, max_size=20., # mean or deviation of targets of a regression
-    max_left=.5      # of their mean square, that the loss still is in the end
-):
+    max_left=.5): # of their mean square, that the loss still is in the end
     """Targets of a regression far from 1, and a loss that is not far below their mean square.
-
     Source: Bishop (2006), 5.2; LeCun and others (1998), 4.3, of inputs and targets alike."""
     t, loss = entries(evidence, 'targets')[0], needed_loss(evidence)
-    size = float(max(np.nanmax(np.abs(t['mean'])), np.nanmax(t['std'])))
-    square, name = float(np.mean(t['mean']**2 + t['std']**2)), evidence.facts.loss.lower()
-    if not name.startswith('mse') or not size > max_size: return
+    size, square = largest(t), np.mean(t['mean']**2 + t['std']**2)
+    if not evidence.facts.loss.lower().startswith('mse') or not size > max_size: return
     if loss.late > max_left*square: return found(
-        evidence, 'warning', f'Targets go from {t["min"].min():.3g} to {t["max"].max():.3g}; the loss ends '
-        f'at {loss.late/square:.0%} of their mean square.', size, max_size, dict(loss=loss))
+        'warning', f'Targets go from {t["min"].min():.3g} to {t["max"].max():.3g}; the loss ends at '
+        f'{loss.late/square:.0%} of their mean square.', size, max_size, dict(loss=loss))
 
 # %% ../nbs/52_loss_rules.ipynb #7dcd0de5
 @rule(kind='no_nonlinearity', before='dead_units', causes=['no activation between the layers'],
       tries=['a ReLU after each layer but the last'])
 def no_nonlinearity(evidence):
     """A model of several layers that is an affine function, tried out on two rows of the last batch.
-
     Source: Goodfellow, Bengio, Courville, "Deep Learning" (2016), 6.1."""
     if evidence.facts.affine is None: raise Missing('not tried: the model has activations, or is not known')
-    if evidence.facts.affine: return found(
-        evidence, 'warning', 'The model is an affine function: its layers are worth one.')
+    if evidence.facts.affine:
+        return found('warning', 'The model is an affine function: its layers are worth one.')
 
 # %% ../nbs/52_loss_rules.ipynb #734c4ba7
 @rule(kind=('lr_low', 'too_few_updates'), before='update_ratio',
       causes=['too low a learning rate{rate}', 'too few updates'], tries=['{find}', 'more epochs'])
 def weights_barely_moved(evidence,
     *, min_path=.2, # sum of a weight's updates over the run, each in units of the weight; the largest of all
-    min_learned=.06 # fraction by which the loss must be below that of guessing
-):
+    min_learned=.06): # fraction by which the loss must be below that of guessing
     """Weights that have gone next to nowhere in the whole run, and a loss that is near that of guessing.
-
     Source: Li and Arora, "An exponential learning rate schedule for deep learning" (2019): relative steps."""
-    loss, n = needed_loss(evidence), evidence.facts.n_classes
-    chance = np.log(n) if n else _of_mean(evidence)[0]
-    paths = [o.usual*evidence.n_steps() for o in update_ratios(evidence).values()]
-    path, steps = max(paths, default=np.inf), evidence.n_steps()
+    loss, (chance, _), steps = needed_loss(evidence), of_guessing(evidence), evidence.n_steps()
+    path = max((o.usual*steps for o in update_ratios(evidence).values()), default=np.inf)
     if path < min_path and loss.late > chance*(1-min_learned): return found(
-        evidence, 'error' if steps >= 50 else 'warning', f'In all {steps} steps together no weight moves by '
-        f'more than {path:.2g} of itself; the loss ends at {loss.late:.3g}, and guessing gives {chance:.3g}.',
-        path, min_path, dict(loss=loss))
+        'error' if steps >= 50 else 'warning', f'In all {steps} steps together no weight moves by more than '
+        f'{path:.2g} of itself; the loss ends at {loss.late:.3g}, and guessing gives {chance:.3g}.', path,
+        min_path, dict(loss=loss))
 
 # %% ../nbs/52_loss_rules.ipynb #074ac3ca
 @rule(kind='too_few_updates', causes=['too few epochs, or too few batches in one'],
@@ -287,28 +271,24 @@ def weights_barely_moved(evidence,
 def stopped_early(evidence,
     *, min_updates=50,  # from which on nobody would call them few
     min_fall=.03,       # fraction by which the loss still falls in the last third
-    min_left=.5         # fraction of the first loss that is left
-):
+    min_left=.5): # fraction of the first loss that is left
     """A run of a few updates whose loss was still falling, and had not fallen far.
-
     Source: Goodfellow and others (2016), 11.4: fit the training data first."""
     loss, n = needed_loss(evidence), evidence.n_steps()
     third = max(1, len(loss)//3)
     before, late, first = loss[-2*third:-third].usual, loss[-third:].usual, loss[:third].usual
     if n >= min_updates or len(loss) < 3 or not late > min_left*first > 0: return
     if before - late > min_fall*before: return found(
-        evidence, 'warning', f'The run has {n} updates, and its loss still falls: {first:.3g}, {before:.3g}, '
-        f'{late:.3g} in its thirds.', float(n), float(min_updates), dict(loss=loss))
+        'warning', f'The run has {n} updates, and its loss still falls: {first:.3g}, {before:.3g}, '
+        f'{late:.3g} in its thirds.', n, float(min_updates), dict(loss=loss))
 
 # %% ../nbs/52_loss_rules.ipynb #cd46c405
 @rule(kind='split_mismatch', before='dead_units', tries=['compare a batch of each by eye'],
       causes=['a transform or a scale for one of the two only', 'data that was sorted when it was split'])
 def split_mismatch(evidence,
     *, max_shift=.5, # between the means, in units of the deviation in training
-    max_ratio=1.75   # between the deviations
-):
+    max_ratio=1.75): # between the deviations
     """Inputs or targets of validation that are spread unlike those of training.
-
     Source: Breck and others, "Data validation for machine learning" (2019): skew between training and use."""
     for what in ('inputs', 'targets'):
         (mean, std), (its, wide) = (spread(entries(evidence, what, phase)[0]) for phase in ('train', 'valid'))
@@ -316,9 +296,9 @@ def split_mismatch(evidence,
         by_chance = 3/np.sqrt(max(1, np.median(evidence.track(what, 'entries', 'valid').samples)))
         shift, ratio = abs(its - mean)/max(std, 1e-9), max(wide, 1e-9)/max(std, 1e-9)
         if shift > max_shift + by_chance or max(ratio, 1/ratio) > max_ratio + by_chance: return found(
-            evidence, 'warning' if what == 'inputs' else 'note',   # targets: a sampler may be meant
-            f'{what.title()} of training have mean {mean:.3g} and deviation {std:.3g}, '
-            f'those of validation {its:.3g} and {wide:.3g}.', float(shift), max_shift)
+            'warning' if what == 'inputs' else 'note',   # targets: a sampler may be meant
+            f'{what.title()} of training have mean {mean:.3g} and deviation {std:.3g}, those of validation '
+            f'{its:.3g} and {wide:.3g}.', shift, max_shift)
 
 def is_by_turns(evidence):
     "Whether all targets of a batch are one of two numbers that are no classes, as of a discriminator."
@@ -330,60 +310,55 @@ def is_by_turns(evidence):
       tries=['`shuffle=True` for the loader of training'])
 def sorted_batches(evidence, *, max_between=.5): # fraction of the variance of targets that is between batches
     """Batches whose targets are alike, though those of other batches are different.
-
     Source: Bottou, "Stochastic gradient descent tricks" (2012), 4.1: shuffle the examples."""
     t, n = entries(evidence, 'targets')[0], np.median(evidence.track('targets', 'entries').samples)
     std = spread(t)[1]
     between = 1 - np.mean(t['std']**2)/std**2 if std > 0 else 0.
-    if is_by_turns(evidence): return
-    if (t['whole'] == 1).all() and len(t['std']) > 5 and n >= 8 and between > max_between: return found(
-        evidence, 'warning', f'{between:.0%} of the variance of targets is between batches: those of one '
-        'batch are nearly alike.', float(between), max_between)
+    many = len(t['std']) > 5 and n >= 8 and not is_by_turns(evidence)
+    if (t['whole'] == 1).all() and many and between > max_between: return found(
+        'warning', f'{between:.0%} of the variance of targets is between batches: those of one batch are '
+        'nearly alike.', between, max_between)
 
 # %% ../nbs/52_loss_rules.ipynb #b64c4cfd
 @rule(kind=('leakage', 'shuffle'), before='dead_units', causes=['rows that are in the data more than once'],
       tries=['look for duplicates before the data is split'])
 def repeated_samples(evidence, *, max_repeats=.25): # fraction of a batch; of draws from twice as many: .21
     """Samples that are more than once in a batch, entry by entry.
-
     Source: Kapoor and Narayanan, "Leakage and the reproducibility crisis" (2023), L1.3: duplicates."""
     x, shape = entries(evidence, 'inputs')
-    repeats = float(np.nanmean(x.get('repeats', 0.)))
+    repeats = np.nanmean(x.get('repeats', 0.))
+    text = f'{repeats:.0%} of the samples of a batch are in it more than once'
     same = len(x['min']) > 9 and x.get('repeats', x['zeros']*0).min() > .85
     if same and fall_of(evidence.loss()) < .5: return found(   # a few kinds of samples may be all there are
-        evidence, 'error', f'{repeats:.0%} of the samples of a batch are in it more than once, and nothing '
-        'is learned from them.', repeats, max_repeats,
+        'error', f'{text}, and nothing is learned from them.', repeats, max_repeats,
         kind=('data_no_information', 'constant_output'), causes=['a mask or a scale that leaves nothing'])
-    if repeats > max_repeats and np.prod(shape[1:]) >= 4 and x['whole'].max() < 1: return found(
-        evidence, 'warning', f'{repeats:.0%} of the samples of a batch are in it more than once.', repeats,
-        max_repeats)
+    if repeats > max_repeats and np.prod(shape[1:]) >= 4 and x['whole'].max() < 1:
+        return found('warning', text, repeats, max_repeats)
 
 # %% ../nbs/52_loss_rules.ipynb #e1f84026
 @rule(kind='imbalance', before='dead_units', causes=['one class in nearly all rows'],
       tries=['weights for the classes, or a sampler', 'a metric that counts classes equally'])
 def one_class_prevails(evidence, *, max_part=.65): # of the targets of a batch
     """Most targets of a batch of three classes or more are of one class.
-
     Source: Buda and others, "A systematic study of the class imbalance problem" (2018)."""
     t, shape = entries(evidence, 'targets')
-    part = float(np.nanmean(t.get('most', 0.)))
+    part = np.nanmean(t.get('most', 0.))
     classes = loss_kind(evidence) == 'classes' and len(shape) == 1 and t['max'].max() > 1 and shape[0] >= 8
-    if classes and part > max_part: return found(
-        evidence, 'warning', f'{part:.0%} of the targets of a batch are of one class.', part, max_part)
+    if classes and part > max_part:
+        return found('warning', f'{part:.0%} of the targets of a batch are of one class.', part, max_part)
 
 @rule(kind=('wrong_loss', 'class_ids_vs_units'), before='exploding_activations',
       causes=['a mean over units before the loss', 'a loss for numbers, given numbers of classes'],
       tries=['CrossEntropyLoss of all units'])
 def blind_loss(evidence, *, max_fall=.03): # fraction by which the loss falls; beyond it is a note
     """A loss of several units and numbers of classes that is the same when units change their places.
-
     Source: PyTorch, `CrossEntropyLoss`: the unit of the class is compared with the others."""
     if evidence.facts.blind is None: raise Missing('not tried: targets are no numbers of classes')
-    t, units = entries(evidence, 'targets')[0], (*entries(evidence, 'predictions')[1], 1)[1]
-    classes = units == t['max'].max() + 1   # else they may be an embedding
+    (t, _), (_, outputs) = entries(evidence, 'targets'), entries(evidence, 'predictions')
+    classes = (*outputs, 1)[1] == t['max'].max() + 1   # else they may be an embedding
     falls = fall_of(evidence.loss()) > max_fall
     if evidence.facts.blind and classes: return found(
-        evidence, 'note' if falls else 'error',
+        'note' if falls else 'error',
         'The loss does not depend on which unit is which, so it cannot teach classes.',
         caveats=[falls and 'the loss falls: the units may be an embedding'])
 
@@ -391,40 +366,36 @@ def blind_loss(evidence, *, max_fall=.03): # fraction by which the loss falls; b
       causes=['targets that were cast or scaled to one value'], tries=['print the targets of a batch'])
 def one_target(evidence, *, min_batches=5):
     """Targets that are one and the same number in all batches, so that the loss falls to nothing.
-
     Source: Karpathy, "A recipe for training neural networks" (2019): become one with the data."""
     t = entries(evidence, 'targets')[0]
     same = len(t['min']) >= min_batches and np.ptp([t['min'], t['max']]) == 0
-    if same and is_solved(evidence, .05): return found(
-        evidence, 'error', f'All targets are {t["min"][0]:g}, and the loss has fallen to nothing.')
+    if same and is_solved(evidence, .05):
+        return found('error', f'All targets are {t["min"][0]:g}, and the loss has fallen to nothing.')
 
 # %% ../nbs/52_loss_rules.ipynb #daa8ae3b
 @rule(kind='init', before='saturated', causes=['weights that are too large at the start'],
       tries=["PyTorch's own initialisation, or Kaiming's"])
 def first_loss_high(evidence, *, max_first=10.): # first loss, in units of that of guessing
     """A first loss far above that of guessing, though inputs and targets are of usual size.
-
     Source: Karpathy, "A recipe for training neural networks" (2019): verify the loss at initialisation."""
-    loss, n = needed_loss(evidence), evidence.facts.n_classes
-    chance = np.log(n) if n else _of_mean(evidence)[0] + np.mean(entries(evidence, 'targets')[0]['mean'])**2
+    loss, chance = needed_loss(evidence), of_guessing(evidence)[0]
+    if not evidence.facts.n_classes: chance += np.mean(entries(evidence, 'targets')[0]['mean'])**2
     x = entries(evidence, 'inputs')[0]
     usual = max(np.abs(x['mean']).max(), x['std'].max()) < 10 and not evidence.facts.summed
     if usual and loss.first > max_first*chance > 0: return found(
-        evidence, 'warning', f'The first loss is {loss.first:.3g}; guessing gives {chance:.3g}.',
-        float(loss.first/chance), max_first, dict(loss=loss), slice(1))
+        'warning', f'The first loss is {loss.first:.3g}; guessing gives {chance:.3g}.', loss.first/chance,
+        max_first, dict(loss=loss), slice(1))
 
 @rule(kind=('wrong_loss', 'loss_input'), before='exploding_activations',
       causes=['a loss with the wrong sign', 'predictions or targets that the loss is not made for'])
 def loss_without_end(evidence, *, max_fall=10.): # how far it falls below zero, in units of the first loss
     """A loss that falls far below zero, faster and faster: it has no minimum.
-
     Source: PyTorch, "Loss functions": those of classes and of squares are 0 or more."""
     loss = needed_loss(evidence)
     third, first = max(1, len(loss)//3), abs(loss.first) + 1
-    early, late = (loss[a].usual - loss[b].usual for a,b in ((slice(third), slice(third, 2*third)),
-                                                             (slice(third, 2*third), slice(-third, None))))
-    if loss.late < -max_fall*first and late > early > 0: return found(
-        evidence, 'error', f'The loss falls from {loss.first:.3g} to {loss.late:.3g}, faster and faster.',
+    start, middle, end = (loss[o].usual for o in (slice(third), slice(third, 2*third), slice(-third, None)))
+    if loss.late < -max_fall*first and middle - end > start - middle > 0: return found(
+        'error', f'The loss falls from {loss.first:.3g} to {loss.late:.3g}, faster and faster.',
         loss.late, -max_fall*first, dict(loss=loss))
 
 # %% ../nbs/52_loss_rules.ipynb #62f63615
@@ -432,59 +403,50 @@ def loss_without_end(evidence, *, max_fall=10.): # how far it falls below zero, 
       tries=["reduction='mean', or `.mean()`"])
 def summed_loss(evidence, *, max_ratio=.1): # update:weight ratio from which on it does harm
     """A loss that is a sum over the batch, with steps that are too large: gradients grow with the batch.
-
     Source: Goyal and others, "Accurate, large minibatch SGD" (2017), section 3: common pitfalls."""
     loss = needed_loss(evidence)
     if evidence.facts.summed is None: raise Missing('the loss function, or its last inputs, are not known')
     ratios = update_ratios(evidence) if evidence.sources('update_ratio') else {}
     high = max((float(o.finite.max()) for o in ratios.values()), default=0.)
-    bad = not np.isfinite(loss.values[-1]) or loss.late > loss.first or high > max_ratio
+    lost = not np.isfinite(loss.values[-1])
+    harm = loss.late > loss.first or high > max_ratio
     if evidence.facts.summed: return found(
-        evidence, 'error' if not np.isfinite(loss.values[-1]) else 'warning' if bad else 'note',
-        'The loss is a sum over the batch: twice the samples, twice the loss.', high, max_ratio,
-        dict(loss=loss))
+        'error' if lost else 'warning' if harm else 'note', 'The loss is a sum over the batch: twice the '
+        'samples, twice the loss.', high, max_ratio, dict(loss=loss))
 
 # %% ../nbs/52_loss_rules.ipynb #0587a199
 @rule(kind='constant_output', before='learning_rate_low', tries=['print a batch of inputs'],
       causes=['{decay}', 'layers that are dead or saturated', 'too high a learning rate', 'constant inputs'])
 def constant_output(evidence):
     """A model that gives the same answer whatever comes in.
-
     Source: Karpathy, "A recipe for training neural networks" (2019): a baseline without input."""
     names, constant = evidence.sources('std'), evidence.facts.constant
     if constant is None and not names: raise Missing('neither predictions nor outputs of layers are known')
     flat = [o for o in names if evidence.track(o, 'std').late == 0]
     if not (names[-1] in flat if constant is None else constant): return
-    first = f'; {evidence.facts.named(flat[0])} is the first layer whose output does not vary' if flat else ''
     track = evidence.track(names[-1], 'std') if names else evidence.loss()
-    return found(evidence, 'error', f'The model gives one answer for all samples of the last batch{first}.',
+    return found('error', 'The model gives one answer for all samples of the last batch'
+                 f'{"; {layer} is the first layer whose output does not vary" if flat else ""}.',
                  layers=flat, steps=track[-1:].span(), caveats=[constant and 'read from the last batch only'],
                  chart=steps_chart('Deviation of the last output', tracks_of(evidence, names[-1:], 'std')))
 
 # %% ../nbs/52_loss_rules.ipynb #e5e8fcd9
-def of_guessing(evidence):
-    "The loss of guessing, and words for it."
-    n = evidence.facts.n_classes
-    return (np.log(n), f'guessing among {n} classes gives') if n else _of_mean(evidence)
-
 @rule(kind='not_learning', causes=['{decay}', 'targets that do not belong to their inputs (shuffled apart?)',
                                    'too high or too low a learning rate'],
       tries=['print inputs and targets of a batch', 'train on one batch: its loss must go to 0', '{find}'])
 def at_chance(evidence,
     *, min_gain=.03, # by which fraction the loss must be below that of guessing
-    min_steps=50     # before that it is only a note
-):
+    min_steps=50): # before that it is only a note
     """A training loss that is no better than guessing: log(C) for C classes, the variance of numbers.
-
     Source: CS231n, "Neural networks 3", sanity checks: the correct loss at chance performance."""
-    loss, n, steps = needed_loss(evidence), evidence.facts.n_classes, evidence.n_steps()
-    chance, how = of_guessing(evidence)
-    early = steps < min_steps
-    if loss.late > chance*(1-min_gain): return found(
-        evidence, 'note' if early or is_by_turns(evidence) else 'error',
-        f'The training loss ends at {loss.late:.3g}; {how} {chance:.3g}.',
-        loss.late, float(chance*(1-min_gain)), dict(loss=loss), chart='Training loss', caveats=[
-            early and f'only {steps} steps so far', n and 'with unequal classes guessing is better'])
+    loss, (chance, how), steps = needed_loss(evidence), of_guessing(evidence), evidence.n_steps()
+    early, limit = steps < min_steps, float(chance*(1-min_gain))
+    if loss.late > limit: return found(
+        'note' if early or is_by_turns(evidence) else 'error',
+        f'The training loss ends at {loss.late:.3g}; {how} {chance:.3g}.', loss.late, limit, dict(loss=loss),
+        chart='Training loss', caveats=[
+            early and f'only {steps} steps so far',
+            evidence.facts.n_classes and 'with unequal classes guessing is better'])
 
 # %% ../nbs/52_loss_rules.ipynb #ec49df6a
 @rule(kind='metric', tries=['compute it by hand for one batch'],
@@ -492,17 +454,15 @@ def at_chance(evidence,
               'the model has one answer for everything'])
 def metric_stuck(evidence, *, min_epochs=3): # with one and the same value
     """A metric that does not move while the loss does.
-
     Source: CS231n, "Neural networks 3": predictions that changed do not give the very same float."""
     if not evidence.metrics(): raise Missing('no metric was recorded (MetricsCB, or `push_metric`)')
     for nm,phase in ((nm, phase) for nm in evidence.metrics() for phase in ('valid', 'train')):
         track, loss = evidence.metric(nm, phase), evidence.epoch_loss(phase).values
         moves = len(loss) > 1 and np.ptp(loss) > .01*abs(np.mean(loss))
         if not moves or len(track) < min_epochs or track.values.ndim > 1 or np.ptp(track.values) > 0: continue
-        value = float(track.values[-1])
-        if value == 1 or is_solved(evidence): continue
-        yield found(evidence, 'warning', f'{nm} ({phase}) is {value:.4g} after each of {len(track)} epochs; '
-                    'the loss moves.', value, steps=track.span(),
+        if track.values[-1] == 1 or is_solved(evidence): continue
+        yield found('warning', f'{nm} ({phase}) is {track.values[-1]:.4g} after each of {len(track)} epochs; '
+                    'the loss moves.', track.values[-1], steps=track.span(),
                     chart=steps_chart(f'{nm} ({phase})', {nm: track}))
 
 # %% ../nbs/52_loss_rules.ipynb #c3d9218e
@@ -511,57 +471,49 @@ def metric_stuck(evidence, *, min_epochs=3): # with one and the same value
 def overfitting(evidence,
     *, max_worse=.25, # by which the validation loss may exceed its best (fraction); 2/5 of it: a note
     min_rise=.1,      # by which it must have risen, in units of the first loss
-    patience=3        # epochs in a row: a single one may be chance, or BatchNorm's running values
-):
+    patience=3): # epochs in a row: a single one may be chance, or BatchNorm's running values
     """A validation loss that rises and stays up while the training loss goes on falling.
-
     Source: Prechelt, "Early stopping, but when?" (1998): the generalization loss."""
     train, valid = evidence.epoch_loss('train'), evidence.epoch_loss('valid')
     n = min(len(train), len(valid))
     if not n: raise Missing('no loss of validation, or none of training, was recorded')
     if n <= patience: raise Missing(f'{n} epochs are too few to tell; it takes {patience+1}')
-    best = int(np.argmin(np.where(np.isfinite(valid.values[:n]), valid.values[:n], np.inf)))
+    at = int(np.argmin(np.where(np.isfinite(valid.values[:n]), valid.values[:n], np.inf)))
     try: chance = of_guessing(evidence)[0]
     except Missing: chance = np.inf
-    if valid.values[best] > chance: return   # it has never learned anything of it: `learned_by_heart`
-    worse = float(valid.values[n-patience:n].min()/valid.values[best]) - 1   # in all of the last epochs
-    risen = worse*valid.values[best] > min_rise*max(valid.values[0], evidence.loss().first)
-    if not (risen and worse > max_worse*.4 and train.values[n-1] < train.values[best]): return
-    return found(evidence, 'warning' if worse > max_worse else 'note',
-        f'The validation loss was lowest, {valid.values[best]:.3g}, in epoch {valid.epochs[best]}; it is '
-        f'{worse:.0%} higher or more in the last epochs, while that of training went on falling.',
-        worse, max_worse, steps=valid.span([best, n-1]),
+    best = valid.values[at]
+    if best > chance: return   # it has never learned anything of it: `learned_by_heart`
+    worse = float(valid.values[n-patience:n].min()/best) - 1   # in all of the last epochs
+    risen = worse*best > min_rise*max(valid.values[0], evidence.loss().first)
+    if risen and worse > max_worse*.4 and train.values[n-1] < train.values[at]: return found(
+        'warning' if worse > max_worse else 'note', f'The validation loss was lowest, {best:.3g}, in epoch '
+        f'{valid.epochs[at]}; it is {worse:.0%} higher or more in the last epochs, while that of training '
+        'went on falling.', worse, max_worse, steps=valid.span([at, n-1]),
         caveats=['accuracy may still rise: the loss also counts how sure the answers are'],
         chart=steps_chart('Loss, by epoch', dict(train=train, valid=valid)))
 
 # %% ../nbs/52_loss_rules.ipynb #42c56eda
-_causes = ['targets that do not belong to their inputs (shifted, or shuffled)',
-           'validation data of another kind']
-
-@rule(kind=('misaligned_labels', 'data_no_information'), causes=_causes,
-      tries=['print inputs with their targets, of both sets'])
+@rule(kind=('misaligned_labels', 'data_no_information'),
+      causes=['targets that do not belong to their inputs (shifted, or shuffled)',
+              'validation data of another kind'], tries=['print inputs with their targets, of both sets'])
 def learned_by_heart(evidence,
     *, min_gain=.03, # by which part training must be below guessing; validation: a third of it
-    min_epochs=4
-):
+    min_epochs=4):
     """A training loss below that of guessing, and a validation loss that is not, in every epoch.
-
     Source: Zhang and others, "Understanding deep learning requires rethinking generalization" (2017)."""
     (chance, how), train, valid = of_guessing(evidence), *map(evidence.epoch_loss, ('train', 'valid'))
     if min(len(train), len(valid)) < min_epochs: raise Missing(f'it takes {min_epochs} epochs of both losses')
     best = float(valid.finite.min(initial=np.inf))
     if train.values[-1] < chance*(1-min_gain) and best > chance*(1-min_gain/3): return found(
-        evidence, 'warning', f'The training loss falls to {train.values[-1]:.3g}; that of validation is '
-        f'never below {best:.4g}; {how} {chance:.3g}.', best, float(chance), steps=valid.span(),
+        'warning', f'The training loss falls to {train.values[-1]:.3g}; that of validation is never below '
+        f'{best:.4g}; {how} {chance:.3g}.', best, float(chance), steps=valid.span(),
         chart=steps_chart('Loss, by epoch', dict(train=train, valid=valid)))
 
 # %% ../nbs/52_loss_rules.ipynb #9a79b7d5
 @rule(kind='too_few_updates', tries=['diagnose again later'])
 def little_data(evidence, *, min_steps=50): # training steps from which on the other rules are meant
     """Too few steps for most rules to say anything.
-
     Source: the limits on this page were tried on runs of a hundred steps and more."""
     n = evidence.n_steps()
-    if n >= min_steps: return
-    return found(evidence, 'note', f'The run has {n} training step{"s"*(n != 1)}: too few to judge it by.',
-        float(n), float(min_steps))
+    text = f'The run has {n} training step{"s"*(n != 1)}: too few to judge it by.'
+    if n < min_steps: return found('note', text, n, float(min_steps))

@@ -36,10 +36,12 @@ def rule(
     def asked(evidence, **limits):
         with warnings.catch_warnings():   # NumPy's, of rows that are all NaN
             warnings.simplefilter('ignore', RuntimeWarning)
-            found = f(evidence, **limits) or []
+            found = listify(f(evidence, **limits) or [])
+        words = partial(filled, evidence)
         return [replace(o, rule=f.__name__, source=source, kind=tuple(listify(o.kind or kind)),
-                        causes=filled(o.causes or causes, evidence), tries=filled(o.tries or tries, evidence))
-                for o in ([found] if isinstance(found, Finding) else found)]
+                        text=o.text.replace('{layer}', evidence.facts.named(o.layer)),
+                        causes=words(o.causes or causes), tries=words(o.tries or tries),
+                        caveats=words(o.caveats)) for o in found]
     later = list(rules)[list(rules).index(before):] if before else []
     rules[f.__name__] = asked
     for nm in later: rules[nm] = rules.pop(nm)
@@ -48,33 +50,34 @@ def rule(
 # %% ../nbs/50_rules.ipynb #00895371
 decays = 'SGD', 'Adam', 'Adagrad', 'RMSprop', 'AdamW'   # how these decay is known
 
-def filled(texts, evidence):
-    "Texts with {rate}, {find} and {decay} filled in; without those that are empty then."
-    o = evidence.facts
+def filled(evidence, texts):
+    "Texts with {rate}, {find}, {decay} and {measured} filled in; without those that are empty then."
+    o, (measured, seen) = evidence.facts, evidence.facts.sampled.get('train', (0, 0))
     strong = o.weight_decay and o.optimizer in decays and (
         o.weight_decay*(o.lr or 0) >= 1e-3   # of a weight in a step
         or o.weight_decay >= .1 and o.optimizer != 'AdamW')
+    known = f'{measured} of {seen} steps were measured: it may have begun before the step named'
     words = {'{rate}': f' (it was {o.lr:g})' if o.lr else '',
              '{decay}': f'weight decay that is too strong (it was {o.weight_decay:g})' if strong else '',
-             '{find}': '`learn.lr_find()`' if o.optimizer else 'a few steps at each of several rates'}
-    for nm,word in words.items(): texts = [o.replace(nm, word) for o in texts]
+             '{find}': '`learn.lr_find()`' if o.optimizer else 'a few steps at each of several rates',
+             '{measured}': known if measured < seen else ''}
+    for nm,word in words.items(): texts = [o.replace(nm, word) for o in texts if o]
     return [o for o in texts if o]
 
 # %% ../nbs/50_rules.ipynb #76abecd2
-_or = '`learn.watch()`, or an Inspector'
+doors = '`learn.watch()`, or an Inspector'
 _recorders = dict(grad='GradientStats', update='UpdateStats', param='UpdateStats')   # first word of a name
 
 def needed(evidence, stat):
     "Sources that have `stat`; `Missing` where none has."
     found = evidence.sources(stat)
     watcher = _recorders.get(stat.partition('_')[0], 'ActivationStats')
-    if not found: raise Missing(f'no {stat} was recorded; watch with {watcher}, {_or}')
+    if not found: raise Missing(f'no {stat} was recorded; watch with {watcher}, {doors}')
     return found
 
-def needed_loss(evidence, phase='train'):
-    track = evidence.loss(phase)
-    if not len(track): raise Missing('no loss was recorded')
-    return track
+def needed_loss(evidence):
+    if not len(evidence.loss()): raise Missing('no loss was recorded')
+    return evidence.loss()
 
 def is_solved(evidence, left=.1):
     "Whether little of the first loss is left: what is odd inside does no harm then."
@@ -92,25 +95,18 @@ def read(evidence, names, stat, what):
     return np.array([getattr(evidence.track(o, stat), what) for o in names])
 
 # %% ../nbs/50_rules.ipynb #6da25e22
-def _caveats(evidence, track, few=20):
-    "Why a finding that was read from `track` may be wrong."
-    if track.per == 'epoch': return ['read from means over epochs, which hide single steps']
-    measured, seen = evidence.facts.sampled.get('train', (0, 0))
-    found = [f'only {len(track)} values were recorded'] if len(track) < few else []
-    if measured < seen:
-        found.append(f'{measured} of {seen} steps were measured: it may have begun before the step named')
-    return found
-
-def found(evidence, level, text, value=None, limit=None, tracks=(), where=slice(None), layers=(), chart='',
-          **kw):
+def found(level, text, value=None, limit=None, tracks=(), where=slice(None), layers=(), chart='',
+          caveats=(), **kw):
     "A finding at the layers of `tracks`, at the rows `where` of the first of them; it draws them."
-    layers = tuple(layers or (nm for nm in tracks if nm not in loop_sources))
-    first = [*dict(tracks).values()][:1]
-    caveats = [o for o in kw.pop('caveats', ()) if o] + [o for t in first for o in _caveats(evidence, t)]
+    layers, caveats = tuple(layers or (nm for nm in tracks if nm not in loop_sources)), [*caveats]
     if isinstance(chart, str): chart = steps_chart(chart or text, tracks, limit) if tracks else None
-    where = dict(layer=next(iter(layers), ''), layers=layers, steps=first[0].span(where) if first else ())
-    return Finding('', level, value=value, threshold=limit, text=text.rstrip('.') + also(layers) + '.',
-                   caveats=caveats, chart=chart, **where | kw)
+    about = dict(layer=next(iter(layers), ''), layers=layers)
+    for track in [*dict(tracks).values()][:1]:
+        about['steps'] = track.span(where)
+        if track.per == 'epoch': caveats.append('read from means over epochs, which hide single steps')
+        else: caveats += [len(track) < 20 and f'only {len(track)} values were recorded', '{measured}']
+    return Finding('', level, value=None if value is None else float(value), threshold=limit,
+                   text=text.rstrip('.') + also(layers) + '.', caveats=caveats, chart=chart, **about | kw)
 def also(layers):
     "The layers after the first, for a sentence."
     more = ', '.join([*layers][1:4])
@@ -150,44 +146,42 @@ _scale_again = ['Kaiming initialisation, or LSUV (`miniai.init`)', 'BatchNorm or
       causes=['weights that are too large at the start', 'no normalisation in a deep net'])
 def exploding_activations(evidence, *, max_growth=1e3): # largest deviation, in units of the first layer's
     """Outputs that grow from layer to layer, at the first step.
-
     Source: He and others, "Delving deep into rectifiers" (2015): each layer multiplies the variance."""
     stat, names = by_depth(evidence)
-    sizes, named = relative(read(evidence, names, stat, 'first'), 0), evidence.facts.named
+    sizes = relative(read(evidence, names, stat, 'first'), 0)
     layers = [nm for nm,size in zip(names, sizes) if size > max_growth]
     if len(names) > 2 and layers: return found(
-        evidence, 'error', f'At the first step outputs grow to {np.nanmax(sizes):.2g} times those of '
-        f'{named(names[0])}; {named(layers[0])} is the first beyond {max_growth:g}.',
-        float(np.nanmax(sizes)), max_growth, tracks_of(evidence, layers, stat), slice(1),
+        'error', f'At the first step outputs grow to {np.nanmax(sizes):.2g} times those of '
+        f'{evidence.facts.named(names[0])}; {{layer}} is the first beyond {max_growth:g}.', np.nanmax(sizes),
+        max_growth, tracks_of(evidence, layers, stat), slice(1),
         chart=depth_chart("Size of outputs, in the first layer's", names, first=sizes))
 
 # %% ../nbs/50_rules.ipynb #f266407e
 @rule(kind=('vanishing', 'init'), tries=[*_scale_again, 'shortcuts around layers'])
 def vanishing_activations(evidence, *, min_size=1e-3): # smallest deviation, in units of the first layer's
     """Outputs that shrink from layer to layer, at the first step (an error) or at the end (a warning).
-
     Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward networks" (2010)."""
     stat, names = by_depth(evidence)
     sizes = {o: relative(read(evidence, names, stat, o), 0) for o in ('first', 'late')}
-    small = {o: [nm for nm,size in zip(names, v) if 0 < size < min_size] for o,v in sizes.items()}   # 0: dead
-    when = next((o for o in small if small[o]), None)
-    if len(names) < 3 or when is None: return
-    named, size, tracks = evidence.facts.named, sizes[when], tracks_of(evidence, small[when], stat)
-    level, word, where, cause = dict(
-        first=('error', 'first', slice(1), 'weights that are too small at the start'),
-        late=('warning', 'last', tracks[small[when][0]].end, 'too high a learning rate early on'))[when]
-    smallest = float(size[size > 0].min())
-    return found(evidence, level, f'Outputs shrink to {smallest:.2g} of those of {named(names[0])}, at the '
-                 f'{word} step; {named(small[when][0])} is the first below {min_size:g}.', smallest, min_size,
-                 tracks, where, causes=[cause, '{decay}'],
-                 chart=depth_chart("Size of outputs, in the first layer's", names, **sizes))
+    for when,size in sizes.items():
+        layers = [nm for nm,o in zip(names, size) if 0 < o < min_size]   # 0: dead
+        if len(names) < 3 or not layers: continue
+        smallest, tracks, at_start = size[size > 0].min(), tracks_of(evidence, layers, stat), when == 'first'
+        return found(
+            'error' if at_start else 'warning', f'Outputs shrink to {smallest:.2g} of those of '
+            f'{evidence.facts.named(names[0])}, at the {"first" if at_start else "last"} step; {{layer}} is '
+            f'the first below {min_size:g}.', smallest, min_size, tracks,
+            slice(1) if at_start else tracks[layers[0]].end,
+            causes=['weights that are too small at the start' if at_start
+                    else 'too high a learning rate early on', '{decay}'],
+            chart=depth_chart("Size of outputs, in the first layer's", names, **sizes))
 
 # %% ../nbs/50_rules.ipynb #1ffecdd4
 def weights_with(evidence, stat):
     "Parameters with two axes or more that have `stat`; where shapes are unknown, those called weight."
     params = evidence.facts.params
     is_weight = lambda o: len(params[o].shape) > 1 if o in params else 'weight' in o.rpartition('.')[2]
-    return [o for o in evidence.sources(stat) if is_weight(o)]
+    return [o for o in needed(evidence, stat) if is_weight(o)]
 
 def rms_by_depth(evidence, names, what):
     "Readings of the gradients of weights (RMS, where their shapes are known) in units of the last one's."
@@ -206,19 +200,16 @@ def norm_of_all(evidence):
 @rule(kind='init')
 def exploding_gradients(evidence,
     *, max_gradient=1e3, # largest gradient of a weight at the first step, in units of the last layer's
-    max_jump=1e3         # largest norm of all gradients, in units of its median
-):
+    max_jump=1e3): # largest norm of all gradients, in units of its median
     """Gradients that grow on their way back through layers or time (an error), or that jump (a warning).
-
     Source: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks" (2013)."""
-    needed(evidence, 'grad_norm')
     names = weights_with(evidence, 'grad_norm')
     sizes = rms_by_depth(evidence, names, 'first')
     layers = [names[i] for i in np.argsort(-np.nan_to_num(sizes)) if sizes[i] > max_gradient]
     if layers: return found(
-        evidence, 'error', f'At the first step the gradient of {layers[0]} is {np.nanmax(sizes):.2g} times '
-        f'that of {names[-1]} (root mean squares): it grows on its way back.',
-        float(np.nanmax(sizes)), max_gradient, tracks_of(evidence, layers, 'grad_norm'), slice(1),
+        'error', f'At the first step the gradient of {layers[0]} is {np.nanmax(sizes):.2g} times that of '
+        f'{names[-1]} (root mean squares): it grows on its way back.', np.nanmax(sizes), max_gradient,
+        tracks_of(evidence, layers, 'grad_norm'), slice(1),
         causes=['recurrent weights that are too large', 'weights that are too large at the start'],
         tries=['orthogonal recurrent weights, or an LSTM', 'fewer steps back in time', *_clip],
         chart=depth_chart("Gradient (RMS) at the first step, in the last layer's", names, first=sizes))
@@ -227,9 +218,9 @@ def exploding_gradients(evidence,
     before = track[:np.flatnonzero(track.values == high)[0] if high else 0]
     usual = np.nanmax([track.usual, before.usual, 0.])
     if len(before.finite) and high > max_jump*usual > 0: return found(   # a fall from the start is no jump
-        evidence, 'warning', f'The norm of all gradients jumps to {high:.2g}; usually it is {usual:.2g}.',
-        float(high/usual), max_jump, dict(all=replace(track, values=track.values/usual)),
-        track.values > max_jump*usual, chart='Norm of all gradients, in its usual one',
+        'warning', f'The norm of all gradients jumps to {high:.2g}; usually it is {usual:.2g}.', high/usual,
+        max_jump, dict(all=replace(track, values=track.values/usual)), track.values > max_jump*usual,
+        chart='Norm of all gradients, in its usual one',
         causes=['a batch unlike the others', 'a steep place of the loss'],
         tries=['print the batch of that step', 'a lower learning rate', *_clip])
 
@@ -268,11 +259,10 @@ def _collapse(evidence, loss, limit):
     before, late = loss.values[loss.steps < first].min(), loss.late
     fine = is_solved(evidence, .1 if late > before else .35)
     level = 'note' if fine else 'error' if late > before else 'warning'
-    own = {nm: o for nm,o in tracks.items() if any(nm == event[1] for event in events)}
+    own = {nm: tracks[nm] for nm in tracks if nm in {event[1] for event in events}}
     return found(
-        evidence, level, f'At step {first} the output of {layer} collapses '
-        f'and the loss jumps from {before:.3g}; it ends at {late:.3g}.',
-        max(o[2] for o in events), limit, own, layer=layer, steps=(first, last),
+        level, f'At step {first} the output of {layer} collapses and the loss jumps from {before:.3g}; it '
+        f'ends at {late:.3g}.', max(o[2] for o in events), limit, own, layer=layer, steps=(first, last),
         chart=steps_chart('Deviation of outputs', own),
         causes=['too high a learning rate{rate}', 'no warm-up', 'weights that began small'],
         tries=['a third of it', '{find}', 'Kaiming initialisation', *_clip])
@@ -282,10 +272,8 @@ def _collapse(evidence, loss, limit):
       tries=['a tenth of it', '{find}', *_clip])
 def learning_rate_high(evidence,
     *, max_rise=3., # largest loss, in units of the first
-    max_fall=8.     # by which factor an output may shrink within three rows while the loss jumps
-):
+    max_fall=8.): # by which factor an output may shrink within three rows while the loss jumps
     """A loss that rises far above where it began, or jumps while outputs collapse; a warning if it recovers.
-
     Source: Smith, "Cyclical learning rates for training neural networks" (2017)."""
     loss = needed_loss(evidence)
     first, high, end = loss.first, highest_of_two(loss.values), loss[loss.end]
@@ -303,8 +291,8 @@ def learning_rate_high(evidence,
     ends = 'ends at' if lost or last > limit else 'comes back to'
     text = f'The training loss rises from {first:.3g} to {high:.3g}, and {ends} {last:.3g}.'
     if died: text += f' By then units have died in {died[0]}'
-    return found(evidence, level, text, float(high/first) if first else np.inf, max_rise, dict(loss=loss),
-                 loss.values > limit, died, chart=steps_chart('Training loss', dict(loss=loss), limit))
+    return found(level, text, high/first if first else np.inf, max_rise, dict(loss=loss), loss.values > limit,
+                 died, chart=steps_chart('Training loss', dict(loss=loss), limit))
 
 # %% ../nbs/50_rules.ipynb #f685bf0a
 _stages = 'weights', 'output', 'loss', 'gradient', 'update'   # of a step, in their order
@@ -316,11 +304,10 @@ def first_bad(track):
 
 def bad_places(evidence):
     "(step, place in the order of a step, layer, what) of everything that was not finite."
-    for i,nm in enumerate(evidence.sources('mean')):
-        step = first_bad(evidence.track(nm, 'mean'))
-        if step is not None: yield step, i, nm, 'output'
-    step = first_bad(evidence.loss())
-    if step is not None: yield step, 10**7, '', 'loss'
+    outputs = [(i, nm, 'output', evidence.track(nm, 'mean')) for i,nm in enumerate(evidence.sources('mean'))]
+    for *place,track in (*outputs, (10**7, '', 'loss', evidence.loss())):
+        step = first_bad(track)
+        if step is not None: yield step, *place
     step = first_bad(evidence.track('all', 'grad_norm'))   # NaN for one parameter may be a gap
     for i,nm in enumerate(evidence.sources('grad_norm')):
         track = evidence.track(nm, 'grad_norm')
@@ -343,7 +330,6 @@ _by_design = 'the loss was finite at every recorded step: a mask by design, or g
                          'a small number inside log, root or division', *_clip])
 def not_finite(evidence):
     """NaN or infinity: the first step at which it was seen, and at that step the first layer.
-
     A warning if the loss is finite again in the end, a note if it always was. Source: IEEE 754."""
     loss, places = evidence.loss(), sorted(bad_places(evidence))
     if not places: return
@@ -351,35 +337,33 @@ def not_finite(evidence):
     level = 'error' if not len(loss) or not np.isfinite(loss.values[-1]) else 'warning' if bad else 'note'
     stat = dict(gradient='grad_norm', output='std').get(what)
     tracks = tracks_of(evidence, [layer], stat) if stat else dict(loss=loss)
-    of = f' of {evidence.facts.named(layer)}' if layer and what != 'loss' else ''
+    of = ' of {layer}' if layer and what != 'loss' else ''
     text = f'{len(bad)} of {len(loss)} recorded losses are not finite; NaN or infinity is seen at step {step}'
-    return found(evidence, level, f'{text} first, in the {what}{of}.', float(len(bad)), 0., dict(loss=loss),
-                 steps=(step, max([step, *bad[-1:]])), layer=layer,
-                 layers=list(dict.fromkeys(o[2] for o in places if o[2])), causes=_nan_causes[what],
+    return found(level, f'{text} first, in the {what}{of}.', len(bad), 0., dict(loss=loss), layer=layer,
+                 steps=(step, max([step, *bad[-1:]])), causes=_nan_causes[what],
+                 layers=list(dict.fromkeys(o[2] for o in places if o[2])),
                  caveats=[len(loss) and not bad and _by_design],
                  chart=steps_chart('It ends where it is not finite', tracks))
 
 # %% ../nbs/50_rules.ipynb #f11fd637
 def layers_of(params): return list(dict.fromkeys(nm.rpartition('.')[0] for nm in params))
 
-def at_layers(evidence, level, text, layers, **kw):
-    "A finding that names layers; none where it has none."
-    text = text.format(evidence.facts.named(next(iter(layers), '')))
-    return [found(evidence, level, text, float(len(layers)), 0., layers=layers, **kw)] if layers else []
+def at_layers(level, text, layers, **kw):
+    "A finding at layers, as a list; none where it has none."
+    return [found(level, text, len(layers), 0., layers=layers, **kw)] if layers else []
 
 @rule(kind='ledger', tries=['call it in `forward`, or remove it'],
       causes=['it is not used in `forward`', 'it is used without a call (`layer.forward(x)`, `layer.weight`, '
               '`F.relu` beside an nn.ReLU)', 'it is for another phase'])
 def never_called(evidence):
     """Layers that were watched and never ran: a warning if they are to be trained and get no gradient.
-
     Source: PyTorch, "Modules": only a call of a module runs its hooks."""
     silent, known = evidence.facts.silent, evidence.facts.sampled
-    if not silent and not known: raise Missing(f'no outputs of layers were recorded; watch with {_or}')
+    if not silent and not known: raise Missing(f'no outputs of layers were recorded; watch with {doors}')
     used = layers_of(nm for nm in evidence.sources('grad_norm') if evidence.track(nm, 'grad_norm').usual > 0)
     mine = layers_of(nm for nm,p in evidence.facts.params.items() if p.trained)
     owners = [o for o in silent if o in mine and o not in used]
-    return at_layers(evidence, 'warning' if owners else 'note', 'Never called: {}.', owners or silent)
+    return at_layers('warning' if owners else 'note', 'Never called: {layer}.', owners or silent)
 
 @rule(kind='ledger',
       causes=['`.detach()`, `.data`, `.item()`, numpy or `torch.no_grad()` between it and the loss',
@@ -387,19 +371,18 @@ def never_called(evidence):
       tries=['follow `.grad_fn` from the loss back to its output', '`requires_grad_(False)`, if meant so'])
 def no_gradient(evidence):
     """Parameters that are to be trained, and to which no gradient ever came.
-
     Source: PyTorch, "Autograd mechanics": what comes out of `.detach()` or `no_grad` is not in the graph."""
     facts = evidence.facts
-    if facts.unreached is None: raise Missing(f'no gradients were recorded; watch with GradientStats, {_or}')
+    if facts.unreached is None:
+        raise Missing(f'no gradients were recorded; watch with GradientStats, {doors}')
     known = [nm for nm,p in facts.params.items() if p.held is False]   # said elsewhere
     layers = [o for o in layers_of(nm for nm in facts.unreached if nm not in known) if o not in facts.silent]
-    return at_layers(evidence, 'error', 'No gradient ever comes to {}, though it is to be trained.', layers)
+    return at_layers('error', 'No gradient ever comes to {layer}, though it is to be trained.', layers)
 
 # %% ../nbs/50_rules.ipynb #2622b0a4
 @rule(kind='ledger')
 def not_trained(evidence):
     """Layers whose weights are frozen (most: a note), or are missing from the optimizer (all: an error).
-
     Source: PyTorch, `torch.optim`. Fine-tuning freezes most of a model on purpose."""
     params = evidence.facts.params
     if not params: raise Missing('the parameters are not known; diagnose the Learner or the Inspector')
@@ -411,11 +394,11 @@ def not_trained(evidence):
     most = most or frozen == owners[:len(frozen)]   # fine-tuning: the first layers, or half of the weights
     some = any(p.trained and p.held for p in params.values())
     return at_layers(
-        evidence, 'note' if most else 'warning', 'Not trained: {}; frozen (requires_grad is False).', frozen,
+        'note' if most else 'warning', 'Not trained: {layer}; frozen (requires_grad is False).', frozen,
         causes=['frozen on purpose', 'left frozen from another training'],
         tries=['`requires_grad_(True)`, if it is to be trained']
     ) + at_layers(
-        evidence, 'warning' if some else 'error', 'Not trained: {}; not in the optimizer.', missing,
+        'warning' if some else 'error', 'Not trained: {layer}; not in the optimizer.', missing,
         causes=['added after the optimizer was made', 'only a part was given to it'],
         tries=['make the optimizer from `model.parameters()`', 'nothing, if another optimizer has them'])
 
@@ -424,18 +407,15 @@ def not_trained(evidence):
       tries=["random weights: PyTorch's own, or Kaiming's (`miniai.init.kaiming_init`)"])
 def identical_units(evidence, *, max_copies=.5): # fraction of a layer's units that have another one's weights
     """Units of a layer with the same weights: they get the same gradient, and stay the same for ever.
-
     Source: Goodfellow, Bengio, Courville, "Deep Learning" (2016), 8.4: break the symmetry between units."""
     copies = evidence.facts.copies
     if not copies: raise Missing('the weights are not known; diagnose the Learner')
     layers = [nm for nm,fraction in copies.items() if fraction >= max_copies]
-    if not layers: return
-    chart = depth_chart('Fraction of units that are copies', list(copies), fraction=[*copies.values()])
-    first, named = copies[layers[0]], evidence.facts.named(layers[0])
-    return found(evidence, 'error', f'{first:.0%} of the units of {named} are copies of another one; such a '
-                 'layer is worth one unit.', first, max_copies, layers=layers, steps=evidence.loss().span(),
-                 chart=replace(chart, log=False, guides=(max_copies,)),
-                 caveats=['the weights are those at the end of the run'])
+    chart = depth_chart('Fraction of units that are copies', copies, False, fraction=[*copies.values()])
+    if layers: return found(
+        'error', f'{copies[layers[0]]:.0%} of the units of {{layer}} are copies of another one; such a layer '
+        'is worth one unit.', copies[layers[0]], max_copies, layers=layers, steps=evidence.loss().span(),
+        chart=replace(chart, guides=(max_copies,)), caveats=['the weights are those at the end of the run'])
 
 # %% ../nbs/50_rules.ipynb #0c2d4a64
 def _may_be_zero(kind):
@@ -452,7 +432,6 @@ def _dead_fraction(evidence, source):
 @rule
 def dead_units(evidence, *, max_dead=.5): # fraction of a layer's units
     """Units that are zero whatever comes in: no gradient goes through them, so they stay so.
-
     Source: Lu, Shin, Su, Karniadakis, "Dying ReLU and initialization" (2019)."""
     facts = evidence.facts
     sources = [o for o in needed(evidence, 'death_rate') if _may_be_zero(facts.kind(o))]
@@ -464,17 +443,16 @@ def dead_units(evidence, *, max_dead=.5): # fraction of a layer's units
     window = 'every batch of the last quarter' if followed else 'a batch'
     began = ', most since the first step' if born else ''
     if over.any() and not born: began = f', most since step {track.span(over)[0]}'
-    causes = ['a bias far below zero, or weights that are too small' if born else 'too high a learning rate']
-    tries = ['Kaiming initialisation, with bias 0' if born else 'a lower learning rate, or a warm-up']
+    cause = 'a bias far below zero, or weights that are too small' if born else 'too high a learning rate'
+    cure = 'Kaiming initialisation, with bias 0' if born else 'a lower learning rate, or a warm-up'
     fine = is_solved(evidence, .5) or fall_of(evidence.loss()) > .5   # the first is of losses above 0
-    level = 'error' if value > .9 else 'note' if fine else 'warning'
-    sentence = f'{value:.0%} of the units of {facts.named(layer)} are zero in {window}{began}.'
-    return found(evidence, level, sentence,
-                 value, max_dead, tracks, over if over.any() else slice(None), chart='Fraction of dead units',
+    return found('error' if value > .9 else 'note' if fine else 'warning',
+                 f'{value:.0%} of the units of {{layer}} are zero in {window}{began}.', value, max_dead,
+                 tracks, over if over.any() else slice(None), chart='Fraction of dead units',
                  kind=('dead', 'init' if born else 'lr_high'),
                  caveats=[not followed and n < 32 and f'counted over {n} samples: in more fewer are zero'],
-                 causes=[*causes, 'inputs that are far from mean 0'],
-                 tries=[*tries, 'a ReLU that leaks (LeakyReLU, GeneralRelu)', 'BatchNorm before it'])
+                 causes=[cause, 'inputs that are far from mean 0'],
+                 tries=[cure, 'a ReLU that leaks (LeakyReLU, GeneralRelu)', 'BatchNorm before it'])
 
 # %% ../nbs/50_rules.ipynb #204cca0c
 _slopes = dict(Tanh=lambda mean, square: 1-square, Sigmoid=lambda mean, square: 4*(mean-square))
@@ -489,19 +467,18 @@ def mean_slope(evidence, source):
 @rule(kind='saturated', tries=['Xavier initialisation', 'BatchNorm before it', 'ReLU instead'])
 def saturated(evidence, *, min_slope=.1): # mean slope of the activation, in units of its steepest
     """Sigmoid or tanh layers that work at the flat ends of their range.
-
     Source: Glorot and Bengio (2010), figures 2 and 3; LeCun and others, "Efficient backprop" (1998), 4.4."""
     facts = evidence.facts
     if not facts.layers: raise Missing('the types of the layers are not known; diagnose the Learner')
     slopes = {o: mean_slope(evidence, o) for o in needed(evidence, 'std')[:-1] if facts.kind(o) in _slopes}
-    flat = sorted((o.late, nm) for nm,o in slopes.items() if o.late < min_slope)
+    flat = {nm: slopes[nm] for late,nm in sorted((o.late, nm) for nm,o in slopes.items()) if late < min_slope}
     if not flat or is_solved(evidence): return
-    (slope, layer), layers = flat[0], [nm for _,nm in flat]
+    worst = next(iter(flat.values()))
     cause = 'weights or inputs that are too large at the start'
-    if slopes[layer].first >= min_slope: cause = 'too high a learning rate'
-    return found(evidence, 'error' if slope < min_slope/2 else 'warning',
-                 f'The mean slope of {facts.named(layer)} is {slope:.1%} of its steepest.', slope, min_slope,
-                 {nm: slopes[nm] for nm in layers}, slopes[layer].values < min_slope, chart='Mean slope',
+    if worst.first >= min_slope: cause = 'too high a learning rate'
+    return found('error' if worst.late < min_slope/2 else 'warning',
+                 f'The mean slope of {{layer}} is {worst.late:.1%} of its steepest.', worst.late, min_slope,
+                 flat, worst.values < min_slope, chart='Mean slope',
                  causes=[cause, 'inputs that are not scaled'])
 
 # %% ../nbs/50_rules.ipynb #5f0c5e1b
@@ -513,7 +490,6 @@ def vanishing_gradients(evidence, *, min_gradient=1e-3): # smallest of a weight,
     Those that are exactly zero are the business of other rules. A note if Adam or its like makes the steps
     of usual size (1e-4 of a weight or more) and the loss falls. Source: Hochreiter, "The vanishing
     gradient problem during learning recurrent neural nets" (1998); Glorot and Bengio (2010)."""
-    needed(evidence, 'grad_norm')
     names = weights_with(evidence, 'grad_norm')
     moments = ('first',) if is_solved(evidence) else ('first', 'late')
     sizes = {o: rms_by_depth(evidence, names, o) for o in moments}
@@ -524,7 +500,7 @@ def vanishing_gradients(evidence, *, min_gradient=1e-3): # smallest of a weight,
     cause = 'many layers of sigmoid or tanh' if bounded else 'weights that are too small at the start'
     steps = np.nan_to_num(read(evidence, layers, 'update_ratio', 'usual'))
     scaled = 'Adam' in evidence.facts.optimizer and steps.min() >= 1e-4 and is_solved(evidence, .9)
-    return found(evidence, 'note' if scaled else 'error' if smallest < min_gradient/10 else 'warning',
+    return found('note' if scaled else 'error' if smallest < min_gradient/10 else 'warning',
                  f'The gradient of {layers[0]} is {smallest:.1g} of that of {names[-1]} (root mean squares)'
                  f'{"" if scaled else ", so it hardly learns"}.', smallest, min_gradient,
                  tracks_of(evidence, layers, 'grad_norm'),
@@ -534,14 +510,13 @@ def vanishing_gradients(evidence, *, min_gradient=1e-3): # smallest of a weight,
 # %% ../nbs/50_rules.ipynb #8eecf54d
 def update_ratios(evidence):
     "Track of the update:weight ratio of each weight that gets a gradient."
-    needed(evidence, 'update_ratio')
     tracks = tracks_of(evidence, weights_with(evidence, 'update_ratio'), 'update_ratio')
     grads = tracks_of(evidence, evidence.sources('grad_norm'), 'grad_norm')
     return {nm: o for nm,o in tracks.items() if len(o.finite) and (nm not in grads or grads[nm].usual > 0)}
 def left_by_clipping(evidence):
     "The usual fraction of the norm of all gradients that clipping leaves; 1 where that is not known."
-    before, after = (evidence.track('all', o) for o in ('grad_norm', 'grad_norm_clipped'))
-    return after.usual/before.usual if len(after) and len(before) and before.usual > 0 else 1.
+    before, after = (evidence.track('all', o).usual for o in ('grad_norm', 'grad_norm_clipped'))
+    return after/before if before > 0 and not np.isnan(after) else 1.
 
 # %% ../nbs/50_rules.ipynb #d1c5b979
 @rule(kind='lr_low', causes=['too low a learning rate{rate}', 'a schedule that stays near zero'],
@@ -549,40 +524,35 @@ def left_by_clipping(evidence):
 def learning_rate_low(evidence,
     *, min_ratio=1e-6, # largest update:weight ratio of all weights (nine steps in ten are below it)
     min_fall=.03,      # fraction by which the loss should fall over the run
-    min_lr=1e-7        # learning rate that counts as low where updates were not recorded
-):
+    min_lr=1e-7): # learning rate that counts as low where updates were not recorded
     """Steps too small to change any weight, and a loss that stays where it is.
-
     Source: CS231n, "Neural networks 3": updates of about 1e-3 of a weight. In float32 it cannot change by
     less than 6e-8 of itself."""
     loss, lr = needed_loss(evidence), evidence.facts.lr
     if fall_of(loss) >= min_fall: return
-    ratios = update_ratios(evidence) if evidence.sources('update_ratio') else None
-    if ratios is None and lr is None: needed(evidence, 'update_ratio')
-    high = {nm: float(np.quantile(o.finite, .9)) for nm,o in (ratios or {}).items()}
-    name = max(high, key=high.get, default=None)
     value, limit, text, chart, caveats = lr, min_lr, f'The learning rate is {lr}', 'Training loss', [
         'updates were not recorded: judged by the rate alone']
-    if ratios is not None:
+    if lr is None or evidence.sources('update_ratio'):
+        ratios = update_ratios(evidence)
+        high = {nm: float(np.quantile(o.finite, .9)) for nm,o in ratios.items()}
+        name = max(high, key=high.get, default=None)
         value, limit, caveats = high.get(name, np.inf), min_ratio, []
         text = f'No weight changes by more than {value:.1g} of itself in a step ({name} by most)'
         chart = steps_chart('Update:weight ratio', {o: ratios[o] for o in high if o == name}, min_ratio)
-    if ratios is not None and not value: return   # no step is made: `unchanged`
+        if not value: return   # no step is made: `unchanged`
     left, said = left_by_clipping(evidence), {}
     if left < .01: said = dict(causes=[f'clipping, which leaves {left:.1g} of the gradients'],
                                tries=['clip at about the usual norm'])
     if value < limit: return found(
-        evidence, 'error', f'{text}, and the loss stays: it falls by {fall_of(loss):.1%}.', value, limit,
+        'error', f'{text}, and the loss stays: it falls by {fall_of(loss):.1%}.', value, limit,
         dict(loss=loss), caveats=caveats, chart=chart, **said)
 
 # %% ../nbs/50_rules.ipynb #f913214d
 @rule
 def update_ratio(evidence,
     *, ratios=(1e-4, 1e-2), # lowest and highest median of a weight over the second half of the run
-    max_ratio=.1            # from here on it is a warning, unless the loss has fallen far
-):
+    max_ratio=.1): # from here on it is a warning, unless the loss has fallen far
     """Weights that change by too much or too little in a step, measured against themselves.
-
     Source: CS231n, "Neural networks 3": about 1e-3. Good runs leave that range, so this is mostly a note."""
     ratio = update_ratios(evidence)
     usual = {nm: o[len(o)//2:].usual for nm,o in ratio.items()}
@@ -593,8 +563,8 @@ def update_ratio(evidence,
         if not layers: continue
         value, tracks = usual[layers[0]], {nm: ratio[nm] for nm in layers}
         harm = value > max_ratio and not is_solved(evidence, .6)
-        yield found(evidence, 'warning' if harm else 'note',
-                    f'A step changes {layers[0]} by {value:.1g} of itself, which is {much}.', value, limit,
-                    tracks, slice(len(tracks[layers[0]])//2, None), kind=f'lr_{now}',
+        yield found('warning' if harm else 'note', f'A step changes {layers[0]} by {value:.1g} of itself, '
+                    f'which is {much}.', value, limit, tracks, slice(len(tracks[layers[0]])//2, None),
+                    kind=f'lr_{now}', chart='Update:weight ratio',
                     causes=[f'a learning rate that is {now} for this layer', 'weights that began so'],
-                    chart='Update:weight ratio', tries=[f'a {then} learning rate', '{find}'])
+                    tries=[f'a {then} learning rate', '{find}'])

@@ -12,44 +12,40 @@ from functools import partial
 import numpy as np
 
 from .evidence import Chart
-from .rules import (Missing, at_layers, decays, found, is_solved, layers_of, needed, needed_loss, rule,
-                          tracks_of, weights_with)
+from .rules import (Missing, at_layers, decays, found, is_solved, layers_of, needed_loss, rule,
+                          tracks_of, doors, weights_with)
 
 # %% ../nbs/51_step_rules.ipynb #303b8477
 def counted(evidence):
     "What was counted of the steps: name -> number, 0 where there was none."
-    if not evidence.facts.ledger.get('steps'): raise Missing(f'no steps were counted; watch with {_watch}')
+    if not evidence.facts.ledger.get('steps'): raise Missing(f'no steps were counted; watch with {doors}')
     return Counter(evidence.facts.ledger)
-
-_watch = '`learn.watch()`, or an Inspector'
 
 @rule(kind='zero_grad', before='exploding_activations')
 def gradients_added_up(evidence, *, min_kept=.5): # fraction of the steps
     """Gradients of a step that are still there in the next, or that are thrown away before a step.
-
     Source: PyTorch, `Optimizer.zero_grad`: `backward` adds to the gradients that are there."""
     n = counted(evidence)
     kept, thrown = (n[what]/max(1, n[of]) for what,of in (('kept', 'compared'), ('dropped', 'added')))
     if n['compared'] > 4 and kept > min_kept: return found(
-        evidence, 'error', f'In {kept:.0%} of the steps the gradients of the step before were still there, '
-        'and new ones were added to them.', kept, min_kept, causes=['`zero_grad` is not called in each step'],
+        'error', f'In {kept:.0%} of the steps the gradients of the step before were still there, and new '
+        'ones were added to them.', kept, min_kept, causes=['`zero_grad` is not called in each step'],
         tries=['`opt.zero_grad()` before each backward pass'])
     each = n['added']/max(1, n['compared'])
     # one may be of another loss
     if n['dropped'] > max(4, 1.5*n['compared']) and thrown > min_kept: return found(
-        evidence, 'error', f'There are {each + 1:.0f} backward passes to a step, and '
-        'gradients of all but the last are thrown away.', thrown, min_kept,
-        causes=['`zero_grad` is called for each part of a batch'], tries=['`zero_grad` after the step only'])
+        'error', f'There are {each + 1:.0f} backward passes to a step, and gradients of all but the last are '
+        'thrown away.', thrown, min_kept, causes=['`zero_grad` is called for each part of a batch'],
+        tries=['`zero_grad` after the step only'])
 
 @rule(kind='optimizer_state', before='exploding_activations', causes=['the optimizer is made in the loop'],
       tries=['make it once, before the loop'])
 def optimizer_is_new(evidence, *, max_new=.5): # fraction of the steps
     """Optimizers that have no state yet when they step, again and again: no momentum, no averages.
-
     Source: Kingma and Ba, "Adam" (2014), algorithm 1: averages over all steps."""
     n = counted(evidence)
     if n['fresh'] > 4 and n['fresh'] > max_new*n['steps']: return found(
-        evidence, 'error', f'In {n["fresh"]} of {n["steps"]} steps the optimizer was new, without state.',
+        'error', f'In {n["fresh"]} of {n["steps"]} steps the optimizer was new, without state.',
         n['fresh']/n['steps'], max_new)
 
 # %% ../nbs/51_step_rules.ipynb #e919f69b
@@ -63,41 +59,36 @@ def layers_by_mode(facts):
 @rule(kind='mode', before='exploding_activations')
 def wrong_mode(evidence, *, max_steps=.2): # fraction of the steps that are in eval mode
     """Training steps in eval mode, or validation in train mode, with layers that behave otherwise then.
-
     Source: PyTorch, "Autograd mechanics", evaluation mode."""
     n, layers = counted(evidence), layers_by_mode(evidence.facts)
     in_eval, forwards = n['in eval mode']/max(1, n['steps']), n['forwards without grad']
     if layers and in_eval > max_steps: return found(
-        evidence, 'error', f'The model was in eval mode in {in_eval:.0%} of the training steps: '
-        f'{evidence.facts.named(layers[0])} does something else then.', in_eval, max_steps, layers=layers,
+        'error', f'The model was in eval mode in {in_eval:.0%} of the training steps: {{layer}} does '
+        'something else then.', in_eval, max_steps, layers=layers,
         causes=['`model.eval()` without `model.train()` after it'],
         tries=['`model.train()` before each epoch'])
-    if not (layers and len(evidence.loss('valid'))): return
-    if n['of these in train mode'] == forwards > 0: return found(
-        evidence, 'warning', 'The model was in train mode in all of validation: '
-        f'{evidence.facts.named(layers[0])} does something else then.', float(forwards), 0., layers=layers,
-        causes=['no `model.eval()` before validation'],
+    validated = len(evidence.loss('valid')) and n['of these in train mode'] == forwards > 0
+    if layers and validated: return found(
+        'warning', 'The model was in train mode in all of validation: {layer} does something else then.',
+        forwards, 0., layers=layers, causes=['no `model.eval()` before validation'],
         tries=['`model.eval()`, and `model.train()` after it'])
 
 @rule(kind='ledger', before='exploding_activations', causes=['layers in a Python list or dictionary'],
       tries=['nn.ModuleList, nn.ModuleDict or nn.ParameterList', 'nothing, if they are not to be trained'])
 def unregistered(evidence):
     """Parameters that the output is computed from, that are not the model's, and that nobody changes.
-
     Source: PyTorch, "Modules": only attributes that are modules or parameters are registered."""
     n = counted(evidence)['unregistered']
-    if n: return found(evidence, 'error', f'The output is computed from {n} parameter{"s"*(n > 1)} that the '
-                       'model does not have, and that did not change.', float(n), 0.)
+    if n: return found('error', f'The output is computed from {n} parameter{"s"*(n > 1)} that the model does '
+                       'not have, and that did not change.', n, 0.)
 
 # %% ../nbs/51_step_rules.ipynb #ee18a4dd
 @rule(kind=('init', 'ledger'), before='exploding_activations', causes=['weights that are initialised again'],
       tries=['initialise the model once, before the loop'])
 def weights_are_reset(evidence,
     *, min_lost=.5, # of what the loss had fallen by
-    min_fall=.1     # by which it must have fallen, in units of the first loss
-):
+    min_fall=.1): # by which it must have fallen, in units of the first loss
     """Weights that something else than the optimizer writes to, whereupon the loss is back near its start.
-
     Source: PyTorch, "Autograd mechanics": each change in place gives a tensor a new version."""
     loss, written = evidence.loss(), evidence.facts.written
     if not written or not len(loss) or loss.per == 'epoch': return
@@ -107,23 +98,21 @@ def weights_are_reset(evidence,
             else np.nan for before,after in around]
     back = [step for step,o in zip(written, lost) if o > min_lost]
     if len(back) > 1 and 2*len(back) > len(written): return found(
-        evidence, 'error', f'Before {len(back)} steps something else than the optimizer has changed weights, '
-        'and the loss was nearly what it was at the start.', float(np.nanmax(lost)), min_lost,
-        dict(loss=loss), steps=(back[0], back[-1]))
+        'error', f'Before {len(back)} steps something else than the optimizer has changed weights, and the '
+        'loss was nearly what it was at the start.', np.nanmax(lost), min_lost, dict(loss=loss),
+        steps=(back[0], back[-1]))
 
 @rule(kind=('ledger', 'dead'), causes=['a factor that is zero, or layers behind it that are dead'],
       tries=['random weights for one of two factors', 'nothing, if it is to stay as it is'])
 def zero_gradient(evidence, *, min_steps=10): # in which it is exactly zero
     """Parameters whose gradient is exactly zero in every step, while others have one.
-
     Source: Hu and others, "LoRA" (2021), 4.1: one of two factors begins at zero, the other does not."""
-    needed(evidence, 'grad_norm')
     params = evidence.facts.params
     tracks = tracks_of(evidence, weights_with(evidence, 'grad_norm'), 'grad_norm')
     zero = [nm for nm,o in tracks.items() if len(o) >= min_steps and not o.values.any()
             and (nm not in params or params[nm].held is not False)]
-    return at_layers(evidence, 'warning', 'The gradient of {} is exactly zero in every step.',
-                     layers_of(zero)) if len(zero) < len(tracks) else []
+    if len(zero) < len(tracks): return at_layers(
+        'warning', 'The gradient of {layer} is exactly zero in every step.', layers_of(zero))
 
 # %% ../nbs/51_step_rules.ipynb #f0f0badb
 @rule(kind='ledger', before='identical_units',
@@ -134,22 +123,19 @@ def unchanged(evidence):
     """Weights that are trained, have a gradient, and are the same after every step.
 
     Biases may stay as they are: before a BatchNorm they have no gradient that counts.
-
     Source: PyTorch, `torch.optim`: a step changes every parameter with a gradient."""
-    needed(evidence, 'update_ratio')
     names = weights_with(evidence, 'update_ratio')
     grads, params = evidence.sources('grad_norm'), evidence.facts.params
     moved = lambda nm: nm not in grads or evidence.track(nm, 'grad_norm').usual > 0
-    late = {nm: evidence.track(nm, 'update_ratio').late for nm in names}
-    still = [nm for nm,o in late.items() if o == 0 and moved(nm) and nm in params
-             and params[nm].trained and params[nm].held is not False]
+    still = [nm for nm in names if evidence.track(nm, 'update_ratio').late == 0 and moved(nm)
+             and nm in params and params[nm].trained and params[nm].held is not False]
     began = any(evidence.track(nm, 'update_ratio').finite.any() for nm in still)
     rates = [o for _,o in evidence.facts.rates] or [1.]
     measured, seen = evidence.facts.sampled.get('train', (0, 0))
     if rates[-1] < 1e-4*max(rates) or began and is_solved(evidence): return   # it has come to its end
-    return at_layers(evidence, 'error' if len(still) == len(names) else 'warning',
-                     f'No {"late " if began else ""}step changes a weight of {{}}, though it has a gradient.',
-                     layers_of(still), kind=('ledger', 'optimizer_state') if began else (),
+    return at_layers('error' if len(still) == len(names) else 'warning',
+                     f'No {"late " if began else ""}step changes a weight of {{layer}}, though it has a '
+                     'gradient.', layers_of(still), kind=('ledger', 'optimizer_state') if began else (),
                      caveats=[measured < seen and 'steps that were not measured may change it'])
 
 # %% ../nbs/51_step_rules.ipynb #d3050eec
@@ -158,14 +144,13 @@ def unchanged(evidence):
       tries=['step it once an epoch, or give it the number of batches'])
 def rate_falls_early(evidence, *, min_rate=.01): # median rate of the run, in units of its highest
     """A learning rate that is next to nothing for most of a run.
-
     Source: PyTorch, `torch.optim.lr_scheduler`: most of them are meant to be stepped once an epoch."""
-    if not evidence.facts.rates: raise Missing(f'the learning rate was not recorded; watch with {_watch}')
+    if not evidence.facts.rates: raise Missing(f'the learning rate was not recorded; watch with {doors}')
     steps, rates = np.array(evidence.facts.rates).T
     high, middle = rates.max(), np.interp(steps[-1]/2, steps, rates)
     if len(rates) > 7 and middle < min_rate*high: return found(
-        evidence, 'error', f'The learning rate falls from {high:.3g} to {middle:.2g} in the first half.',
-        float(middle/high), min_rate, chart=Chart(dict(rate=(steps, rates)), 'Learning rate', log=True))
+        'error', f'The learning rate falls from {high:.3g} to {middle:.2g} in the first half.', middle/high,
+        min_rate, chart=Chart(dict(rate=(steps, rates)), 'Learning rate', log=True))
 
 def _pull(evidence, name, decay):
     "The decay of a weight in units of its gradient (AdamW: of its update), in the first half of the run."
@@ -180,50 +165,44 @@ def _pull(evidence, name, decay):
       tries=['a hundredth of it', 'AdamW, whose decay does not enter the gradient'])
 def weight_decay_high(evidence,
     *, max_part=1., # of the decay, in units of the gradient; half of it where weights shrink
-    min_size=.7     # of weights in the end, in units of their first
-):
+    min_size=.7): # of weights in the end, in units of their first
     """Weight decay that pulls harder than the data: more than the gradient, of most weights, from the start.
-
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization" (2017), section 2."""
-    decay, names = evidence.facts.weight_decay, weights_with(evidence, 'param_norm')
-    if decay is None or not names: raise Missing(f'weight decay or sizes of weights are not known; {_watch}')
+    decay = evidence.facts.weight_decay
+    names = weights_with(evidence, 'param_norm') if evidence.sources('param_norm') else []
+    if decay is None or not names: raise Missing(f'weight decay or sizes of weights are not known; {doors}')
     if evidence.facts.optimizer not in decays: raise Missing(f'decay is known of {", ".join(decays)} only')
     if not decay or is_solved(evidence, .5): return
-    part = float(np.median([_pull(evidence, nm, decay) for nm in names]))
+    part = np.median([_pull(evidence, nm, decay) for nm in names])
     sizes = [evidence.track(nm, 'param_norm') for nm in names]
     shrunk = np.median([o.late/o.first if o.first else 1. for o in sizes])
     if part > max_part or part > max_part/2 and shrunk < min_size: return found(
-        evidence, 'error', f'Weight decay ({decay:g}) pulls at most weights with {part:.2g} times the force '
-        'of their gradient.', part, max_part, layers=layers_of(names))
+        'error', f'Weight decay ({decay:g}) pulls at most weights with {part:.2g} times the force of their '
+        'gradient.', part, max_part, layers=layers_of(names))
 
 # %% ../nbs/51_step_rules.ipynb #5cba39a3
 @rule(kind=('batchnorm', 'mode'), before='learning_rate_low', causes=['a momentum that is too low, or 0'],
       tries=['momentum=0.1', 'more steps before the model is used'])
 def norm_not_settled(evidence,
     *, max_left=.3, # of the running values that is still what they began with
-    min_steps=20
-):
+    min_steps=20):
     """BatchNorm whose running values, which count in eval mode, are still mostly their starting values.
-
     Source: Ioffe and Szegedy, "Batch normalization" (2015), algorithm 2; PyTorch, `BatchNorm2d`: momentum."""
-    left, n = evidence.facts.norms, evidence.n_steps()
+    left = evidence.facts.norms
     layers = [nm for nm,o in left.items() if o > max_left]
-    if layers and n >= min_steps: return found(
-        evidence, 'error', f'{left[layers[0]]:.0%} of the running values of '
-        f'{evidence.facts.named(layers[0])} are what they began with: in eval mode they do not fit.',
-        left[layers[0]], max_left, layers=layers)
+    if layers and evidence.n_steps() >= min_steps: return found(
+        'error', f'{left[layers[0]]:.0%} of the running values of {{layer}} are what they began with: in '
+        'eval mode they do not fit.', left[layers[0]], max_left, layers=layers)
 
 @rule(kind=('batchnorm', 'batch_size'), before='learning_rate_low',
       tries=['larger batches', 'GroupNorm or LayerNorm'])
 def norm_of_few(evidence, *, min_samples=4): # in a batch
     """BatchNorm over so few samples that its means say little of the data.
-
     Source: Wu and He, "Group normalization" (2018), figure 1: errors grow at 4 samples and fewer."""
-    facts = evidence.facts
+    facts, n = evidence.facts, evidence.facts.batch_size or 0
     layers = [o for o in layers_by_mode(facts) if 'BatchNorm' in facts.kind(o)]
-    if layers and 0 < (facts.batch_size or 0) < min_samples: return found(
-        evidence, 'warning', f'{facts.named(layers[0])} takes its means over {facts.batch_size} samples.',
-        float(facts.batch_size), float(min_samples), layers=layers)
+    if layers and 0 < n < min_samples: return found(
+        'warning', f'{{layer}} takes its means over {n} samples.', n, float(min_samples), layers=layers)
 
 # %% ../nbs/51_step_rules.ipynb #dd6d9691
 def last_called(facts, but=('Identity', 'Dropout', 'Flatten', 'Unflatten')):
@@ -234,20 +213,17 @@ def last_called(facts, but=('Identity', 'Dropout', 'Flatten', 'Unflatten')):
 @rule(kind='dropout_misplaced', causes=['dropout after the last layer'], tries=['dropout before it'])
 def dropout_of_answers(evidence):
     """Dropout as the last layer of a model: a part of its answers is zero, whatever it has learned.
-
     Source: Srivastava and others, "Dropout" (2014), section 4: of inputs and hidden units."""
     facts, last = evidence.facts, last_called(evidence.facts, but=('Identity', 'Flatten', 'Softmax'))
-    if facts.model == 'Sequential' and facts.kind(last).startswith('Dropout'): return found(
-        evidence, 'warning', f'{facts.named(last)} is the last.', layers=[last])
+    if facts.model == 'Sequential' and facts.kind(last).startswith('Dropout'):
+        return found('warning', '{layer} is the last.', layers=[last])
 
 @rule(kind=('dropout_misplaced', 'regularisation'), causes=['a probability that is too high'],
       tries=['a probability of .1 to .5'])
 def dropout_of_most(evidence,
     *, min_kept=.3, # fraction of the entries; what is kept is made larger, and so are the squares
-    max_left=.5     # of the first loss
-):
+    max_left=.5): # of the first loss
     """Dropout that leaves next to nothing, in a run whose loss stays high.
-
     Source: Srivastava and others, "Dropout" (2014), appendix A.4: at least half of the units are kept."""
     loss, facts, names = needed_loss(evidence), evidence.facts, evidence.sources('std')
     for before,nm in zip(names, names[1:]):
@@ -256,7 +232,7 @@ def dropout_of_most(evidence,
         (mean, square), (now, after) = map(partial(_moments, evidence), (before, nm))
         kept, same = square/after if after else 1., abs(now - mean) < .3*np.sqrt(square)
         if same and kept < min_kept and loss.late > max_left*loss.first: return found(
-            evidence, 'warning', f'{facts.named(nm)} keeps {kept:.0%} of what comes in, and the loss ends at '
+            'warning', f'{{layer}} keeps {kept:.0%} of what comes in, and the loss ends at '
             f'{loss.late/loss.first:.0%} of what it began with.', kept, min_kept, layers=[nm])
 
 def _moments(evidence, nm):   # the mean of the entries, and that of their squares
