@@ -60,6 +60,10 @@ class Parts:
         return batch[self.n_inp:] if isinstance(batch, (tuple, list)) else (batch,)
 
 # %% ../nbs/03_batches.ipynb #4c969749
+def no_loss(*parts):
+    "Stands in for a loss where only predictions are wanted."
+    return torch.zeros(())
+
 class Predicts(Parts):
     "Calls model and loss function of a learner with these parts."
     def predict_with(self, learn):
@@ -73,12 +77,16 @@ class Predicts(Parts):
                 f'predict: the batch is a {type(batch).__name__}; a model is called by keywords with a dict')
             chosen = list(batch) if self.inp_nm is None else names_of(self.inp_nm)
             out = learn.model(**{o: named(batch, o, 'the batch') for o in chosen})
-            learn.loss = named(out, self.loss_nm, 'predict: what the model returned')
+            if learn.loss_func is not no_loss:
+                learn.loss = named(out, self.loss_nm, 'predict: what the model returned')
         learn.preds = out if self.preds_nm is None else named(out, self.preds_nm,
                 'predict: what the model returned')
 
     def compare_with(self, learn):
         "Set `loss`."
+        if learn.loss_func is no_loss:
+            learn.loss = no_loss()
+            return
         if self.loss_nm is not None:
             if learn.loss is None: raise ValueError(
                 f'get_loss: the model returned no loss (its {self.loss_nm!r} is None); most return one only '
@@ -98,10 +106,17 @@ def batch_parts(learn):
     known = next((o for o in owners if isinstance(o, Parts)), None)
     return known or Parts(owners[0].n_inp if owners else 1)
 
+def targets_in(learn, parts):
+    "The targets of the batch, a tuple; an empty one where it has none and only predictions are wanted."
+    try: return parts.targets_of(learn.batch)
+    except ValueError:
+        if learn.loss_func is no_loss: return ()
+        raise
+
 def inputs_and_targets(learn):
     "Inputs and targets of the batch, single ones by themselves."
     parts = batch_parts(learn)
-    both = parts.inputs_of(learn.batch),parts.targets_of(learn.batch)
+    both = parts.inputs_of(learn.batch),targets_in(learn, parts)
     return tuple(o[0] if len(o)==1 else tuple(o) for o in both)
 
 # %% ../nbs/03_batches.ipynb #a75d5af3
@@ -118,7 +133,7 @@ def counted(learn, by_class=True):
     weight_of = next((o.weight_of for o in (*learn.cbs, learn) if getattr(o, 'weight_of', None)), None)
     if weight_of: return weight_of(learn.batch)
     parts = batch_parts(learn)
-    y = next(iter(parts.targets_of(learn.batch)[-1:]), None)
+    y = next(iter(targets_in(learn, parts)[-1:]), None)
     return mean_over(learn.loss_func, y, parts.loss_nm is not None, by_class)
 
 def mean_over(f, y, own=False, by_class=True):

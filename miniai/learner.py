@@ -27,7 +27,7 @@ from .device import batch_size, def_device, detached, rng_state, to_cpu, to_devi
 from .history import History
 from .lr_find import LRFinderCB, SuggestedLRs, lr_find
 from .metrics import MetricsCB
-from .optimizers import new_optimizer
+from .optimizers import new_optimizer, set_rates
 from .progress import ProgressCB
 
 # %% ../nbs/24_learner.ipynb #327ecf9f
@@ -240,11 +240,7 @@ def _ready_opt(learn, lr, reset_opt):
     elif learn.opt is None:
         raise ValueError('fit: opt_func is None; set `learn.opt` to an optimizer before fitting')
     elif lr is not None:
-        groups = learn.opt.param_groups
-        rates = [*lr.values()] if isinstance(lr, Mapping) else [lr]*len(groups)
-        if len(rates) != len(groups): raise ValueError(
-            f'fit: lr has {len(rates)} rates, and the optimizer has {len(groups)} groups; give one for each')
-        for group,rate in zip(groups, rates): group['lr'] = rate
+        set_rates(learn.opt, learn.model, lr)
     if reset_opt: learn.epochs_done = 0
 
 # %% ../nbs/24_learner.ipynb #81e2af88

@@ -7,11 +7,20 @@ __all__ = ['Optimizers']
 
 # %% ../nbs/06_optimizers.ipynb #c3be84af
 from collections.abc import Mapping
+from functools import lru_cache
+from inspect import signature
 from itertools import islice
 
 from torch import optim
 
 from .hooks import choose_parameters, find_parameters, unwrap
+
+# %% ../nbs/06_optimizers.ipynb #e24ec190
+@lru_cache
+def wants_closure(kind):
+    "Say whether a class of optimizers cannot step without a closure, as LBFGS."
+    known = signature(kind.step).parameters.get('closure')
+    return known is not None and known.default is known.empty
 
 # %% ../nbs/06_optimizers.ipynb #debc188b
 class Optimizers(optim.Optimizer):
@@ -33,8 +42,11 @@ class Optimizers(optim.Optimizer):
         super().add_param_group(group)
 
     def step(self, closure=None):
-        loss = None if closure is None else closure()
-        for o in self.opts.values(): o.step()
+        loss,last = None if closure is None else closure(),[]
+        for o in self.opts.values(): last.append(o) if wants_closure(type(o)) else o.step()
+        if last and closure is None: raise TypeError(f'Optimizers: {type(last[0]).__name__} steps by a '
+                                                     'closure; train with ClosureCB instead of TrainCB')
+        for o in last: loss = o.step(closure)
         return loss
     step.hooked = True   # PyTorch calls hooks at the steps of each
 
@@ -71,7 +83,20 @@ def groups_by_rate(model, rates):
         f"lr: no pattern of {list(rates)} means {left[0].name}; end with '*' for others")
     return groups
 
+def set_rates(opt, model, lr):
+    "Give every group of an optimizer the learning rate `lr`, or of name -> rate that of its parameters."
+    rates = [lr]*len(opt.param_groups)
+    if isinstance(lr, Mapping):
+        by_param = {id(p): g['lr'] for g in groups_by_rate(model, lr) for p in g['params']}
+        found = [{by_param.get(id(p)) for p in g['params']} for g in opt.param_groups]
+        mixed = next((sorted(map(str, o)) for o in found if len(o) != 1), None)
+        if mixed: raise ValueError(f'fit: lr gives the parameters of one group the rates {", ".join(mixed)}; '
+                                   'make a new optimizer, or give one rate to all of a group')
+        rates = [rate for rate, in found]
+    for group,rate in zip(opt.param_groups, rates): group['lr'] = rate
+
 def new_optimizer(f, model, lr):
     "The optimizer that `f` makes of parameters and learning rate; `lr` is one, or name -> rate."
+    if f is None: raise ValueError('opt_func is None; set `learn.opt` to an optimizer first')
     if not isinstance(lr, Mapping): return as_optimizer(f(model.parameters(), lr))
     return as_optimizer(f(groups_by_rate(model, lr), max(lr.values())))

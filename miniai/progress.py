@@ -41,10 +41,17 @@ class _LateValue:
         return self.value
 
 # %% ../nbs/22_progress.ipynb #bcb0d33f
-def _begun(bar, dl, desc):
-    "A bar for the pass over `dl` that begins: `bar` from its start, if it exists."
-    try: total = len(dl)
-    except Exception: total = None   # an iterable data set; the bar then counts without a goal
+def _goal(learn):
+    "How many batches this pass has, as far as that is known."
+    try: n = len(learn.dl)
+    except Exception: n = None   # an iterable data set
+    if not learn.training or learn.max_steps is None: return n
+    a_step = max((getattr(cb, 'batches_per_step', 1) for cb in learn.cbs), default=1)
+    left = (learn.max_steps + learn.first_step - learn.n_steps)*a_step
+    return left if n is None else min(n, left)
+
+def _begun(bar, total, desc):
+    "A bar of `total` batches, or of None known, for a pass that begins: `bar` from its start, if it exists."
     if bar is None: return tqdm(total=total, desc=desc, leave=False)
     bar.set_description_str(f'{desc}: ', refresh=False)
     bar.set_postfix_str('', refresh=False)
@@ -152,7 +159,7 @@ class _Bar(Callback):
         self._mean.reset()
         if self.notebook or self.terminal:
             phase = 'train' if learn.training else 'eval'
-            self._bar = _begun(self._bar, learn.dl, f'epoch {learn.epoch} {phase}')
+            self._bar = _begun(self._bar, _goal(learn), f'epoch {learn.epoch} {phase}')
 
     def after_batch(self, learn):
         loss = learn.loss.detach()

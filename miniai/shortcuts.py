@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 
 from .augment import own_history
-from .batches import batch_parts
+from .batches import batch_parts, no_loss
 from .callback import Callback, Order, as_cbs
 from .checkpoint import CheckpointError, load_opt, load_state, opt_of, opt_state, same_form, save_state
 from .device import batch_size
@@ -50,11 +50,11 @@ def validate(self:Learner, dl=None, cbs=None) -> dict: # 'loss' and the metrics 
 # %% ../nbs/37_shortcuts.ipynb #da423f47
 @patch
 def get_preds(self:Learner, dl=None, cbs=None, inps=False):
-    """Predict for `dl`, whose tuples need no targets, or the learner's own loader, with callbacks `cbs` more.
+    """Predict for `dl`, whose batches need no targets, or the learner's own loader; `cbs` are callbacks more.
 
     Returned are predictions and targets, with `inps` inputs too, on the CPU."""
     with validating(self, dl):
-        self.loss_func = lambda preds, *targets: torch.zeros(())
+        self.loss_func = no_loss
         self.cbs = [o for o in self.cbs if not isinstance(o, (MetricsCB, ProgressCB))]
         return self.capture_preds(cbs, inps)
 

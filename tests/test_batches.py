@@ -57,6 +57,20 @@ def learner(worker, cbs=(), collate=by_name, **kw):
     return Learner(Net(), dls, F.cross_entropy, lr=.1, cbs=[worker, *cbs], **kw)
 
 
+@pytest.mark.parametrize('nm', workers)
+def test_predictions_for_batches_without_targets(nm):
+    "As those for the same batches with targets, whichever way the batches come."
+    worker, collate = workers[nm]()
+    learn = learner(worker, collate=collate)
+    whole = list(learn.dls.valid)
+    bare = [{k: v for k, v in o.items() if k != 'labels'} if isinstance(o, dict) else o[:2] for o in whole]
+    expected, targets = learn.get_preds(whole)
+    preds, none = learn.get_preds(bare)
+    assert torch.equal(preds, expected) and len(targets) == len(preds) and not len(none)
+    assert learn.loss_func is F.cross_entropy
+    with pytest.raises((ValueError, TypeError)): learn.validate(bare)
+
+
 # --- names ---
 
 @pytest.mark.parametrize('nm', workers)
@@ -435,16 +449,18 @@ def test_a_group_that_is_added_later_is_trained_and_saved():
 
 
 def test_rates_by_name_are_loaded_and_counted(tmp_path):
-    "A new learner whose rates are by name takes up the state of its optimizer; too few rates are refused."
+    "A new learner whose rates are by name takes up the state of its optimizer; rates are given by name, not by order."
     lr = {'body.*': .01, '*': .02}
     learn, other = opt_learner(optim.AdamW, lr=lr), opt_learner(optim.AdamW, lr=lr)
     learn.fit(max_steps=2)
     learn.save(tmp_path/'run.pt')
     assert [o['lr'] for o in other.load(tmp_path/'run.pt').opt.param_groups] == [.01, .02] and len(other.opt.state) > 1
-    with pytest.raises(ValueError, match='1 rates, and the optimizer has 2 groups'): learn.fit(reset_opt=False, lr={'*': .3})
+    with pytest.raises(ValueError, match='one group the rates'): learn.fit(reset_opt=False, lr={'*.weight': .3, '*': .4})
     assert [o['lr'] for o in learn.opt.param_groups] == [.01, .02]
-    learn.fit(max_steps=1, reset_opt=False, lr={'body.*': .03, '*': .04})
+    learn.fit(max_steps=1, reset_opt=False, lr={'head.*': .04, '*': .03})
     assert [o['lr'] for o in learn.opt.param_groups] == [.03, .04]
+    learn.opt_func, learn.opt = None, None
+    with pytest.raises(ValueError, match='opt_func is None; set `learn.opt`'): learn.load(tmp_path/'run.pt')
 
 
 def test_rates_and_frozen_layers_by_name():
