@@ -27,10 +27,9 @@ from .stats import (Bins, base_name, near_zero, outside, own_names, parts_needed
 
 _all_ = ['Hook', 'Hooks', 'set_seed']
 
-# %% ../nbs/40_activations.ipynb #a01c2d2d
+# %% ../nbs/40_activations.ipynb #1604de57
 def phase_of(learn): return 'train' if learn.training else 'valid'
 
-# %% ../nbs/40_activations.ipynb #1604de57
 class SampledCallback(Callback):
     "Does something in sampled steps of a fit, and in none of a trial; knows what it costs."
     in_trial = False
@@ -53,21 +52,18 @@ class SampledCallback(Callback):
         self.end()
         self.sampler.stop()
 
-    def cost(self) -> Cost: # seconds, bytes, layers, steps seen and sampled; `fraction` of the fit's time
-        "Say what watching has cost so far, over all fits."
-        return self.sampler.cost(layers=len(self))
+    nbytes = 0   # held
+    def cost(self) -> Cost: # seconds, bytes, layers (or parameters), steps seen and sampled; their `fraction`
+        "Say what watching this model has cost so far, and the memory that all rows take."
+        return self.sampler.cost(self.nbytes, len(self))
 
     def __getstate__(self): return {**vars(self), 'learn': None}   # nothing of the learner, nor its data
 
-# %% ../nbs/40_activations.ipynb #f62c7205
-def compiled_off(learn):
-    "Run the model without compiled code until `compiled_on`."
-    if '_stance' not in vars(learn): learn._stance = torch.compiler.set_stance('force_eager')
-
-def compiled_on(learn):   # use it again
+# %% ../nbs/40_activations.ipynb #8ef6c2fc
+def compiled_on(learn):
+    "Use compiled code again."
     if '_stance' in vars(learn): vars(learn).pop('_stance').__exit__(None, None, None)
 
-# %% ../nbs/40_activations.ipynb #8ef6c2fc
 class Hooked(SampledCallback):
     "Has `hooks` on modules in the steps that are sampled, in which no compiled code is used."
     def end(self): self.hooks.remove()
@@ -87,7 +83,8 @@ class Hooked(SampledCallback):
         step = getattr(learn, 'n_steps', None)   # a loop of your own may not count its steps
         self.active = wanted and self.sampler.wants(phase_of(learn), step)
         self.listen(self.active)
-        if self.active and self.compiled: compiled_off(learn)
+        if self.active and self.compiled and '_stance' not in vars(learn):
+            learn._stance = torch.compiler.set_stance('force_eager')
 
     def after_predict(self, learn): compiled_on(learn)
     def cleanup_batch(self, learn):
@@ -196,19 +193,15 @@ def draw_series(ax, found, **about):
     draw_lines(ax, lines, xlabel=positions(found[-1][1].steps)[1], **about)
 
 def draw_hist(ax, s, ends, title):
-    "Draw a series of histograms: a column is a step, a row a bin, the colour log(1 + count)."
+    "Draw histograms: a column is a step, a row a bin, the colour log(1 + count); name what is outside."
     x, xlabel = positions(s.steps)
     counts = s.values[:, :-len(outside)].T if len(s) else np.zeros((0, 0))
     logs = np.where(counts.sum(0) > 0, np.log1p(counts), np.nan)
     heatmap(ax, logs, x=x, xlabel=xlabel, yrange=ends)
-    ax.set_title('\n'.join(filter(None, [title, _outside_words(s)])), fontsize=9)
-
-def _outside_words(s):
-    "What the histograms do not show: the largest fraction of a step, and the first step."
     parts = s.values.T[-len(outside):]/s.values.sum(1) if len(s) else ()
     found = [(what, o.max(), s.steps[np.flatnonzero(o)[0]]) for what,o in zip(outside, parts) if o.any()]
-    return '; '.join(f'{"<1%" if most < .01 else f"{most:.0%}"} {what}, first at {step}'
-                     for what,most,step in found)
+    words = [f'{"<1%" if most < .01 else f"{most:.0%}"} {what}, first at {step}' for what,most,step in found]
+    ax.set_title('\n'.join(filter(None, [title, '; '.join(words)])), fontsize=9)
 
 # %% ../nbs/40_activations.ipynb #c1ec197d
 def matrix_of(found):
@@ -253,18 +246,14 @@ class Readings:
 # %% ../nbs/40_activations.ipynb #7a90c269
 class Views(Readings):
     "Draws them."
-    def why_nothing(self, stats, names) -> str:
-        "Say why there is nothing to draw; an empty text if one of `stats` is recorded, of any `names`."
-        recorded = {*self.stats, *(stat for _,_,stat in self.history.keys())}
-        if not set(stats) & recorded: return f'{stats[0]!r} is not among stats={self.stats}.'
-        if names: return ''
-        if len(self.history): return 'nothing of that name has rows.'
-        return (f'nothing has been watched yet.\nPut this {type(self).__name__} into the cbs of a Learner '
-                'and fit.')
-
     def draw(self, draw, cells, stats, names, text, figsize, phase='train', rows=0):
         "Call `draw(ax, cell)` for each of `cells` and write `text` under them, or say why there is nothing."
-        why, (width, height), many = self.why_nothing(stats, names), figsize, max(12, len(cells), rows)
+        (width, height), many, why = figsize, max(12, len(cells), rows), ''
+        if not set(stats) & {*self.stats, *(stat for _,_,stat in self.history.keys())}:
+            why = f'{stats[0]!r} is not among stats={self.stats}.'
+        elif not names and len(self.history): why = 'nothing of that name has rows.'
+        elif not names: why = ('nothing has been watched yet.\n'
+                               f'Put this {type(self).__name__} into the cbs of a Learner and fit.')
         fig, axs = get_grid(1 if why else len(cells), figsize=(width, height*many/12))
         if why:
             axs.flat[0].text(.5, .5, f'Nothing to draw: {why}', ha='center', va='center', wrap=True)
@@ -296,9 +285,7 @@ class Kept(Views):
         if tap: self.table = self.history.add_table(Rows(tap, bins, self.stats, follow))
         self.forget()
 
-    def cost(self) -> Cost: # seconds, bytes, layers (or parameters), steps seen and sampled; their `fraction`
-        "Say what watching this model has cost so far, and the memory that all rows take."
-        return self.sampler.cost(self.history.nbytes, len(self))
+    nbytes = property(lambda self: self.history.nbytes)
 
     def state_dict(self) -> dict: # history, sampler, and what is known of the model
         "Give what is needed to go on."
@@ -358,8 +345,8 @@ class Recorder(Kept, SampledCallback):
     def __getstate__(self): return {**super().__getstate__(), '_model': noop}   # no weak reference
 
 # %% ../nbs/40_activations.ipynb #4d731e06
-_why_silent = ('was never called. Forward does not run it, or not by a call (`layer.forward(x)`, `F.relu`), '
-               'or the model (or another of its class) was compiled before the hooks were there')
+why_silent = ('was never called. Forward does not run it, or not by a call (`layer.forward(x)`, `F.relu`), '
+              'or the model (or another of its class) was compiled before the hooks were there')
 
 # %% ../nbs/40_activations.ipynb #6a56b439
 class OutputSteps(Recorder, HooksCallback):
@@ -394,7 +381,7 @@ class OutputSteps(Recorder, HooksCallback):
         if not learn.training: self.table.close()
 
     def cleanup_epoch(self, learn):
-        for name in self.silent: self.told(name, _why_silent)
+        for name in self.silent: self.told(name, why_silent)
         give_stats(self)
         super().cleanup_epoch(learn)
 
@@ -441,15 +428,6 @@ class OutputFacts(OutputSteps):
         self.tap.reset()
         give_stats(self)
 
-# %% ../nbs/40_activations.ipynb #a3b23e0c
-def _dead_units(units, **about):
-    "What became of each unit of one source that was dead at least once."
-    for i in np.flatnonzero(units.batches_dead):
-        since = int(units.since[i])
-        yield dict(about, unit=int(i), dead=since >= 0, since=None if since < 0 else since,
-                   returned=units.returns[i], batches_dead=units.batches_dead[i], batches=units.batches,
-                   epochs_dead=int(units.epochs[1][:, i].sum()))
-
 # %% ../nbs/40_activations.ipynb #a03318ec
 class OutputTables(Views):
     "Lists what was recorded of outputs; needs `table`, `sources`, `kinds` and `axes` besides."
@@ -466,15 +444,16 @@ class OutputTables(Views):
         self.check_phase(phase)
         self.history.flush()
         import pandas as pd
-        found = [(nm, self.table.units_of(phase, nm, self.first_run)) for nm in self.panels()]
-        units = [o for nm,u in found if u is not None for o in _dead_units(u, layer=nm, axis=self.axes[nm])]
+        found, rows = [(nm, self.table.units_of(phase, nm, self.first_run)) for nm in self.panels()], []
+        for nm,o in found:
+            for i in () if o is None else np.flatnonzero(o.batches_dead):
+                since = int(o.since[i]) if o.since[i] >= 0 else None
+                rows.append((nm, int(i), since is not None, since, o.returns[i], o.batches_dead[i], o.batches,
+                             int(o.epochs[1][:, i].sum()), self.axes[nm]))
         columns = 'layer unit dead since returned batches_dead batches epochs_dead axis'.split()
-        table = pd.DataFrame(units, columns=columns).astype(dict(since='Int64'))
+        table = pd.DataFrame(rows, columns=columns).astype(dict(since='Int64'))
         return table.sort_values('batches_dead', ascending=False, kind='stable', ignore_index=True)
 
-# %% ../nbs/40_activations.ipynb #b2bfc4c2
-class OutputCells(OutputTables):
-    "Draws one source or statistic; needs `hist_range` besides."
     def _draw(self, draw, stats, text, figsize, phase, cells=None):
         "Call `draw(ax, cell, phase)` for each cell; default the sources."
         phases, names = {o for o,_,_ in self.history.keys()}, self.panels()
@@ -487,54 +466,54 @@ class OutputCells(OutputTables):
         name = next((nm for nm,own in self.sources.items() if source in (nm, *own)), None)
         return f'{short_name(source)}  {self.kinds.get(name, "")}'
 
-    def _draw_hist(self, ax, source, phase):
-        draw_hist(ax, self.rows(source, 'hist', phase), self.hist_range, self._title(source))
-
-    def _draw_dead(self, ax, source, phase):
-        hists, deaths = self.rows(source, 'hist', phase), self.rows(source, 'death_rate', phase)
-        small = near_zero(hists.values) if len(hists) else hists.values
-        found = [('near-zero', hists, small, 'C0'), ('dead units', deaths, deaths.values, 'C1')]
-        for nm,s,y,color in [o for o in found if len(o[1])] or found[:1]:
-            x, xlabel = positions(s.steps)   # its own: a full table thins its histograms first
-            plot_lines(ax, x, {nm: y}, xlabel=xlabel, legend=False, color=color)
-        ax.set_ylim(-.05, 1.05)
-        ax.set_title(self._title(source), fontsize=9)
-
-    def _draw_stat(self, ax, stat, phase):
-        found, one = [(nm, self.rows(nm, stat, phase)) for nm in self.panels()], statistics[stat]
-        title = dict(mean='means', std='standard deviations').get(stat) or one.title
-        if len(found) > 12: draw_map(ax, found, title=title, log=one.log)
-        else: draw_series(ax, found, title=title, yscale='log' if one.log else 'linear')
-
 # %% ../nbs/40_activations.ipynb #7bef67f6
-class OutputPlots(OutputCells):
-    """Draws what was recorded of outputs: the three pictures of the course.
-
-    `figsize` is in inches, and higher for more than twelve layers; `phase` is 'train' or 'valid', by default
-    training if there is any. Needs `bins` besides."""
+class OutputHists(OutputTables):
+    "Draws histograms and the fractions that come from them; needs `bins` and `hist_range` besides."
     def color_dim(self, figsize=(11, 5), phase:str=None): # the figure
         """Draw histograms over time, one for each layer: a column is a step, a row a bin.
 
         What was above the range, infinite or NaN is stated in the title of the cell."""
         lo, hi = self.hist_range
+        def _draw(ax, source, phase):
+            draw_hist(ax, self.rows(source, 'hist', phase), (lo, hi), self._title(source))
         text = (f'Histogram of |output| at each step, {self.bins} bins from {lo:g} (bottom) to {hi:g} (top); '
                 'colour: log(1 + count), each layer with its own scale.')
-        return self._draw(self._draw_hist, ('hist',), text, figsize, phase)
+        return self._draw(_draw, ('hist',), text, figsize, phase)
 
     def dead_chart(self, figsize=(11, 5), phase:str=None): # the figure
         "Draw the near-zero fraction over time and, as a second line, that of dead units, for each layer."
         edge = self.hist_range[0] + (self.hist_range[1]-self.hist_range[0])/self.bins
+        def _draw(ax, source, phase):
+            hists, deaths = self.rows(source, 'hist', phase), self.rows(source, 'death_rate', phase)
+            small = near_zero(hists.values) if len(hists) else hists.values
+            found = [('near-zero', hists, small, 'C0'), ('dead units', deaths, deaths.values, 'C1')]
+            for nm,s,y,color in [o for o in found if len(o[1])] or found[:1]:
+                x, xlabel = positions(s.steps)   # its own: a full table thins its histograms first
+                plot_lines(ax, x, {nm: y}, xlabel=xlabel, legend=False, color=color)
+            ax.set_ylim(-.05, 1.05)
+            ax.set_title(self._title(source), fontsize=9)
         text = (f'Near-zero: fraction of outputs in the lowest bin, |output| < {edge:g}: small, which is not '
                 'dead. Dead: fraction of units that are exactly zero for the whole batch (falls as the batch '
                 'grows).')
-        return self._draw(self._draw_dead, ('hist', 'death_rate'), text, figsize, phase)
+        return self._draw(_draw, ('hist', 'death_rate'), text, figsize, phase)
 
+# %% ../nbs/40_activations.ipynb #0c270783
+class OutputPlots(OutputHists):
+    """Draws what was recorded of outputs: the three pictures of the course.
+
+    `figsize` is in inches, and higher for more than twelve layers; `phase` is 'train' or 'valid', by default
+    training if there is any."""
     def plot_stats(self, figsize=(10, 4), phase:str=None, stats=None): # the figure
         """Draw `stats` over time: a line for each layer, first dark, last light; more than twelve as a map.
 
         By default means, deviations, and the statistics that you have added."""
-        text, stats = 'Over all entries of each output.', stats or ('mean', 'std', *own_names('output'))
-        return self._draw(self._draw_stat, stats, text, figsize, phase, stats)
+        def _draw(ax, stat, phase):
+            found, one = [(nm, self.rows(nm, stat, phase)) for nm in self.panels()], statistics[stat]
+            title = dict(mean='means', std='standard deviations').get(stat) or one.title
+            if len(found) > 12: draw_map(ax, found, title=title, log=one.log)
+            else: draw_series(ax, found, title=title, yscale='log' if one.log else 'linear')
+        stats = stats or ('mean', 'std', *own_names('output'))
+        return self._draw(_draw, stats, 'Over all entries of each output.', figsize, phase, stats)
 
 # %% ../nbs/40_activations.ipynb #8e0f29be
 class ActivationStats(OutputPlots, OutputFacts):

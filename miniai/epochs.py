@@ -7,10 +7,10 @@ __all__ = []
 
 # %% ../nbs/46_epochs.ipynb #f1c89005
 from collections import Counter
+from itertools import product
 
 import numpy as np
 import torch
-from torch import nn
 
 from miniai.batches import mean_over
 from miniai.device import batch_size
@@ -90,7 +90,7 @@ def one_number(name, value):
 
 # %% ../nbs/46_epochs.ipynb #d4925f51
 class Keeping:
-    "Keeps single numbers until the epoch ends."
+    "Keeps single numbers, and what functions of tensors give, until the epoch ends; takes errors."
     def _loss_lenses(self): return [o for o in self.lenses if o.tap == 'loss' and self.active]
 
     def _push(self, lens, name, value, phase, samples, keep=False):
@@ -107,6 +107,24 @@ class Keeping:
         if keep or not lens.inplace: self.history.record(source, stat, value, **where)
         self.seen.fresh = True
 
+    def compute(self, lens, source, a, axis, raw):
+        "Ask the functions of a lens for the numbers of a tensor, in full precision, and keep them."
+        phase = 'valid' if raw in lens.phases('valid') and lens.tap != 'output_grad' else 'train'
+        for stat in lens.functions:
+            try:
+                with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+                    self._keep(lens, source, stat, lens.compute(stat, a, axis), phase, self.samples)
+            except Exception as e: self._failed(lens, source, e)
+
+    def _failed(self, lens, source, e):
+        what = f'could not be measured by {lens} and is left out ({type(e).__name__}: {e})'
+        self.warn(source, what, about=(id(lens), type(e)))
+
+    def _guard(self, what, f, *args):
+        "Call `f`; an error becomes a warning, once."
+        try: return f(*args)
+        except Exception as e: self.warn.failed(what, e)
+
 # %% ../nbs/46_epochs.ipynb #8c73c172
 class Losses:
     "Takes losses, and what enters them, from hooks."
@@ -116,7 +134,6 @@ class Losses:
         self._guard('the loss', self._take_loss, hook.lens, mod, inp, outp)
         if not self.seen.batches[self.phase]:   # parts of the model are called, never all of it
             self.is_due = self.loss_stats.is_next_due(self.phase)
-        if not self.is_due: return
         self._guard('what enters the loss', self._enter_loss, inp.get('input'), inp.get('target'))
 
     def _enter_loss(self, preds, targets):
@@ -136,27 +153,6 @@ class Losses:
         samples = batch_size(tuple(inp.values())) if over is None else over
         self._push(lens, 'loss', outp, 'train' if train else 'valid', samples)
 
-# %% ../nbs/46_epochs.ipynb #6432af56
-class Computing:
-    "Takes what functions of tensors give, and errors."
-    def compute(self, lens, source, a, axis, raw):
-        "Ask the functions of a lens for the numbers of a tensor, in full precision, and keep them."
-        phase = 'valid' if raw in lens.phases('valid') and lens.tap != 'output_grad' else 'train'
-        for stat in lens.functions:
-            try:
-                with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
-                    self._keep(lens, source, stat, lens.compute(stat, a, axis), phase, self.samples)
-            except Exception as e: self._failed(lens, source, e)
-
-    def _failed(self, lens, source, e):
-        what = f'could not be measured by {lens} and is left out ({type(e).__name__}: {e})'
-        self.warn(source, what, about=(id(lens), type(e)))
-
-    def _guard(self, what, f, *args):
-        "Call `f`; an error becomes a warning, once."
-        try: return f(*args)
-        except Exception as e: self.warn.failed(what, e)
-
 # %% ../nbs/46_epochs.ipynb #fada1492
 def read_now(lens, stat, a, axis):
     "The value of a statistic of one tensor, whose units are on `axis`; waits for the device."
@@ -165,9 +161,9 @@ def read_now(lens, stat, a, axis):
     add_to_row(row, a, axis, grad_bins, 3)
     return float(lens.values(stat, Sums.of(to_host([row])[0], grad_bins))[0])
 
-# %% ../nbs/46_epochs.ipynb #683ce4fe
-class KnowsParameters:
-    "Knows the parameters of the model."
+# %% ../nbs/46_epochs.ipynb #b8a0f98a
+class Parameters:
+    "Knows the parameters of the model, and reads at the end of an epoch those that a lens asks for."
     def _find_parameters(self):
         "All parameters of the model as it is now; new ones are found at the next epoch."
         found = [o for o in find_parameters(self.model) if not self._is_sharded(o)]
@@ -184,32 +180,26 @@ class KnowsParameters:
         if found: self.warn('a parameter', what, 'divided')
         return found
 
-# %% ../nbs/46_epochs.ipynb #b8a0f98a
-class Parameters(KnowsParameters):
-    "Knows the parameters of the model, and reads at the end of an epoch those that a lens asks for."
     def _read_parameters(self):
         self._find_parameters()
         for lens in self.lenses:
             if lens.tap in epoch_taps: self._guard('the parameters', self._read_lens, lens)
 
     def _read_lens(self, lens):
-        params = [o for o in choose_parameters(self.params, lens.parameters)
-                  if not isinstance(o.p, nn.parameter.UninitializedParameter)]
+        params = [o for o in choose_parameters(self.params, lens.parameters) if o.shape is not None]
         read = [(o.name, o.p.detach(), o.axis()) for o in params]
         if lens.tap == 'state': read = [o for p in params for o in self._states(p)]
-        found = np.array([[self._statistic(lens, stat, *o) for o in read] for stat in lens.stats])
-        self._record_all([nm for nm,*_ in read], lens.stats, found, 'train')
+        for stat,(name,a,axis) in product(lens.stats, read):
+            value = np.nan
+            try: value = read_now(lens, stat, a, axis)
+            except Exception as e: self._failed(lens, name, e)
+            self._record(name, stat, value, 'train')
 
     def _states(self, o):
         "What optimizers keep for a parameter, in its shape: [('0.weight exp_avg', tensor, axis)]."
         states = [held.ref().state.get(o.p, {}) for held in self.held.values() if held.ref()]
         return [(f'{o.name} {nm}', a.detach(), o.axis()) for state in states for nm,a in state.items()
                 if isinstance(a, torch.Tensor) and a.shape == o.p.shape]
-
-    def _statistic(self, lens, stat, name, a, axis):
-        try: return read_now(lens, stat, a, axis)
-        except Exception as e: self._failed(lens, name, e)
-        return np.nan
 
 # %% ../nbs/46_epochs.ipynb #21472afd
 class CountsEpochs:
@@ -240,7 +230,7 @@ class CountsEpochs:
 
 # %% ../nbs/46_epochs.ipynb #b71e2312
 class Epochs(CountsEpochs):
-    "Makes rows of what an epoch had."
+    "Makes rows of what an epoch had, in this process and in others."
     def _close_epoch(self, everywhere):
         for o in self.tables: o.close()
         values, done = self.seen.numbers(), set()
@@ -257,36 +247,6 @@ class Epochs(CountsEpochs):
         draws = world_size() == 1 or rank() == self.master_rank
         if draws and self.visualizer is not None: self.visualizer.tick(self.recording(), self.epoch)
 
-# %% ../nbs/46_epochs.ipynb #48ff7e6b
-class Summaries:
-    "Computes the aggregates of an epoch."
-    def _record(self, source, stat, value, phase):
-        self.history.record(source, stat, float(value), step=self.step, epoch=self.epoch, phase=phase)
-
-    def _record_all(self, sources, stats, values, phase):
-        for stat,row in zip(stats, values):
-            for source,value in zip(sources, row): self._record(source, stat, value, phase)
-
-    def _summarize(self, i, lens, phase, values, done):
-        "Record the aggregates of one lens in one phase, but for what another lens had already."
-        found, means, which = {}, {}, (self.history.run, self.seen.number, self.seen.first)
-        for rows in self.tables:
-            if lens in rows.lenses: found = rows.read(lens, phase, *which)
-        for (p,n,stat,source),o in values.items():
-            if (p, n) == (phase, i): found.setdefault(stat, {})[source] = o
-        for stat,of in found.items():
-            table = np.stack([summary(o, weights*self.weighted) for o,weights in of.values()], 1)
-            new, means[stat] = [(phase, nm, stat) not in done for nm in of], table[0]
-            names = [nm for nm,o in zip(of, new) if o]
-            done |= {(phase, nm, stat) for nm in names}
-            self._record_all(names, tuple(row_stat(stat, o) for o in aggregates), table[:, new], phase)
-        if not any(o in means for o in lens.named): return
-        found = lens.over_all([means[o] for o in lens.named if o in means])
-        for name,value in found.items(): self._record('all', name, value, phase)
-
-# %% ../nbs/46_epochs.ipynb #74a7a097
-class Processes:
-    "Puts together what several processes have seen."
     def _gather(self, values):
         "Take in what the other processes have seen; values of the epoch, of all of them."
         tables = [o for o in self.tables if o.tap in layer_taps]
@@ -297,10 +257,33 @@ class Processes:
         for i,o in enumerate(tables): o.merge([states[i] for states,_,_ in everyone])
         for key in dict.fromkeys(key for _,found,_ in everyone for key in found):
             same[key] = tuple(map(np.concatenate, zip(*(o[key] for _,o,_ in everyone if key in o))))
-        self.seen.batches = {phase: sum((o[phase] for *_,o in everyone), Counter()) for phase in own_phases}
+        self.seen.batches = {phase: sum((o[phase] for *_,o in everyone), Counter())
+                             for phase in self.seen.batches}
         return same
 
-own_phases = 'train', 'valid'
+# %% ../nbs/46_epochs.ipynb #48ff7e6b
+class Summaries:
+    "Computes the aggregates of an epoch."
+    def _record(self, source, stat, value, phase):
+        self.history.record(source, stat, float(value), step=self.step, epoch=self.epoch, phase=phase)
+
+    def _summarize(self, i, lens, phase, values, done):
+        "Record the aggregates of one lens in one phase, but for what another lens had already."
+        found, means, which = {}, {}, (self.history.run, self.seen.number, self.seen.first)
+        for rows in self.tables:
+            if lens in rows.lenses: found = rows.read(lens, phase, *which)
+        for (p,n,stat,source),o in values.items():
+            if (p, n) == (phase, i): found.setdefault(stat, {})[source] = o
+        for stat,of in found.items():
+            table = np.stack([summary(o, weights*self.weighted) for o,weights in of.values()], 1)
+            means[stat] = table[0]
+            new = [(k, source) for k,source in enumerate(of) if (phase, source, stat) not in done]
+            for (how,row),(k,source) in product(zip(aggregates, table), new):
+                self._record(source, row_stat(stat, how), row[k], phase)
+            done |= {(phase, source, stat) for source in of}
+        read = [means[o] for o in lens.named if o in means]
+        worst = lens.over_all(read) if read else {}
+        for name,value in worst.items(): self._record('all', name, value, phase)
 
 # %% ../nbs/46_epochs.ipynb #95b9c3b3
 class Silence:

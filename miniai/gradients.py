@@ -31,7 +31,7 @@ class ChosenParameters(Recorder):
     "Chooses parameters that the optimizer steps."
     def forget(self):
         super().forget()
-        self.params, self._found, self.inside, self.gaps, self.unreached = (), [], [], {}, ()
+        self.params, self._found, self.inside, self.gaps, self.unreached = (), [], set(), {}, ()
 
     def _find(self, learn):
         found, self._there = find_parameters(unwrap(learn.model)), None
@@ -40,18 +40,17 @@ class ChosenParameters(Recorder):
         self.tap.choose(())
         self.params = choose_parameters(found, self.parameters, type(self).__name__)
         # those that an optimizer steps inside backward, which leaves no gradient
-        self.inside = [o for o in self.params if getattr(o.p, '_post_accumulate_grad_hooks', None)]
+        self.inside = {o for o in self.params if getattr(o.p, '_post_accumulate_grad_hooks', None)}
 
     def _choose(self, learn):
         "Tell the tap which of the optimizer's parameters have ever had a gradient."
         if not self._found: self._find(learn)
-        inside = {id(o.p) for o in self.inside}
-        there = [o.p.grad is not None or id(o.p) in inside for o in self.params]
+        there = [o.p.grad is not None or o in self.inside for o in self.params]
         if there == self._there: return
         self._there, known = there, set(self.tap.params)
         groups = getattr(getattr(learn, 'opt', None), 'param_groups', None)   # not every optimizer has them
         held = [p for o in groups for p in o['params']] if groups else [o.p for o in self.params]
-        self._held = inside | {id(p) for p in held}
+        self._held = {id(p) for p in (*held, *(o.p for o in self.inside))}
         self.tap.choose(o for o,has in zip(self.params, there)
                         if (has or o in known) and self._why(o) not in ('sharded', 'other'))
 
@@ -65,16 +64,17 @@ class ReachedParameters(ChosenParameters):
     saved, warns = ('gaps', 'unreached'), True
 
     def _note_gaps(self):
-        why = {o.name: self._why(o) for o in self.params if o not in set(self.tap.params)}
+        read = set(self.tap.params)
+        why = {o.name: self._why(o) for o in self.params if o not in read}
         self.gaps = {nm: _why[key] for nm,key in why.items()}
         self.unreached = tuple(nm for nm,key in why.items() if key == 'unused')
-        sharded = [nm for nm,key in why.items() if key == 'sharded' and self.warns]
-        for nm in sharded[:1]: self.told(nm, _why['sharded'])
+        if not self.warns: return
+        for nm in [nm for nm,key in why.items() if key == 'sharded'][:1]: self.told(nm, _why['sharded'])
         new = [nm for nm in self.unreached if (nm, 'unused') not in self.told.known]
-        if not (new and self.warns): return
         self.told.known |= {(nm, 'unused') for nm in new}
         more = f' and {len(new)-3} more' if len(new) > 3 else ''
-        warnings.warn(f"{type(self).__name__}: {', '.join(new[:3])}{more} {_why['unused']}", stacklevel=4)
+        if new: warnings.warn(f"{type(self).__name__}: {', '.join(new[:3])}{more} {_why['unused']}",
+                              stacklevel=4)
 
 # %% ../nbs/41_gradients.ipynb #eaa0e8d8
 class AtSteps(ReachedParameters):
@@ -136,10 +136,10 @@ class StepRows(AtSteps):
         if learn.training and self._there is not None: self._note_gaps()
         super().cleanup_epoch(learn)
 
-    def cost(self): # buffers are memory, too
-        cost = super().cost()
-        cost.bytes += sum(o.nbytes for o in (*self.tap.before.values(), *self.tap.starts.values()))
-        return cost
+    @property
+    def nbytes(self): # buffers are memory, too
+        buffers = *self.tap.before.values(), *self.tap.starts.values()
+        return super().nbytes + sum(o.nbytes for o in buffers)
 
     def state_dict(self):
         "As above, with what the next step is compared with."
@@ -152,7 +152,7 @@ class StepRows(AtSteps):
 
     def __len__(self): return len(self.params)
     def __getstate__(self):
-        return {**super().__getstate__(), 'tap': None, 'params': (), '_found': [], 'inside': []}
+        return {**super().__getstate__(), 'tap': None, 'params': (), '_found': [], 'inside': set()}
     def __setstate__(self, state):
         vars(self).update(state)
         self._new_tap()
@@ -170,33 +170,29 @@ class ParameterViews(Views):
         names = [o.name for o in self.params] or sorted(seen - {'all'})
         return [nm for nm in names if nm in seen and any(parameter_matches(nm, o) for o in patterns)]
 
-    def _draw_map(self, stat, names, label, title, text, figsize, **kw):
+    def _draw_map(self, stat, parameters, label, title, text, figsize, **kw):
         "Draw colours for log10 of a statistic, the first name at the top."
+        names = self._names(stat, parameters)
         found = [(nm, self.rows(nm, stat)) for nm in names]
         draw = lambda ax, _: draw_map(ax, found, f'log10 of {label}', title=title, log=True, **kw)
         return self.draw(draw, [0], (stat,), names, text, figsize, rows=min(len(names), 40))
 
 # %% ../nbs/41_gradients.ipynb #deaa6873
-class GradientMaps(ParameterViews):
-    "Draws every parameter's gradients."
+class GradientViews(ParameterViews):
+    "Draws the size of gradients."
     def plot_heat(self, parameters='weight', figsize=(7, 3)): # the figure
         "Draw norms of gradients as a map: a row for each parameter, the first at the top; a column a step."
         text = 'Grey: no gradient, or NaN. Black: zero. Red: infinite. Before clipping.'
-        names = self._names('grad_norm', parameters)
-        return self._draw_map('grad_norm', names, 'norm', 'Norm of the gradient', text, figsize)
+        return self._draw_map('grad_norm', parameters, 'norm', 'Norm of the gradient', text, figsize)
 
     def color_dim(self, parameters='weight', figsize=(11, 5)): # the figure
         "Draw histograms of |gradient| over time, one for each parameter: a column is a step, a row a bin."
         names, (lo, hi) = self._names('grad_hist', parameters), self.hist_range
-        ends = np.log10(lo), np.log10(hi)
-        def _draw(ax, nm): draw_hist(ax, self.rows(nm, 'grad_hist'), ends, nm)
+        def _draw(ax, nm): draw_hist(ax, self.rows(nm, 'grad_hist'), (np.log10(lo), np.log10(hi)), nm)
         text = (f'|gradient| at each step, {self.bins} logarithmic bins from {lo:g} to {hi:g}; the axis is '
                 'log10. Colour: log(1 + count), each picture with its own scale. Zeros count as below.')
         return self.draw(_draw, names, ('grad_hist',), names, text, figsize)
 
-# %% ../nbs/41_gradients.ipynb #ace58632
-class GradientViews(GradientMaps):
-    "Draws the size of gradients."
     def plot_norm(self, figsize=(6, 3)): # the figure
         "Draw the norm of all gradients together, before and after clipping."
         found = [(f'{nm} clipping', self.rows('all', stat))
@@ -222,19 +218,15 @@ class GradientViews(GradientMaps):
         text = 'From the first layer (left) to the last. Before clipping.'
         return self.draw(_draw, [0], ('grad_norm',), names, text, figsize)
 
-# %% ../nbs/41_gradients.ipynb #577727ee
-def _may_clip(learn, me):
-    "Whether another callback comes between this one and the optimizer."
-    later = [cb for cb in getattr(learn, 'cbs', ()) if getattr(cb, 'order', 0) >= me.order]
-    return any(callable(getattr(cb, 'after_backward', None)) and not isinstance(cb, StepRows) for cb in later)
-
 # %% ../nbs/41_gradients.ipynb #2f134b41
 class GradientSteps(StepRows):
     "Reads gradients before anybody clips them, and their norm after it."
     def begin(self, learn):
         super().begin(learn)
-        self._handles = []
-        self._clipped = _may_clip(learn, self) if self.clipped is None else self.clipped
+        later = [cb for cb in getattr(learn, 'cbs', ()) if getattr(cb, 'order', 0) >= self.order]
+        may_clip = any(callable(getattr(cb, 'after_backward', None)) and not isinstance(cb, StepRows)
+                       for cb in later)
+        self._handles, self._clipped = [], may_clip if self.clipped is None else self.clipped
 
     def after_loss(self, learn):
         super().after_loss(learn)
@@ -308,7 +300,7 @@ class UpdateViews(ParameterViews):
         if len(names) > 12:
             text = f'Colour: white at 1e-3, red where the steps are larger {rule}'
             colours = dict(cmap='RdBu_r', vmin=-6, vmax=0)
-            return self._draw_map('update_ratio', names, 'ratio', title, text, figsize, **colours)
+            return self._draw_map('update_ratio', parameters, 'ratio', title, text, figsize, **colours)
         def _draw(ax, _):
             ax.axhspan(1e-4, 1e-2, color='0.93', zorder=0)
             ax.axhline(1e-3, color='0.5', lw=1, ls='--')

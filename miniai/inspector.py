@@ -23,8 +23,7 @@ from .batches import counted
 from .callback import Callback
 from .collect import OutputGradTap, Sampler, Told, in_backward
 from .device import batch_size
-from .epochs import (Computing, Epochs, Keeping, Losses, Numbers, Parameters, Processes, Silence,
-                           Summaries)
+from .epochs import Epochs, Keeping, Losses, Numbers, Parameters, Silence, Summaries
 from .history import History
 from .hooks import Hook, choose_parameters, named_tensors, select_modules, unwrap, warn_if_compiled
 from .lens import OutputStats, aggregates, checked_loss, default_lenses, layer_taps, row_stat
@@ -172,21 +171,24 @@ class Loop:
         on = f'on {type(self.model).__name__}' if self.attached else 'detached'
         return f"Inspector({', '.join(type(o).__name__ for o in self.lenses)}; {on}, epoch {self.epoch})"
 
-# %% ../nbs/47_inspector.ipynb #031fa837
-class Forwards:
-    "Follows the forwards of a model."
-    def _begin(self, hook, mod, inp, kwargs):
-        if self.active and not in_backward(): self._guard('the model', self._begin_forward, mod, inp, kwargs)
+# %% ../nbs/47_inspector.ipynb #e70ba518
+class Progress:
+    "Says where a loop is, and follows it."
+    step = property(lambda self: self.steps.number, doc='Training steps done.')
+    pace = property(lambda self: self.sampler, doc='The sampler, by its first name.')
+    attached = property(lambda self: self.model is not None, doc='Whether a model is being watched.')
 
-    def _begin_forward(self, mod, inp, kwargs):
-        inp = inp or tuple(kwargs.values())
-        self.samples, raw = batch_size(inp), self._enter(mod)
-        attached = getattr(first_tensor(inp), 'grad_fn', None) is not None
-        self.loss_stats.count('forward', mod.training, torch.is_grad_enabled(), attached)
-        self._keep_inputs(inp)
-        self.seen.batches[self.phase][self.samples] += 1
-        if raw != 'valid': self.steps.samples += self.samples
-        self._open(raw, self.samples if self.samples > 1 else 0)   # 0: as many as outputs have
+    @property
+    def kinds(self):   # types of layers, in the order of the first forward
+        return {nm: self.layers.kinds[nm] for nm in self.layers.order()} if self.layers else {}
+
+    def set_step(self,
+        phase:str, # 'train' or 'valid'; None to find out from grad mode and the model's mode
+        step:int   # training steps done
+    ):
+        "Say which phase and step a loop is in, where it knows."
+        self.steps.phase, self.steps.number = phase, step
+        if phase: self.phase = phase
 
     def _enter(self, mod):
         "Find the phase of a forward, as rows call it, and begin a step with it."
@@ -208,44 +210,40 @@ class Forwards:
         self.layers.each('end')
         return on
 
+# %% ../nbs/47_inspector.ipynb #031fa837
+class Forwards:
+    "Follows the forwards of a model; keeps what some were given and gave, and notices a backward pass."
+    def _begin(self, hook, mod, inp, kwargs):
+        if self.active and not in_backward(): self._guard('the model', self._begin_forward, mod, inp, kwargs)
 
-# %% ../nbs/47_inspector.ipynb #2af3b73b
-class AfterForwards:
-    "Keeps what a forward was given and gave, in few steps, and notices that a backward pass runs."
-    def _keep_inputs(self, inp):
+    def _begin_forward(self, mod, inp, kwargs):
+        inp = inp or tuple(kwargs.values())
+        self.samples, raw = batch_size(inp), self._enter(mod)
+        attached = getattr(first_tensor(inp), 'grad_fn', None) is not None
+        self.loss_stats.count('forward', mod.training, torch.is_grad_enabled(), attached)
         self.is_due = self.loss_stats.is_next_due(self.phase)
         if self.is_due: self.batch = {} if (a := few(inp)) is None else dict(inputs=a)
+        self.seen.batches[self.phase][self.samples] += 1
+        if raw != 'valid': self.steps.samples += self.samples
+        self._open(raw, self.samples if self.samples > 1 else 0)   # 0: as many as outputs have
 
     def _end(self, hook, mod, inp, outp):
         if self.active and not in_backward(): self._guard('the output of the model', self._end_forward, outp)
 
     def _end_forward(self, outp):
         self.layers.each('end')
-        self._take_output(outp)
-        if self.steps.sampled and self.clip.lenses: self.clip.ask(outp)
-
-    def _take_output(self, outp):
         if self.is_due:
             if (a := few(outp)) is not None: self.batch['predictions'] = a
             self.loss_stats.count('output', first_tensor(outp), [o.p for o in self.params])
-        if self.phase == 'valid' or self.steps.n_stepped: return
         note = lambda grad, steps=self.steps: setattr(steps, 'backward_ran', True)
-        for _,a in named_tensors(outp)[:1]:
+        asks = self.phase == 'train' and not self.steps.n_stepped
+        for _,a in named_tensors(outp)[:1] if asks else ():
             if a.requires_grad: a.register_hook(note)
+        if self.steps.sampled and self.clip.lenses: self.clip.ask(outp)
 
 # %% ../nbs/47_inspector.ipynb #f073acea
-class BeforeSteps:
-    "Reads what is there before an optimizer steps."
-    def _held_by(self, optimizer):
-        "What is read around this optimizer's steps; nothing if it is not one to watch."
-        held = self.held.get(id(optimizer))
-        if held is None or not held.is_of(optimizer):
-            params = self.params if self.optimizer in (None, optimizer) else []
-            held = self.held[id(optimizer)] = OptimizerTaps(optimizer, params, self.tables, self.warn)
-            if held.params: self.opts = [o for o in self.opts if o() not in (None, optimizer)] + [held.ref]
-            for nm,tap in held.taps.items(): tap.before.update(self.last_gradients.get(nm, {}))
-        return held
-
+class OptimizerSteps:
+    "Reads what is there before an optimizer steps, and what it has changed."
     def _before_step(self, optimizer, has_closure):
         if not self.active: return
         held = self._held_by(optimizer)
@@ -256,24 +254,24 @@ class BeforeSteps:
         self.sampler.begin_watch()
         late = has_closure and (self.steps.bare or self.steps.in_closure)
         samples = 0 if late else self.steps.samples or int(self.steps.bare)
-        where = self.history.run, self.steps.current, self.epoch
-        for tap in held.taps.values(): tap.rows.open('train', *where, samples, new=True)
+        self._open_rows(held, samples, True)
         self._guard('the gradients', held.before, has_closure, self.compute, late)
         if not late: self._write_norms(held, samples)
         self.sampler.end_watch()
+
+    def _open_rows(self, held, samples, new=False):
+        where = self.history.run, self.steps.current, self.epoch
+        for tap in held.taps.values(): tap.rows.open('train', *where, samples, new)
 
     def _write_norms(self, held, samples):
         keep = lambda lens, stat, value: self._keep(lens, 'all', stat, value, 'train', samples)
         self._guard('the norm of all gradients', self.clip.write, held.params, keep)
 
-# %% ../nbs/47_inspector.ipynb #712c6e5a
-class OptimizerSteps(BeforeSteps):
-    "Follows the steps of optimizers."
     def _after_step(self, optimizer):
         if not self.active or not self.steps.after(optimizer): return
-        held, where = self._held_by(optimizer), (self.history.run, self.steps.current, self.epoch)
+        held = self._held_by(optimizer)
         if held.late:   # whose samples came in the closure
-            for tap in held.taps.values(): tap.rows.open('train', *where, self.steps.samples)
+            self._open_rows(held, self.steps.samples)
             self._write_norms(held, self.steps.samples)
         self.loss_stats.count('after_step', optimizer, held.tensors)
         self.sampler.begin_watch()
@@ -281,27 +279,6 @@ class OptimizerSteps(BeforeSteps):
         self.sampler.end_watch()
         for o in self.tables: o.close()
         if self.log is not None and self.log.came: self._guard('the log', self.log.write)
-        if self.log is not None and self.log.came: self._guard('the log', self.log.write)
-
-
-# %% ../nbs/47_inspector.ipynb #e70ba518
-class Progress:
-    "Says where a loop is."
-    step = property(lambda self: self.steps.number, doc='Training steps done.')
-    pace = property(lambda self: self.sampler, doc='The sampler, by its first name.')
-    attached = property(lambda self: self.model is not None, doc='Whether a model is being watched.')
-
-    @property
-    def kinds(self):   # types of layers, in the order of the first forward
-        return {nm: self.layers.kinds[nm] for nm in self.layers.order()} if self.layers else {}
-
-    def set_step(self,
-        phase:str, # 'train' or 'valid'; None to find out from grad mode and the model's mode
-        step:int   # training steps done
-    ):
-        "Say which phase and step a loop is in, where it knows."
-        self.steps.phase, self.steps.number = phase, step
-        if phase: self.phase = phase
 
 # %% ../nbs/47_inspector.ipynb #c37e565f
 def converted(o, kind, f):
@@ -398,6 +375,7 @@ def call_weakly(me, name, what, *args):
         if me(): me()._guard(what, getattr(me(), name), *args)
     finally: in_hook.pop()
 
+# %% ../nbs/47_inspector.ipynb #ee6faaef
 class Hooking:
     "Puts hooks on a model, on losses and on the steps of optimizers."
     def _hook_all(self, loss_fn):
@@ -409,6 +387,15 @@ class Hooking:
         for lens in (o for o in self.lenses if o.tap == 'loss'): self._hook_loss(lens, loss_fn)
         self._hook_optimizers()
 
+    def _hook_loss(self, lens, loss_fn):
+        lens.read, lens.labels = self._last, self.labels
+        if lens.loss_fn is None and loss_fn is not None:
+            lens.loss_fn = loss_fn
+            self.lent.append(lens)
+        if lens.loss_fn is None: return
+        self.hooks.append(Hook(lens.loss_fn, self._on_loss, keywords=True))
+        self.hooks[-1].lens, self.subject['loss_func'] = lens, lens.loss_fn
+
     def _hook_optimizers(self):
         me = weakref.ref(self)   # hooks of all optimizers hold the inspector weakly
         def _before(optimizer, args, kwargs):
@@ -418,6 +405,16 @@ class Hooking:
         self.handles = [torch_optimizer.register_optimizer_step_pre_hook(_before),
                         torch_optimizer.register_optimizer_step_post_hook(_after)]
         weakref.finalize(self, let_go, self.handles).atexit = False
+
+    def _held_by(self, optimizer):
+        "What is read around this optimizer's steps; nothing if it is not one to watch."
+        held = self.held.get(id(optimizer))
+        if held is None or not held.is_of(optimizer):
+            params = self.params if self.optimizer in (None, optimizer) else []
+            held = self.held[id(optimizer)] = OptimizerTaps(optimizer, params, self.tables, self.warn)
+            if held.params: self.opts = [o for o in self.opts if o() not in (None, optimizer)] + [held.ref]
+            for nm,tap in held.taps.items(): tap.before.update(self.last_gradients.get(nm, {}))
+        return held
 
 # %% ../nbs/47_inspector.ipynb #fdfd9cc3
 watched = weakref.WeakKeyDictionary()   # model -> weak reference to the inspector on it
@@ -451,18 +448,9 @@ class Attaching:
         self.sampler.start()
         return self
 
-# %% ../nbs/47_inspector.ipynb #2a5de882
-class Begins:
-    "Begins anew."
-    def _hook_loss(self, lens, loss_fn):
-        lens.read, lens.labels = self._last, self.labels
-        if lens.loss_fn is None and loss_fn is not None:
-            lens.loss_fn = loss_fn
-            self.lent.append(lens)
-        if lens.loss_fn is None: return
-        self.hooks.append(Hook(lens.loss_fn, self._on_loss, keywords=True))
-        self.hooks[-1].lens, self.subject['loss_func'] = lens, lens.loss_fn
-
+# %% ../nbs/47_inspector.ipynb #7c04fadf
+class Starting:
+    "Begins anew, and ends."
     def _start(self):
         "A model is watched from here on; what is known of an earlier one stays in the table only."
         for o in self.lent: o.loss_fn = None
@@ -477,9 +465,6 @@ class Begins:
 
     def _params(self): return self.params
 
-# %% ../nbs/47_inspector.ipynb #7c04fadf
-class Starting(Begins):
-    "Begins anew, and ends."
     def detach(self): # the inspector
         "Take every hook off. What the epoch had so far becomes its row; table and pictures stay."
         if self.layers: self.layers.each('detach')
@@ -499,13 +484,11 @@ class Starting(Begins):
         if self.layers: self.layers.release()
         self.params = [replace(o, p=SimpleNamespace(requires_grad=expects_gradient(o.p)), owner=None)
                        for o in self.params]
-        self.loss_stats.ledger.end()
         return self
 
 # %% ../nbs/47_inspector.ipynb #ea581065
-class Inspector(Attaching, Starting, Hooking, Forwards, AfterForwards, OptimizerSteps, Progress, Loop,
-                Numbers, Keeping, Losses, Computing, Epochs, Summaries, Processes, Parameters, Silence, State,
-                Readings, Facts):
+class Inspector(Attaching, Starting, Hooking, Forwards, OptimizerSteps, Progress, Loop, Numbers, Keeping,
+                Losses, Epochs, Summaries, Parameters, Silence, State, Readings, Facts):
     """Watches a model through lenses, in any loop: `attach`, train, `tick_epoch` after each epoch, and
     `visualizer.show_fig()`.
 

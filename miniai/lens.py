@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from fastcore.basics import tuplify
 from fastcore.meta import delegates
 from torch import nn
 
@@ -22,6 +23,8 @@ from .stats import Bins, base_name, statistics, widen
 aggregates = 'mean', 'std', 'min', 'Q1', 'median', 'Q3', 'max'
 ranges = {'std': ('mean', 'std'), 'min-max': ('min', 'max'), 'Q1-Q3': ('Q1', 'Q3')}
 points = (*aggregates, 'IQR')
+layer_taps, epoch_taps = ('input', 'output', 'output_grad'), ('parameter', 'state')
+_taps = *layer_taps, 'grad', 'update', *epoch_taps, 'loss'
 
 def row_stat(stat, how=None):
     "The name in the table of an epoch's aggregate; of what has one value in an epoch, `how` is None."
@@ -61,14 +64,16 @@ def summary(values, weights):
 # %% ../nbs/43_lens.ipynb #85a9d80a
 def names_among(o, known, who):
     "`o` as a tuple of names, all of them among `known`."
-    names = () if o is None else (o,) if isinstance(o, str) else tuple(o)
+    names = tuplify(o)
     wrong = [nm for nm in names if nm not in known]
     if wrong: raise ValueError(f'{who}: got {wrong[0]!r}; give some of {", ".join(map(repr, known))}')
     return names
 
 # %% ../nbs/43_lens.ipynb #c47c906a
-class Reads:
-    "What a lens reads."
+def _title(text): return text.strip().replace('_', ' ').capitalize()
+
+class ReadsAndDraws:
+    "What a lens reads, and how it draws that, where it does not say it in another way."
     tap, stats = 'output', ()
     alias = {}   # name in the table -> statistic, where the tap has no such name for it
     before, channel_last, before_clipping = False, False, False   # before: compares with the step before
@@ -78,24 +83,17 @@ class Reads:
     def named(self): return tuple(nm for nm in self.stats if nm not in self.functions)   # read from rows
     def base(self, stat): return self.alias.get(stat) or base_name(self.tap, stat)   # as in `statistics`
     def values(self, stat, sums): return statistics[self.base(stat)](sums)   # [n, ...]
-    def compute(self, stat, a, axis):
-        "Call the function `stat` of a tensor `a`, whose units are on `axis`."
+    def compute(self, stat, a, axis):   # by a function of a tensor `a`, whose units are on `axis`
         return torch.as_tensor(self.functions[stat](a)).detach().reshape(())
 
-    def chooses(self, module):
-        "Say whether a layer, `module`, is for this lens; asked where `modules` is None."
-        return True
+    def chooses(self, module): return True   # whether a layer is for this lens, where `modules` is None
     def over_all(self, means): return {}     # name -> number, from an epoch's means of `named`, [k, sources]
-
     def phases(self, phase):
         "The rows that are 'train' or 'valid' for a lens; 'eval' is grad mode on in a model in eval mode."
         if phase == 'train': return ('train', 'eval') if self.evaluation_from_grad else ('train',)
         if not self.record_eval: return ()
         return ('valid',) if self.evaluation_from_grad else ('valid', 'eval')
 
-# %% ../nbs/43_lens.ipynb #7d8eb06d
-class Draws:
-    "How a lens draws."
     def panels(self, sources):
         "List the panels for `sources`, of which there are rows."
         titled = self.title and len(self.stats) == 1
@@ -105,20 +103,15 @@ class Draws:
         how = ((), ()) if self.tap in epoch_taps else (self.lines, self.bands)
         return Panel(title, (stat,), tuple(sources), *how, **dict(log=self.log_scale, kind=self.kind) | kw)
 
-    def _by_kind(self, sources):   # (pattern, its sources) of parameters
+    def _by_kind(self, sources):   # (kind, its sources): of layers all, of parameters those of each pattern
+        if self.tap in layer_taps: return [('', sources)]
         found = [(o, [nm for nm in sources if parameter_matches(nm, o)]) for o in self.parameters]
         return [(o, names) for o,names in found if names]
 
     def __repr__(self): return f"{type(self).__name__}({self.tap}: {', '.join(self.stats)})"
 
-def _title(text): return text.replace('_', ' ').capitalize()
-
-# %% ../nbs/43_lens.ipynb #b1f659cb
-layer_taps, epoch_taps = ('input', 'output', 'output_grad'), ('parameter', 'state')
-_taps = *layer_taps, 'grad', 'update', *epoch_taps, 'loss'
-
 # %% ../nbs/43_lens.ipynb #cd97efc1
-class Lens(Draws, Reads):
+class Lens(ReadsAndDraws):
     "Declares a tap, statistics of what is found there, and how to draw them."
     def __init__(self,
         tap:str=None,              # 'input', 'output', 'output_grad', 'grad', 'update'; once an epoch
@@ -138,7 +131,7 @@ class Lens(Draws, Reads):
         who = type(self).__name__
         self.tap = names_among(tap or self.tap, _taps, f'{who}: tap')[0]
         self.modules, self.title, self.log_scale, self.kind = modules, title, log_scale, kind
-        self.parameters = (parameters,) if isinstance(parameters, str) else tuple(parameters)
+        self.parameters = tuplify(parameters)
         self.lines = names_among(line_aggregation, points, f'{who}: line_aggregation')
         self.bands = names_among(range_aggregation, ranges, f'{who}: range_aggregation')
         self.record_eval, self.evaluation_from_grad, self.inplace = record_eval, evaluation_from_grad, inplace
@@ -212,45 +205,34 @@ _activation_names = '''
 _activations = tuple(getattr(nn, o) for o in _activation_names.split())
 _dropouts = nn.modules.dropout._DropoutNd,
 
-def is_activation(module):
-    "Say whether `module` is one of PyTorch's activation functions."
-    return isinstance(module, _activations)
-def is_dropout(module):
-    "Say whether `module` is one of PyTorch's dropout layers."
-    return isinstance(module, _dropouts)
-
-# %% ../nbs/43_lens.ipynb #a8552a57
-def _types(o): return (o,) if isinstance(o, type) else tuple(o)
-
 class ByType(Lens):
     "A lens on outputs of activation layers and others, by type."
     def __init__(self, activation, dropout, include, exclude, channel_last, **kw):
         super().__init__(**kw)
-        kinds = _activations*activation + _dropouts*dropout
-        self.include, self.exclude, self.channel_last = kinds + _types(include), _types(exclude), channel_last
+        self.include = _activations*activation + _dropouts*dropout + tuplify(include)
+        self.exclude, self.channel_last = tuplify(exclude), channel_last
 
     def chooses(self, module):
         return isinstance(module, self.include) and not isinstance(module, self.exclude)
 
+# %% ../nbs/43_lens.ipynb #a8552a57
 class Activity:
     "Draws the fractions of what is active and of what is dead; what is worst of all sources in a wide plot."
-    def over_all(self, means):
-        if not self.warning_plot: return {}
-        rate, death = np.nan_to_num(means[0], nan=np.inf).min(), np.nan_to_num(means[1], nan=-np.inf).max()
-        return {f'lowest activation, {self.what}': rate, f'highest death rate, {self.what}': death}
-
     def _set(self, warning_plot, *hows):
-        self.warning_plot = warning_plot
         self.how = [names_among(o, points, type(self).__name__)[0] for o in hows]
+        worst = [f'{o}, {self.what}s' for o in ('lowest activation', 'highest death rate')]
+        self.worst = worst if warning_plot else []
 
-    def _columns(self, title, sources):
-        how = zip(self.stats, self.how)
-        return [Panel(title, (stat,), tuple(sources), (o,), kind='shares') for stat,o in how]
+    def over_all(self, means):
+        rate, death = np.nan_to_num(means[0], nan=np.inf).min(), np.nan_to_num(means[1], nan=-np.inf).max()
+        return dict(zip(self.worst, (rate, death)))
 
-    def _warning(self):
-        title = f'Lowest activation rate, highest death rate of {self.what}'
-        worst = [f'{o}, {self.what}' for o in ('lowest activation', 'highest death rate')]
-        return [Panel(title, (o,), ('all',), (), (), True, 'shares') for o in worst if self.warning_plot]
+    def panels(self, sources):
+        kinds, what = self._by_kind(sources), f'{self.what} activation'
+        columns = [Panel(_title(f'{kind} {what}'), (stat,), tuple(names), (how,), kind='shares')
+                   for kind,names in kinds for stat,how in zip(self.stats, self.how)]
+        title = f'Lowest activation rate, highest death rate of {self.what}s'
+        return columns + [Panel(title, (o,), ('all',), (), (), True, 'shares') for o in self.worst]
 
 # %% ../nbs/43_lens.ipynb #6710eba3
 class OutputActivation(Activity, ByType):
@@ -258,7 +240,7 @@ class OutputActivation(Activity, ByType):
 
     `activation` and `dropout` layers are looked at, those of the types in `include`, and none of `exclude`.
     `inplace`, `record_eval` and `evaluation_from_grad` are as for `Lens`."""
-    stats, what = ('activation_rate', 'death_rate'), 'outputs'
+    stats, what = ('activation_rate', 'death_rate'), 'output'
     def __init__(self, inplace:bool=True, record_eval:bool=False, evaluation_from_grad:bool=False,
         activation:bool=True, dropout:bool=True, include=(), exclude=(),
         channel_last:bool=False,   # units are the last axis of every output; else see `unit_axis`
@@ -270,18 +252,21 @@ class OutputActivation(Activity, ByType):
                          record_eval=record_eval, evaluation_from_grad=evaluation_from_grad)
         self._set(warning_plot, activation_aggregation, death_aggregation)
 
-    def panels(self, sources): return self._columns('Output activation', sources) + self._warning()
-
 # %% ../nbs/43_lens.ipynb #7ddf48df
-def norm_panels(lens, title, sources):
-    "A column of norms, and their fractions of the sum."
-    res = [lens._panel(title, lens.stats[0], sources)]
-    if lens.comparison is None or not sources: return res
-    return res + [Panel(f'{title}: shares of the layers', lens.stats, tuple(sources), lens.comparison,
-                        wide=True, kind='stack')]
+class Norms:
+    "Draws norms, and in a wide plot their fractions of the sum."
+    def panels(self, sources):
+        res = []
+        for kind,names in self._by_kind(sources):
+            title = _title(f"{kind or 'output'} {self.stats[0].removeprefix('param_')}")
+            res.append(self._panel(title, self.stats[0], names))
+            if self.comparison is not None and names: res.append(
+                Panel(f'{title}: shares of the layers', self.stats, tuple(names), self.comparison, wide=True,
+                      kind='stack'))
+        return res
 
 # %% ../nbs/43_lens.ipynb #d0bf330f
-class OutputNorm(ByType):
+class OutputNorm(Norms, ByType):
     """Watches the L2 norm of a layer's output: that of one sample, as the mean over the samples of a batch.
 
     `activation` layers are looked at, those of the types in `include`, and none of `exclude`; what is left is
@@ -301,8 +286,6 @@ class OutputNorm(ByType):
                          log_scale=log_scale, **kw)
         how = names_among(comparison_aggregation, points, 'OutputNorm: comparison_aggregation')
         self.comparison = (how or self.lines[:1]) if comparison_plot else None
-
-    def panels(self, sources): return norm_panels(self, f'Output {self.stats[0]}', sources)
 
 # %% ../nbs/43_lens.ipynb #285c3e3f
 class OutputStats(Lens):
@@ -341,9 +324,8 @@ class Geometry(Lens):
                          line_aggregation=line_aggregation, range_aggregation=range_aggregation)
 
     def panels(self, sources):
-        kinds = [('', sources)] if self.tap == 'output_grad' else self._by_kind(sources)
-        return [self._panel(_title(f'{kind} {stat}'.strip()), stat, names, **self._style(stat))
-                for kind,names in kinds for stat in self.stats]
+        return [self._panel(_title(f'{kind} {stat}'), stat, names, **self._style(stat))
+                for kind,names in self._by_kind(sources) for stat in self.stats]
 
     def _style(self, stat):
         if stat == 'update_ratio': return dict(log=True, guide=1e-3, guide_name='1/1000 of the parameter')
@@ -364,7 +346,7 @@ class OutputGradientGeometry(Geometry):
         super().__init__(inplace, normalize_by_size, log_scale, compute_correlation, **kwargs)
         self.skip_activation = skip_activation
 
-    def chooses(self, module): return not (self.skip_activation and is_activation(module))
+    def chooses(self, module): return not (self.skip_activation and isinstance(module, _activations))
 
 # %% ../nbs/43_lens.ipynb #8121fbc9
 class ParameterGradientGeometry(Geometry):
@@ -407,7 +389,7 @@ class ParameterGradientActivation(Activity, Lens):
     """Watches the fraction of a parameter's gradient that is not zero, and of units whose whole row is.
 
     `inplace` and `parameters` (one column for each) are as for `Lens`."""
-    tap, stats, what = 'grad', ('grad_activation_rate', 'grad_death_rate'), 'gradients'
+    tap, stats, what = 'grad', ('grad_activation_rate', 'grad_death_rate'), 'gradient'
     def __init__(self, inplace:bool=True,
         warning_plot:bool=True,        # a wide plot of the lowest activation and the highest death rate
         parameters=('weight', 'bias'),
@@ -417,13 +399,8 @@ class ParameterGradientActivation(Activity, Lens):
         super().__init__(inplace=inplace, parameters=parameters, kind='shares')
         self._set(warning_plot, activation_aggregation, death_aggregation)
 
-    def panels(self, sources):
-        columns = [self._columns(_title(f'{kind} gradient activation'), names)
-                   for kind,names in self._by_kind(sources)]
-        return sum(columns, []) + self._warning()
-
 # %% ../nbs/43_lens.ipynb #19645b54
-class ParameterNorm(Lens):
+class ParameterNorm(Norms, Lens):
     """Watches the L2 norm of each parameter at the end of an epoch.
 
     `parameters` (one column for each) and `log_scale` are as for `Lens`; `inplace` and `aggregation_method`
@@ -439,11 +416,6 @@ class ParameterNorm(Lens):
         super().__init__(parameters=parameters, log_scale=log_scale)
         names_among(aggregation_method, points, 'ParameterNorm: aggregation_method')
         self.comparison = () if comparison_plot else None
-
-    def panels(self, sources):
-        columns = [norm_panels(self, _title(f'{kind} {self.stats[0][6:]}'), names)
-                   for kind,names in self._by_kind(sources)]
-        return sum(columns, [])
 
 # %% ../nbs/43_lens.ipynb #0d85d7bf
 class ParameterCond(Lens):

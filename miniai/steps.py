@@ -162,48 +162,47 @@ def tables_for(lenses):
     return res
 
 # %% ../nbs/45_steps.ipynb #b24833b3
+def names_for(lens, model, layers):
+    "Names of the layers, [(name, module)], that a lens is for."
+    if lens.modules is None: return {nm for nm,m in layers if lens.chooses(m)}
+    found = {id(m) for _,m in select_modules(model, lens.modules)}
+    return {nm for nm,m in layers if id(m) in found}
+
 def _last_axis(module, ndim, before): return max(ndim - 1, 0)
+def _axis_for(lens): return _last_axis if lens.channel_last else unit_axis
 
 class LayerTaps:
     "The taps on the layers of a model, for all lenses on outputs and on their gradients."
     def __init__(self, model, layers, lenses, tables, inspector):
-        self.model, self.layers, self.inspector, self.leaves = model, layers, inspector, select_modules(model)
-        self.kinds = {name: type(m).__name__ for name,m in layers}
+        self.kinds, leaves = {name: type(m).__name__ for name,m in layers}, select_modules(model)
         self.fired, self.heard, self.taps, self.raw = {}, False, [], 'train'
+        self.chosen = {o: names_for(o, model, layers) for o in lenses if o.tap in layer_taps}
+        for tap,of,sources in self._made(tables, inspector):
+            wanted = [o for o in layers if any(o[0] in self.chosen[lens] for lens in of)]
+            if not wanted: continue
+            tap.fired, tap.sources, tap.lenses, tap.outside = self.fired, sources, of, inspector.is_forward
+            raws = {raw for lens in of for phase in ('train', 'valid') for raw in lens.phases(phase)}
+            tap.raws = {'train', 'eval'} if of[0].tap == 'output_grad' else raws
+            tap.attach(wanted, leaves)
+            tap.end()   # a layer may be called before the model is
+            self.taps.append(tap)
+
+    def _made(self, tables, inspector):   # taps, with their lenses and sources
         about = inspector.sampler, inspector.warn
-        lenses = [o for o in lenses if o.tap in layer_taps]
-        self.chosen = {o: self._chosen(o) for o in lenses}
         for rows in (o for o in tables if o.tap in layer_taps):
-            for o in rows.lenses: rows.chosen[o] |= {nm for nm,_ in self.chosen[o]}
-            axis = _last_axis if rows.lenses[0].channel_last else unit_axis
+            for o in rows.lenses: rows.chosen[o] |= self.chosen[o]
+            axis = _axis_for(rows.lenses[0])
             if rows.tap == 'output_grad': tap = OutputGradTap(rows, *about, axis, rows.pairs, rows.what)
             else: tap = (InputTap if rows.tap == 'input' else OutputTap)(rows, *about, axis, rows.what)
-            self._add(tap, rows.lenses, rows.sources)
-        for o in (o for o in lenses if o.functions):
+            yield tap, rows.lenses, rows.sources
+        for o in (o for o in self.chosen if o.functions):
             call = lambda source, a, axis, o=o: inspector.compute(o, source, a, axis, self.raw)
-            axis = _last_axis if o.channel_last else unit_axis
             make = InputCallTap if o.tap == 'input' else CallTap
-            self._add(make(call, *about, axis, o.tap == 'output_grad'), [o], {})
-
-    def _chosen(self, lens):
-        if lens.modules is None: return [o for o in self.layers if lens.chooses(o[1])]
-        found = {id(m) for _,m in select_modules(self.model, lens.modules)}
-        return [o for o in self.layers if id(o[1]) in found]
-
-    def _add(self, tap, lenses, sources):
-        wanted = {nm for lens in lenses for nm,_ in self.chosen[lens]}
-        if not wanted: return
-        tap.fired, tap.sources, tap.lenses = self.fired, sources, lenses
-        tap.outside = self.inspector.is_forward
-        raws = {raw for lens in lenses for phase in ('train', 'valid') for raw in lens.phases(phase)}
-        tap.raws = {'train', 'eval'} if lenses[0].tap == 'output_grad' else raws
-        tap.attach([o for o in self.layers if o[0] in wanted], self.leaves)
-        tap.end()   # a layer may be called before the model is
-        self.taps.append(tap)
+            yield make(call, *about, _axis_for(o), o.tap == 'output_grad'), [o], {}
 
 # %% ../nbs/45_steps.ipynb #3dcaa101
-class OpenLayers(LayerTaps):
-    "Opens the taps on layers for a forward, and closes them."
+class Layers(LayerTaps):
+    "The layers of a model in the order of their first call, and what is open for them in a forward."
     def open(self, raw, sampled, run, steps, epoch, samples, put=True):
         "Make ready for outputs and their gradients; `put` hooks on, or take them off. Whether any tap is on."
         self.raw, on = raw, [o for o in self.taps if sampled and raw in o.raws]
@@ -226,15 +225,9 @@ class OpenLayers(LayerTaps):
 
     def release(self):
         "Let go of the model; what is known of its layers stays."
-        self.model, self.leaves, self.layers = None, [], [(nm, None) for nm,_ in self.layers]
-        self.chosen = {lens: [(nm, None) for nm,_ in found] for lens,found in self.chosen.items()}
         for o in (o for tap in self.taps for o in (*tap.hooks, *tap.others)): o.m = None
 
-# %% ../nbs/45_steps.ipynb #c5a39266
-class Layers(OpenLayers):
-    "The layers of a model, and what is open for them in a forward."
-    @property
-    def hooked(self): return list(dict.fromkeys(hook.name for tap in self.taps for hook in tap.hooks))
+    hooked = property(lambda self: list(dict.fromkeys(hook.name for tap in self.taps for hook in tap.hooks)))
 
     def order(self):
         "Names by the first forward; those that no lens wants stay behind the one before them."
@@ -244,18 +237,24 @@ class Layers(OpenLayers):
 
     def sources_of(self, lens):
         "Names of the rows of a lens, in that order."
-        chosen, taps = {nm for nm,_ in self.chosen[lens]}, [o for o in self.taps if lens in o.lenses]
-        return list(dict.fromkeys(source for nm in self.order() if nm in chosen for tap in taps
-                                  for source in tap.sources.get(nm, ())))
+        taps = [o for o in self.taps if lens in o.lenses]
+        return list(dict.fromkeys(source for nm in self.order() if nm in self.chosen[lens]
+                                  for tap in taps for source in tap.sources.get(nm, ())))
 
 # %% ../nbs/45_steps.ipynb #48e56e91
 def n_held(optimizer):
     "How many parameters an optimizer holds."
     return sum(len(group['params']) for group in optimizer.param_groups)
 
+def call_functions(tap, compute, value):
+    "Give what `value` says of the parameters that a lens has chosen to the functions of that lens."
+    for lens,o in product([o for o in tap.lenses if o.functions], tap.params):
+        a = value(o) if o.name in tap.rows.chosen[lens] else None
+        if a is not None: compute(lens, o.name, a.detach(), o.axis(), 'train')
+
 # %% ../nbs/45_steps.ipynb #3dec08ef
-class BeforeStep:
-    "What is read before a step of one optimizer."
+class OptimizerTaps:
+    "What is read around the steps of one optimizer: gradients before it, updates after it."
     def __init__(self, optimizer, params, tables, warn):
         held = {id(p) for group in optimizer.param_groups for p in group['params']}
         self.ref, self.size, self.moving, self.late = weakref.ref(optimizer), n_held(optimizer), None, False
@@ -264,43 +263,31 @@ class BeforeStep:
         for rows in (o for o in tables if o.tap in ('grad', 'update')):
             tap = self.taps[rows.tap] = ParameterTap(rows, warn, rows.pairs, rows.what & 3)
             tap.lenses = [o for o in rows.lenses if o.optimizer in (None, optimizer)]
-            chosen = set().union(*(rows.chosen[o] for o in tap.lenses))
-            tap.choose(o for o in self.params if o.name in chosen)
+            tap.choose(o for o in self.params if any(o.name in rows.chosen[lens] for lens in tap.lenses))
 
     def is_of(self, optimizer): return self.ref() is optimizer and self.size == n_held(optimizer)
-    def before(self, has_closure, compute, late):   # reads gradients; copies what updates begin from
-        self.late = late   # those of this step come in its closure
+    def before(self, has_closure, compute, late):   # late: gradients of this step come in its closure
+        self.late, tap = late, self.taps.get('update')
         if not late: self._read_gradients(compute)
-        if 'update' in self.taps:
-            tap = self.taps['update']
-            moves = lambda p: has_closure and p.requires_grad or p.grad is not None
-            self.moving = [o.p if moves(o.p) else None for o in tap.params]
-            tap.start(self.moving)
+        if tap is None: return
+        moves = lambda p: has_closure and p.requires_grad or p.grad is not None
+        self.moving = [o.p if moves(o.p) else None for o in tap.params]
+        tap.start(self.moving)
+
+    def after(self, compute):
+        if self.late: self._read_gradients(compute)
+        tap, moved, self.moving, self.late = self.taps.get('update'), self.moving, None, False
+        if moved is None: return
+        tap.read(moved, from_start=True)
+        was = tap.starts.get
+        call_functions(tap, compute, lambda o: None if was(o.name) is None else o.p.detach() - was(o.name))
 
     def _read_gradients(self, compute):
         if 'grad' not in self.taps: return
         tap, scale = self.taps['grad'], getattr(self.ref(), 'grad_scale', None)
         grads = [o.p.grad for o in tap.params]
         tap.read(grads if scale is None else [None if o is None else o/scale for o in grads])
-        self._call(tap, compute, lambda o: o.p.grad)
-
-# %% ../nbs/45_steps.ipynb #9e710126
-class OptimizerTaps(BeforeStep):
-    "What is read around the steps of one optimizer."
-    def after(self, compute):   # reads the updates
-        if self.late: self._read_gradients(compute)
-        self.late = False
-        tap, moved, self.moving = self.taps.get('update'), self.moving, None
-        if moved is None: return
-        tap.read(moved, from_start=True)
-        start = tap.starts.get
-        self._call(tap, compute, lambda o: None if start(o.name) is None else o.p.detach() - start(o.name))
-
-    def _call(self, tap, compute, value):
-        for lens in (o for o in tap.lenses if o.functions):
-            for o in tap.params:
-                a = value(o) if o.name in tap.rows.chosen[lens] else None
-                if a is not None: compute(lens, o.name, a.detach(), o.axis(), 'train')
+        call_functions(tap, compute, lambda o: o.p.grad)
 
 # %% ../nbs/45_steps.ipynb #35cf9489
 @torch.no_grad()

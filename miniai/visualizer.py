@@ -82,18 +82,15 @@ class Recording:
 # %% ../nbs/44_visualizer.ipynb #6fa0f878
 _bands = {'min-max': ('0.9', 'min to max'), 'Q1-Q3': ('0.8', 'Q1 to Q3'), 'std': ('0.75', 'mean ± std')}
 
-def _is_single(recording, source, stat, phase):
-    "Say whether each epoch had one value of this, so that there is nothing to aggregate."
-    return (phase, source, row_stat(stat, 'std')) in recording.rows \
-        and not np.nan_to_num(recording.values(source, stat, 'std', phase), nan=0.).any()
-
 def _lines_of(recording, panel, source, named):
     "List (label, values, style) of each line of one source, and (band, lower, upper) of each band."
     found, lines, bands = phases_of(recording, panel), [], []
     for phase in found:
         own = panel.labels.get(phase, phase if len(found) > 1 else '')
         for stat in panel.stats:
-            single = panel.wide and _is_single(recording, source, stat, phase)   # a layer's may be constant
+            # one value in each epoch: nothing to aggregate (a layer's may be constant)
+            single = panel.wide and (phase, source, row_stat(stat, 'std')) in recording.rows \
+                and not np.nan_to_num(recording.values(source, stat, 'std', phase)).any()
             about = own, stat.replace('_', ' ') if named and stat != 'loss' else ''
             for how in panel.lines[:1] if single else panel.lines or (None,):
                 label = ' '.join(o for o in (*about, '' if single else how) if o) or 'value'
@@ -188,7 +185,6 @@ def _draw_heat(fig, recording, panels):
         ax.set_yticks([len(names)-1-i for i in shown], [short_name(names[i]) for i in shown], fontsize=6)
     ax.set_xlabel('epoch', fontsize=7)
 
-
 def _draw_band(fig, recording, band, n, widths):
     "Draw columns side by side."
     columns = np.atleast_1d(fig.subfigures(1, len(band), width_ratios=widths))
@@ -254,16 +250,14 @@ class TensorBoardVisualizer:
         at = np.flatnonzero(recording.epochs == epoch)
         for panel in recording.panels if len(at) else ():
             for stat,how,phase in product(panel.stats, hows(panel), phases):
-                values = {o: recording.values(o, stat, how, phase)[at[0]] for o in panel.sources}
-                self._scalars(panel, row_stat(stat, how), phase, values, epoch)
+                found, name = [], f'{row_stat(stat, how)} {phase}'
+                for source in panel.sources:
+                    value = recording.values(source, stat, how, phase)[at[0]]
+                    if not np.isfinite(value): continue
+                    self.writer.add_scalar(f'{panel.title}/{source} {name}', value, epoch)
+                    found.append(value)
+                if len(found) > 1: self.writer.add_histogram(f'{panel.title}/{name}', np.array(found), epoch)
         self.writer.flush()
-
-    def _scalars(self, panel, stat, phase, values, epoch):
-        values = {o: v for o,v in values.items() if np.isfinite(v)}
-        for source,value in values.items():
-            self.writer.add_scalar(f'{panel.title}/{source} {stat} {phase}', value, epoch)
-        if len(values) > 1:
-            self.writer.add_histogram(f'{panel.title}/{stat} {phase}', np.array(list(values.values())), epoch)
 
     def close(self):
         "Close the file."
@@ -284,18 +278,19 @@ class PrintVisualizer:
     "Prints a table for each quantity at the end of each epoch."
     def tick(self, recording, epoch):
         "Print one `epoch` of a `recording`."
+        import pandas as pd
         print(f'epoch {epoch}')
         at = np.flatnonzero(recording.epochs == epoch)
         if not len(at): return print('  nothing recorded')
-        for title,panels in titled(recording.panels): self._print(title, _table(recording, panels, at[0]))
-
-    def _print(self, title, table):
-        import pandas as pd
-        frame = pd.DataFrame.from_dict(table, orient='index').rename_axis(columns=title)
-        text = frame.sort_index(axis=1).to_string(float_format='{:.4g}'.format, na_rep='-')
-        if table: print(textwrap.indent(text, '  '))
+        for title,panels in titled(recording.panels):
+            table = _table(recording, panels, at[0])
+            frame = pd.DataFrame.from_dict(table, orient='index').rename_axis(columns=title)
+            text = frame.sort_index(axis=1).to_string(float_format='{:.4g}'.format, na_rep='-')
+            if table: print(textwrap.indent(text, '  '))
 
 # %% ../nbs/44_visualizer.ipynb #10181d1f
+_kinds = dict(values='NUMERICAL', shares='PROBABILITY', stack='RELATIONS')
+
 class _ByMethods(GetAttr):
     "Calls a visualizer that has a method for each kind of plot."
     def __init__(self, o): self.default, self.known = o, set()
@@ -306,7 +301,9 @@ class _ByMethods(GetAttr):
 
     def _plot(self, recording, title, panels, at, epoch):
         first, table = panels[0], _table(recording, panels, at)
-        if title not in self.known: self.default.register_tags(title, _tag(first))
+        tag = SimpleNamespace(logy=first.log, big_plot=first.wide, annotate=True, type=_kinds[first.kind],
+                              ylim=(0, 1) if first.kind == 'shares' else None)
+        if title not in self.known: self.default.register_tags(title, tag)
         self.known.add(title)
         if first.kind == 'shares': return self.default.plot_probabilities(epoch, title, table)
         if first.kind == 'stack':
@@ -316,11 +313,6 @@ class _ByMethods(GetAttr):
         bands = {source: {ranges[o]: tuple(float(v[at]) for v in recording.band(source, stat, o))
                           for stat,o in shown} for source in table}
         self.default.plot_numerical_values(epoch, title, table, bands)
-
-def _tag(panel):
-    kinds = dict(values='NUMERICAL', shares='PROBABILITY', stack='RELATIONS')
-    return SimpleNamespace(logy=panel.log, big_plot=panel.wide, annotate=True, type=kinds[panel.kind],
-                           ylim=(0, 1) if panel.kind == 'shares' else None)
 
 def visualizer_named(o):
     "Find the visualizer that is meant by a name, or an object of one's own."

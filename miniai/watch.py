@@ -49,11 +49,6 @@ class NonFinite:
 # %% ../nbs/42_watch.ipynb #3d46d55e
 asked, stages = ('loss', 'grad_norm_clipped'), ('weights', 'forward', 'loss', 'backward', 'update')
 
-def histories_of(learn):
-    "List the tables of a learner and of the callbacks that watch it."
-    kinds = ActivationStats, GradientStats, UpdateStats
-    return [learn.history, *(cb.history for cb in learn.cbs if isinstance(cb, kinds))]
-
 class Findings(Callback):
     "Keeps what was found in each fit, and in no trial."
     in_trial = False
@@ -101,7 +96,9 @@ class NanTracer(Findings):
     def check(self, learn): # the `NonFinite` of this fit; None while all is well
         "Find the first NaN or Inf of this fit, unless it is known, in the callbacks of `learn`."
         mine = [o for o in self.found if o.run == self.run]
-        new = [h.not_finite(asked, self._seen.setdefault(i, {})) for i,h in enumerate(histories_of(learn))]
+        kinds = ActivationStats, GradientStats, UpdateStats
+        tables = [learn.history, *(cb.history for cb in learn.cbs if isinstance(cb, kinds))]
+        new = [h.not_finite(asked, self._seen.setdefault(i, {})) for i,h in enumerate(tables)]
         spread = next((o for o in mine if o.spread), None)
         found = first_non_finite(learn) if any(new) and spread is None else None
         if found is None or mine and not found.spread: return spread or next(iter(mine), None)
@@ -206,19 +203,17 @@ class Account:
 
 # %% ../nbs/42_watch.ipynb #f2cc6f53
 def _size_words(a, source):
-    acts = a.recorded.acts
+    acts, found = a.recorded.acts, []
     both = a.row(a.recorded.ranges, source, 'range')
     mean, std, hist = (a.row(acts, source, o) for o in ('mean', 'std', 'hist'))
-    found = [f'in [{both[0]:.3g}, {both[1]:.3g}]'] if both is not None else []
-    if hist is not None and both is None: found.append(_reach_words(acts, hist))
+    if both is not None: found.append(f'in [{both[0]:.3g}, {both[1]:.3g}]')
+    elif hist is not None:
+        (lo, hi), above = acts.hist_range, hist[acts.bins + outside.index('above')]
+        top = np.flatnonzero(hist[:acts.bins]).max(initial=-1) + 1
+        reach = f'at most {lo + (hi-lo)*top/acts.bins:.3g} in size' if top else 'empty'
+        found.append(f'{above/hist.sum():.0%} above {hi:g}' if above else reach)
     if mean is not None and std is not None: found.append(f'mean {mean:.3g}, std {std:.3g}')
     return f"{a.name(source)} {', '.join(found)}"
-
-def _reach_words(acts, hist):
-    lo, hi = acts.hist_range
-    above, top = hist[acts.bins + outside.index('above')], np.flatnonzero(hist[:acts.bins])
-    if above: return f'{above/hist.sum():.0%} above {hi:g}'
-    return f'at most {lo + (hi-lo)*(top[-1]+1)/acts.bins:.3g} in size' if len(top) else 'empty'
 
 def _count_words(a, source):
     hist = a.row(a.recorded.acts, source, 'hist')
