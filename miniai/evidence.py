@@ -34,20 +34,9 @@ class Param:
     trained:bool   # requires_grad
     held:bool=None # whether the optimizer has it; None where that is not known
 
-# %% ../nbs/49_evidence.ipynb #5e2fac75
-@dataclass
-class StepFacts:
-    "What is known of the steps of a run."
-    ledger:dict = field(default_factory=dict) # what was counted of them: name -> number
-    written:tuple = ()                        # those before which something else had changed weights
-    rates:tuple = ()                          # (step, learning rate) of some
-    norms:dict = field(default_factory=dict)  # BatchNorm -> fraction of its values that is from the start
-    summed:bool = None                        # whether the loss is a sum over the batch
-    blind:bool = None                         # whether it does not tell one unit from another
-
 # %% ../nbs/49_evidence.ipynb #24f2c46e
 @dataclass
-class Facts(StepFacts):
+class Facts:
     "What is known of a run besides its recorded values; a field is empty or None where it is not known."
     model:str = ''            # class of the model
     optimizer:str = ''        # class of the optimizer
@@ -69,6 +58,12 @@ class Facts(StepFacts):
     shapes:dict = field(default_factory=dict)     # inputs, predictions, targets -> (shape of a batch, type)
     affine:bool = None                            # whether the model is an affine function
     clipped:bool = None                           # whether the loss ignores what is outside of 0 to 1
+    summed:bool = None                            # whether the loss is a sum over the batch
+    blind:bool = None                             # whether the loss does not tell one unit from another
+    ledger:dict = field(default_factory=dict)     # what was counted of the steps: name -> number
+    written:tuple = ()                            # steps before which something else had changed weights
+    rates:tuple = ()                              # (step, learning rate) of some steps
+    norms:dict = field(default_factory=dict)      # BatchNorm -> fraction of its values that is from the start
 
     def kind(self, source):
         "The type of the layer that `source` belongs to; '' if that is not known."
@@ -77,10 +72,6 @@ class Facts(StepFacts):
     def named(self, source):
         "Name and type of `source`, for a sentence: 'layer fc1 (Linear)'."
         return f'layer {source}' + (f' ({self.kind(source)})' if self.kind(source) else '')
-
-    def to_dict(self):
-        "Text, numbers, lists and dictionaries, for a file."
-        return asdict(self)
 
 # %% ../nbs/49_evidence.ipynb #c242dd12
 _older = dict(twins='copies', looked='sampled', since='dead_since')   # how older files name a field
@@ -128,8 +119,8 @@ class Track:
     def late(self) -> float: # NaN where there is none
         "The median of the last quarter."
         return self[self.end].usual
-    def span(self, where=slice(None)): # index, slice or mask of rows
-        "First and last step of those rows; () of none."
+    def span(self, where=slice(None)):
+        "First and last step of the rows that the index, slice or mask `where` chooses; () of none."
         steps = self.steps[where]
         return (int(steps[0]), int(steps[-1])) if len(steps) else ()
 
@@ -144,11 +135,8 @@ def last_run(history):
 
 # %% ../nbs/49_evidence.ipynb #d11658cb
 class RunTables:
-    "The tables of one run, and its facts."
-    def __init__(self,
-        histories, # `History` or a list of them, of one run
-        facts=None # `Facts`
-    ):
+    "The tables of one run, a `History` or a list of them (`histories`), and its `facts`."
+    def __init__(self, histories, facts=None):
         self.histories = [histories] if isinstance(histories, History) else list(histories)
         self.facts, self._tracks, self._where = facts or Facts(), {}, {}
         for h in self.histories:
@@ -160,12 +148,10 @@ class RunTables:
         "(phase, source, stat) of everything that was recorded, in order of first appearance."
         return list(self._where)
 
-    def track(self,
-        source:str,        # as recorded
-        stat:str,          # as recorded
-        phase:str='train'  # 'train' or 'valid'
-    ) -> Track: # empty if nothing was recorded
-        "The values of one statistic in this run, by step if they were kept, else means by epoch."
+    def track(self, source:str, stat:str, phase:str='train') -> Track: # empty if nothing was recorded
+        """The values of one statistic in this run, by step if they were kept, else means by epoch.
+
+        `source` and `stat` are as recorded, `phase` is 'train' or 'valid'."""
         key = phase, source, stat
         if key not in self._tracks:
             found = self._rows(*key, 'epoch' if source == 'epoch' else 'step')
@@ -238,7 +224,7 @@ class Evidence(RunLosses):
 
     def save(self, path): # ends in .parquet, .csv or .jsonl; a folder for TensorBoard events
         "Write this run: `evidence_of(path)` and `diagnose(path)` read it again."
-        write_table(self.frame(), path, self.facts.to_dict())
+        write_table(self.frame(), path, asdict(self.facts))
 
     def __repr__(self):
         rows = sum(len(h) for h in self.histories)
@@ -257,9 +243,8 @@ def _rows_of_weights(m):
 def starting_parts(model):
     "Of each BatchNorm, the fraction of its running values that is still what they began with."
     norms = {nm: m for nm,m in select_modules(model) if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    seen = {nm: int(m.num_batches_tracked) for nm,m in norms.items()
-            if m.num_batches_tracked is not None and m.momentum is not None}
-    return {nm: (1 - norms[nm].momentum)**n for nm,n in seen.items() if n}
+    return {nm: (1 - m.momentum)**int(m.num_batches_tracked) for nm,m in norms.items()
+            if m.momentum is not None and m.num_batches_tracked}
 
 def copies_of_units(model:nn.Module) -> dict:
     "Of each linear layer and convolution, the fraction of units with the weights and bias of another one."
@@ -328,25 +313,20 @@ def with_known(facts, known):
     return replace(facts, **{nm: v for nm,v in known.items() if v or nm == 'unreached' and v is not None})
 
 # %% ../nbs/49_evidence.ipynb #d3b9af07
-def copied(o):
-    "A copy of a module, whose hooks do nothing; None where there is none."
-    try: return copy.deepcopy(o)
-    except Exception: return None
-
 def tried(f, *args, default=None):
-    "What `f` says; the default where it fails, as of odd layouts and devices."
+    "What `f` says; the default where it fails, as of odd layouts and devices, or of a loss that wants more."
     try: return f(*args)
     except Exception: return default
 
 def _of_probes(model, loss_func, inputs, preds, targets):
     "What the last batch shows when it is tried out: `affine`, `clipped`, `summed`, `blind`."
-    loss_func = copied(loss_func)   # what is asked counts nowhere, and changes nothing
+    loss_func = tried(copy.deepcopy, loss_func)   # what is asked counts nowhere, and changes nothing
     types = [type(m).__name__ for m in model.modules()]
     weights = sum(o in ('Linear', 'Conv1d', 'Conv2d') for o in types)
     maybe = weights > 1 and not {*types} & {*nn.modules.activation.__all__}
-    return dict(affine=is_affine(copied(model), inputs) if maybe else None,
-                clipped=is_clipped(loss_func, preds, targets), summed=is_summed(loss_func, preds, targets),
-                blind=is_blind(loss_func, preds, targets))
+    asked = dict(clipped=is_clipped, summed=is_summed, blind=is_blind)
+    return dict(affine=tried(is_affine, tried(copy.deepcopy, model), inputs) if maybe else None,
+                **{nm: tried(f, loss_func, preds, targets) for nm,f in asked.items()})
 
 def _of_model(model, opts, loss_func, inputs, predictions, targets):
     "What a model, its optimizers, its loss and its last batch show; None for what is not known."
@@ -356,10 +336,10 @@ def _of_model(model, opts, loss_func, inputs, predictions, targets):
                   **tried(_of_answers, predictions, inputs, default={}))
     if model is None: return facts
     layers = {nm: type(m).__name__ for nm,m in select_modules(model)}
-    probes = tried(_of_probes, model, loss_func, inputs, predictions, targets, default={})
     return replace(facts, model=type(model).__name__, params=_of_parameters(model, opts), layers=layers,
                    copies=tried(copies_of_units, model, default={}),
-                   norms=tried(starting_parts, model, default={}), **probes)
+                   norms=tried(starting_parts, model, default={}),
+                   **tried(_of_probes, model, loss_func, inputs, predictions, targets, default={}))
 
 # %% ../nbs/49_evidence.ipynb #3c3fd97a
 def _of_learner(learn):
@@ -382,7 +362,7 @@ def _of_learner(learn):
 def _of_inspector(inspector):
     facts = _of_model(**inspector.asked())
     if not facts.params:   # the model is gone
-        facts.params = {o.name: Param(tuple(o.p.shape), o.p.requires_grad) for o in inspector.params}
+        facts.params = {o.name: Param(o.shape or (), o.p.requires_grad) for o in inspector.params}
     for nm,p in facts.params.items(): p.held = inspector.in_optimizer.get(nm) if p.held is None else p.held
     evidence = Evidence([inspector.history, inspector.loss_stats.history],
                         with_known(facts, watched_facts(inspector)))
@@ -433,10 +413,8 @@ class Chart:
     guides:tuple = ()    # values of y that are limits
     ticks:tuple = ()     # names for x = 0, 1, ...
 
-    def draw(self,
-        ax=None # matplotlib axes; default those of a new figure
-    ): # the axes
-        "Draw the lines."
+    def draw(self, ax=None): # the axes
+        "Draw the lines on matplotlib's `ax`, by default those of a new figure."
         from miniai.plots import plot_lines, subplots
         if ax is None: ax = subplots(figsize=(6, 3))[1]
         for name,(x,y) in self.lines.items(): plot_lines(ax, x, {name: y}, lw=1.2)
@@ -488,10 +466,8 @@ class Finding:
     kind:tuple = ()        # the class of fault, a word; two where the evidence fits both
     source:str = ''        # what its rule rests on
 
-    def plot(self,
-        ax=None # matplotlib axes; default those of a new figure
-    ): # the figure
-        "Draw the evidence."
+    def plot(self, ax=None): # the figure
+        "Draw the evidence on matplotlib's `ax`, by default those of a new figure."
         return (self.chart or Chart({}, self.text)).draw(ax).figure
 
     def to_dict(self) -> dict: # text, numbers, lists; the chart is not in it
@@ -511,13 +487,10 @@ class Failed(str):
 
 # %% ../nbs/49_evidence.ipynb #763564e4
 class Findings(list):
-    "Findings, worst first; `checked`: the rules that were asked; `unchecked`: why others could not be."
-    def __init__(self,
-        found=(),       # `Finding`s, in their order
-        checked=(),     # names of the rules that were asked
-        unchecked=None, # name of a rule -> why it could not be
-        evidence=None   # what they were asked about
-    ):
+    """The list `found`, worst first, and about which `evidence` which rules were asked.
+
+    `checked` names them, `unchecked` is the name of a rule -> why it could not be asked."""
+    def __init__(self, found=(), checked=(), unchecked=None, evidence=None):
         super().__init__(found)
         self.checked, self.unchecked, self.evidence = tuple(checked), dict(unchecked or {}), evidence
 

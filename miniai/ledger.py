@@ -35,13 +35,12 @@ def is_due(n, often=4):
     return n < often or n % (1 << (n//often).bit_length() - 1) == 0
 
 # %% ../nbs/38_ledger.ipynb #801cd452
-class ChoosesParameter:
-    "Chooses a parameter to follow, and hears of its gradients."
+class FollowsGradient:
+    "Chooses a parameter, and compares its gradient with that of the last step as each backward pass comes."
     def __init__(self):
         self.p, self.handle, self.at_step, self.backwards, self.stepping = None, None, None, 0, False
         self.counts, self.kept, self.dropped, self.old, self.some = Counter(), 0, 0, False, False
-        self.known = {}   # id of an optimizer -> whether it has the parameter
-        self.failed = False
+        self.known, self.failed = {}, False   # id of an optimizer -> whether it has the parameter
 
     def follow(self, params, optimizer=None):
         "Choose a parameter that an optimizer has, and that has a plain gradient."
@@ -55,17 +54,13 @@ class ChoosesParameter:
     def _before(self, grad):
         # of an optimizer that asks for several, or of a step that has none to compare with
         if self.stepping or self.at_step is None: return
-        self.backwards += 1
-        try: self._compare(grad)
+        try: self._compare(grad, None if self.p.grad is None else head(self.p.grad))
         except Exception:   # nothing is raised into a backward pass
             self.failed = True
             self.remove()
 
-# %% ../nbs/38_ledger.ipynb #adb55a92
-class FollowsGradient(ChoosesParameter):
-    "Compares the gradient of one parameter with what it was at the last step, as each backward pass comes."
-    def _compare(self, grad):
-        now = None if self.p.grad is None else head(self.p.grad)
+    def _compare(self, grad, now):
+        self.backwards += 1
         if self.backwards == 1:
             self.old = False if now is None else (now == self.at_step).all() & (now != 0).any()
         else:
@@ -139,7 +134,7 @@ class Forwards(StepCounts):
     "Counts what forwards find, besides."
     def __init__(self):
         super().__init__()
-        self.strangers, self.attached, self.before = None, False, {}
+        self.strangers, self.attached, self.unregistered = None, False, 0
 
     def forward(self, training, grad, attached=False):
         "Note the mode of a forward, of the model and of grad, and whether its input has a graph of its own."
@@ -160,28 +155,23 @@ class Ledger(Forwards):
     def end(self):
         "Let go of the model; waits for the device."
         self.grads.remove()
-        self.before, self.strangers = self.state_dict(), None
+        self.unregistered, self.strangers = self._n_still(), None
 
     def _n_still(self):
         "How many of the strangers are what they were."
         def is_still(p, start):
             try: return torch.equal(head(p), start)
             except Exception: return False   # memory that is gone, as under sharding
-        return sum(is_still(*o) for o in self.strangers or ()) or self.before.get('unregistered', 0)
-
-    def state_dict(self):
-        "Give what was counted, as plain numbers; waits for the device."
-        found = dict(self.counts + self.grads.counts)
-        return found | dict(kept=int(self.grads.kept), dropped=int(self.grads.dropped),
-                            unregistered=self._n_still())
-
-    def load_state_dict(self, state, written=(), rates=()):
-        "Go on counting from there."
-        kept = {nm: state.get(nm, 0) for nm in ('kept', 'dropped', 'unregistered')}
-        self.counts, self.before = Counter({nm: n for nm,n in state.items() if nm not in kept}), kept
-        self.grads.kept, self.grads.dropped = kept['kept'], kept['dropped']
-        self.written, self.rates = list(written), [tuple(o) for o in rates]
+        return sum(is_still(*o) for o in self.strangers or ()) or self.unregistered
 
     def facts(self) -> dict: # ledger: name -> number; written: steps before which weights changed; rates
-        "Give what was counted; waits for the device."
-        return dict(ledger=self.state_dict(), written=tuple(self.written), rates=tuple(self.rates))
+        "Give what was counted, as plain numbers; waits for the device."
+        found = dict(self.counts + self.grads.counts, kept=int(self.grads.kept),
+                     dropped=int(self.grads.dropped), unregistered=self._n_still())
+        return dict(ledger=found, written=tuple(self.written), rates=tuple(self.rates))
+
+    def load_state_dict(self, ledger, written=(), rates=()):
+        "Go on counting from what `facts` gave."
+        self.counts, self.written, self.rates = Counter(ledger), list(written), [tuple(o) for o in rates]
+        self.grads.kept, self.grads.dropped, self.unregistered = (
+            self.counts.pop(nm, 0) for nm in ('kept', 'dropped', 'unregistered'))

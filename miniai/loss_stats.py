@@ -68,21 +68,25 @@ def few(o, samples=64, most=2**22):
 
 # %% ../nbs/39_loss_stats.ipynb #c07a15e1
 class CountsSteps(Callback):
-    "Tells a `Ledger` what happens in a fit."
+    "Tells a `Ledger` what happens in a fit; can be copied and saved in the middle of it."
     in_trial = False
     def __init__(self):
         self.history, self.shapes, self.seen, self.warn = History(), {}, {}, Told('LossStats')
         self.ledger, self.params = Ledger(), []
 
     def before_fit(self, learn=None):
-        self.ledger.end()
+        self.cleanup_fit(learn)
         self.seen, self.shapes, self.ledger, _ = {}, {}, Ledger(), self.history.start_run()
-        self.params = [] if learn is None else list(unwrap(learn.model).parameters())
+        if learn is not None: self.params = list(unwrap(learn.model).parameters())
 
     def count(self, event, *args):
         "Tell the ledger of an `event`; an error becomes a warning, once."
         try: getattr(self.ledger, event)(*args)
         except Exception as e: self.warn.failed('the steps', e)
+
+    def after_predict(self, learn):
+        self.count('forward', learn.model.training, learn.training)
+        if learn.training: self.count('output', first_tensor(learn.preds), self.params)
 
     def after_backward(self, learn): self.count('before_step', learn.opt, self.params)
     def after_step(self, learn): self.count('after_step', learn.opt, self.params)
@@ -90,39 +94,28 @@ class CountsSteps(Callback):
         self.ledger.end()
         self.params = []
 
-    def after_predict(self, learn):
-        self.count('forward', learn.model.training, learn.training)
-        if learn.training: self.count('output', first_tensor(learn.preds), self.params)
-
-# %% ../nbs/39_loss_stats.ipynb #1a25727a
-class SavedCounts(CountsSteps):
-    "Can be copied and saved in the middle of a fit."
     def __getstate__(self):
-        ledger, known = Ledger(), self.ledger.facts()
-        ledger.load_state_dict(known['ledger'], known['written'], known['rates'])
+        ledger = Ledger()
+        ledger.load_state_dict(**self.ledger.facts())
         return {**vars(self), 'learn': None, 'ledger': ledger, 'params': []}
 
-    def state_dict(self):
-        return dict(history=self.history.state_dict(), shapes=self.shapes, seen=self.seen,
-                    counted=self.ledger.facts())
-
+    def state_dict(self): return dict(history=self.history.state_dict(), shapes=self.shapes, seen=self.seen,
+                                      counted=self.ledger.facts())
     def load_state_dict(self, state):
         self.history.load_state_dict(state['history'])
-        self.shapes, self.seen, known = dict(state['shapes']), dict(state['seen']), state['counted']
-        self.ledger.load_state_dict(known['ledger'], known['written'], known['rates'])
+        self.shapes, self.seen = dict(state['shapes']), dict(state['seen'])
+        self.ledger.load_state_dict(**state['counted'])
 
 # %% ../nbs/39_loss_stats.ipynb #18a47504
-class LossStats(SavedCounts):
+class LossStats(CountsSteps):
     "Records numbers of the inputs, the predictions and the targets of a few steps; `history` has them."
     def after_loss(self, learn):
         if not self.is_next_due(learn.phase): return
         self.record(dict(zip(loss_parts, parts_of(learn))), step=learn.n_steps, epoch=learn.epoch,
                     phase=learn.phase)
 
-    def is_next_due(self,
-        phase # 'train' or 'valid'
-    ) -> bool:
-        "Count the next step of a phase; say whether it is one to record."
+    def is_next_due(self, phase) -> bool:
+        "Count the next step of a `phase`, 'train' or 'valid'; say whether it is one to record."
         n = self.seen[phase] = self.seen.get(phase, -1) + 1
         return is_due(n)
 
@@ -151,7 +144,7 @@ class LossStats(SavedCounts):
 @torch.no_grad()
 def is_affine(model, x):
     "Whether f(a) + f(b) = f(a+b) + f(0) for rows of a batch; None where that cannot be tried."
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or len(x) < 2: return None
+    if not x.is_floating_point() or len(x) < 2: return None
     modes, rng = [(m, m.training) for m in model.modules()], torch.random.get_rng_state()
     try:
         a, b = x[:16].chunk(2)
@@ -159,7 +152,6 @@ def is_affine(model, x):
         outs = model.eval()(torch.cat([a, b, a+b, 0*a])).double()
         fa, fb, both, none = outs.chunk(4)
         return bool((fa+fb-both-none).abs().max() <= 1e-4*outs.abs().max())
-    except Exception: return None   # a model that wants other inputs
     finally:
         for m,training in modes: m.training = training
         torch.random.set_rng_state(rng)
@@ -167,28 +159,22 @@ def is_affine(model, x):
 # %% ../nbs/39_loss_stats.ipynb #9c7cd363
 @torch.no_grad()
 def is_summed(loss_func, preds, targets):
-    "Whether the loss of a batch that is there twice is twice that of the batch; None where that fails."
-    if not all(isinstance(o, torch.Tensor) and o.ndim for o in (preds, targets)): return None
-    try: one, two = (float(loss_func(*(torch.cat([o]*n) for o in (preds, targets)))) for n in (1, 2))
-    except Exception: return None   # a loss that wants more
+    "Whether the loss of a batch that is there twice is twice that of the batch."
+    one, two = (float(loss_func(*(torch.cat([o]*n) for o in (preds, targets)))) for n in (1, 2))
     return one != 0 and abs(two/one - 2) < 1e-3
 
 @torch.no_grad()
 def is_blind(loss_func, preds, targets):
     "Whether the loss stays when units change places, of numbers of classes; None where that cannot be tried."
-    if not isinstance(targets, torch.Tensor) or targets.is_floating_point() or targets.ndim != 1: return None
-    if not isinstance(preds, torch.Tensor) or preds.ndim != 2 or preds.shape[1] < 2: return None
+    if targets.is_floating_point() or targets.ndim != 1 or preds.ndim != 2 or preds.shape[1] < 2: return None
     odd = torch.arange(preds.numel(), device=preds.device).sin().sigmoid().view(preds.shape).to(preds.dtype)
-    try: one, other = (float(loss_func(o, targets)) for o in (odd, odd.roll(1, 1)))
-    except Exception: return None   # a loss that wants more
+    one, other = (float(loss_func(o, targets)) for o in (odd, odd.roll(1, 1)))
     return abs(one - other) <= 1e-6*abs(one)
 
 @torch.no_grad()
 def is_clipped(loss_func, preds, targets):
     "Whether the loss stays when predictions outside of 0 to 1 move away from it; None where none are."
-    if not isinstance(preds, torch.Tensor) or not isinstance(targets, torch.Tensor): return None
     high, low = preds > 1, preds < 0
-    if not preds.is_floating_point() or not (high | low).any(): return None
+    if targets is None or not preds.is_floating_point() or not (high | low).any(): return None
     moved = torch.where(high | low, 2*preds, preds)   # not all by the same amount, which a softmax ignores
-    try: return bool(loss_func(preds, targets) == loss_func(moved, targets) != 0)
-    except Exception: return None   # a loss that wants more
+    return bool(loss_func(preds, targets) == loss_func(moved, targets) != 0)

@@ -1,5 +1,5 @@
 "What enters the loss is recorded without a read of the device, and tells faults between head, loss and targets."
-import warnings
+import gc, warnings
 
 import pytest
 import torch
@@ -136,5 +136,6 @@ def test_an_optimizer_that_is_gone_is_known():
                 loss_fn(net(x), y).backward()
                 opt.step()
         return inspector
-    found = train().diagnose('not_trained')
-    assert [(o.level, o.layers) for o in found] == [('error', ('0', '2'))]
+    inspector = train()
+    gc.collect()   # the model, too
+    assert [(o.level, o.layers) for o in inspector.diagnose('not_trained')] == [('error', ('0', '2'))]
