@@ -14,7 +14,7 @@ def accuracy(
     out, # scores [B, classes]
     yb, # right classes [B]
 ): # 0-d float tensor, on the device of `out`
-    "Share of the samples whose highest score is at the right class."
+    "Computes the fraction of the samples whose highest score is at the right class."
     return (out.argmax(dim=1)==yb).float().mean()
 
 # %% ../nbs/25_training.ipynb #63231e71
