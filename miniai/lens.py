@@ -30,6 +30,8 @@ def row_stat(stat, how=None):
     "The name in the table of an epoch's aggregate; of what has one value in an epoch, `how` is None."
     return f'{stat} {how}' if how else stat
 
+def _title(text): return text.strip().replace('_', ' ').capitalize()
+
 # %% ../nbs/43_lens.ipynb #e0994c6f
 @dataclass
 class Panel:
@@ -70,8 +72,6 @@ def names_among(o, known, who):
     return names
 
 # %% ../nbs/43_lens.ipynb #c47c906a
-def _title(text): return text.strip().replace('_', ' ').capitalize()
-
 class ReadsAndDraws:
     "What a lens reads, and how it draws that, where it does not say it in another way."
     tap, stats = 'output', ()
@@ -83,10 +83,13 @@ class ReadsAndDraws:
     def named(self): return tuple(nm for nm in self.stats if nm not in self.functions)   # read from rows
     def base(self, stat): return self.alias.get(stat) or base_name(self.tap, stat)   # as in `statistics`
     def values(self, stat, sums): return statistics[self.base(stat)](sums)   # [n, ...]
-    def compute(self, stat, a, axis):   # by a function of a tensor `a`, whose units are on `axis`
+    def compute(self, stat, a, axis):
+        "Call the function `stat` of a tensor `a`, whose units are on `axis`."
         return torch.as_tensor(self.functions[stat](a)).detach().reshape(())
 
-    def chooses(self, module): return True   # whether a layer is for this lens, where `modules` is None
+    def chooses(self, module):
+        "Say whether a layer, `module`, is for this lens; asked where `modules` is None."
+        return True
     def over_all(self, means): return {}     # name -> number, from an epoch's means of `named`, [k, sources]
     def phases(self, phase):
         "The rows that are 'train' or 'valid' for a lens; 'eval' is grad mode on in a model in eval mode."
@@ -107,8 +110,6 @@ class ReadsAndDraws:
         if self.tap in layer_taps: return [('', sources)]
         found = [(o, [nm for nm in sources if parameter_matches(nm, o)]) for o in self.parameters]
         return [(o, names) for o,names in found if names]
-
-    def __repr__(self): return f"{type(self).__name__}({self.tap}: {', '.join(self.stats)})"
 
 # %% ../nbs/43_lens.ipynb #cd97efc1
 class Lens(ReadsAndDraws):
@@ -148,6 +149,8 @@ class Lens(ReadsAndDraws):
             if self.base(nm) in statistics: continue
             raise ValueError(f'{who}: {nm} is {self.alias.get(nm)!r}; give a function of a tensor, or one of '
                              f'{", ".join(statistics)}')
+
+    def __repr__(self): return f"{type(self).__name__}({self.tap}: {', '.join(self.stats)})"
 
 # %% ../nbs/43_lens.ipynb #f66e3e19
 def checked_loss(loss_fn, who):
