@@ -482,18 +482,27 @@ def saturated(evidence, *, min_slope=.1): # mean slope of the activation, in uni
                  causes=[cause, 'inputs that are not scaled'])
 
 # %% ../nbs/50_rules.ipynb #5f0c5e1b
+def passed_by(evidence, what, least):
+    "Parameters in front of which two others or more get a gradient of `least` or more, in the last one's."
+    names = needed(evidence, 'grad_norm')
+    reached = rms_by_depth(evidence, names, what) >= least
+    return {nm for nm,n in zip(names, np.cumsum(reached) - reached) if n >= 2}
+
 @rule(kind='vanishing', tries=['ReLU with Kaiming initialisation', 'BatchNorm or LayerNorm',
                                'shortcuts around layers (ResBlock)'])
 def vanishing_gradients(evidence, *, min_gradient=1e-3): # smallest of a weight, in units of the last layer's
     """Gradients that shrink on their way back to the first layers; a tenth of the limit is an error.
 
-    Those that are exactly zero are the business of other rules. A note if Adam or its like makes the steps
+    Those that are exactly zero are the business of other rules; those that a gradient passes by on its way to
+    the first layers, as queries and keys of an attention that is still uniform, are no fault. A note if Adam or its like makes the steps
     of usual size (1e-4 of a weight or more) and the loss falls. Source: Hochreiter, "The vanishing
     gradient problem during learning recurrent neural nets" (1998); Glorot and Bengio (2010)."""
     names = weights_with(evidence, 'grad_norm')
     moments = ('first',) if is_solved(evidence) else ('first', 'late')
     sizes = {o: rms_by_depth(evidence, names, o) for o in moments}
-    both = np.min([np.where(v == 0, np.inf, v) for v in sizes.values()], 0)   # NaN if the last layer has none
+    passed = set.intersection(*(passed_by(evidence, o, min_gradient) for o in moments))
+    left_out = [o in passed for o in names]
+    both = np.min([np.where((v == 0) | left_out, np.inf, v) for v in sizes.values()], 0)   # may be NaN
     layers = [names[i] for i in np.argsort(both) if both[i] < min_gradient]
     if not layers: return
     smallest, bounded = float(both.min()), set(evidence.facts.layers.values()) & set(_slopes)
