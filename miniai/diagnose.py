@@ -16,7 +16,7 @@ from fastcore.basics import listify, patch
 from .callback import Callback, CancelFitException, Order
 from .distributed import gather, is_main
 from .evidence import (Chart, Evidence, Facts, Failed, Finding, Findings, Param, Track, evidence_of,
-                             levels, unknown)
+                             levels, refuse_unknown)
 from .history import History
 from .inspector import Inspector
 from .learner import Learner
@@ -35,11 +35,9 @@ def limits_of(f): return list(inspect.signature(f).parameters)[1:]
 def asked_rules(names, given):
     "The rules to ask, by name; names and limits that do not exist are refused."
     names = [names] if isinstance(names, str) else list(names or rules)
-    wrong = [nm for nm in names if nm not in rules]
-    if wrong: raise ValueError(unknown('diagnose: no rule is called', wrong[0], rules))
-    known = {nm for f in rules.values() for nm in limits_of(f)}
-    wrong = [nm for nm in given if nm not in known]
-    if wrong: raise TypeError(unknown('diagnose: no rule has the limit', wrong[0], sorted(known)))
+    refuse_unknown('diagnose: no rule is called', names, rules)
+    known = sorted({nm for f in rules.values() for nm in limits_of(f)})
+    refuse_unknown('diagnose: no rule has the limit', given, known, TypeError)
     return {nm: rules[nm] for nm in names}
 
 def asked(nm, f, evidence, given):
@@ -54,12 +52,9 @@ def asked(nm, f, evidence, given):
 def diagnose(
     x,           # History, Learner, Inspector, Watcher, callback, Recording, path of a file; a list of them
     rules=None,  # name or names of the rules to ask; default all
-    **limits     # keyword arguments of the rules, such as max_dead=.9 (of `dead_units`), by which they judge
+    **limits     # of the rules, such as max_dead=.9 of `dead_units`; for each rule that has one of that name
 ) -> Findings: # a list, worst first
-    """What is wrong with the last run of `x`, in words.
-
-    `miniai.rules` has the rules, each with its limits and their defaults: max_rise, min_gradient, ratios,
-    min_slope, min_gain, min_steps and so on. A limit is given to every rule that has one of that name."""
+    "What is wrong with the last run of `x`, in words; `miniai.rules` has the rules, each with its limits."
     evidence, found, unchecked = evidence_of(x), [], {}
     limits = {_older_limits.get(nm, nm): v for nm,v in limits.items()}
     chosen = asked_rules(rules, limits)
@@ -81,11 +76,8 @@ def diagnose(
 _diagnose = diagnose
 
 @patch
-def diagnose(self:Learner|Inspector,
-    rules=None, # name or names of the rules to ask; default all
-    **limits    # of the rules, as for the function `diagnose`: max_dead=.9, say
-) -> Findings: # a list, worst first
-    "What is wrong with the last run, in words."
+def diagnose(self:Learner|Inspector, rules=None, **limits) -> Findings: # a list, worst first
+    "What is wrong with the last run, in words; `rules` and `limits` are as for the function `diagnose`."
     return _diagnose(self, rules, **limits)
 
 # %% ../nbs/53_diagnose.ipynb #9804285a
@@ -96,9 +88,8 @@ def assert_healthy(
     **limits         # of the rules, by their names
 ) -> Findings: # all of them, if none fails
     "Raise an AssertionError that says what is wrong, if anything is."
-    if level not in levels: raise ValueError(unknown('assert_healthy: no level is called', level, levels))
-    wrong = [nm for nm in listify(allow) if nm not in rules]
-    if wrong: raise ValueError(unknown('assert_healthy: no rule is called', wrong[0], rules))
+    refuse_unknown('assert_healthy: no level is called', [level], levels)
+    refuse_unknown('assert_healthy: no rule is called', listify(allow), rules)
     findings = diagnose(x, **limits)
     failing = [o for o in findings.of(*levels[:levels.index(level)+1]) if o.rule not in listify(allow)]
     if failing: raise AssertionError('The training is not healthy.\n\n' + '\n\n'.join(map(str, failing)))

@@ -428,11 +428,12 @@ class Chart:
 # %% ../nbs/49_evidence.ipynb #7a63353e
 levels = 'error', 'warning', 'note'
 
-def unknown(what, name, known):
-    "For an error: a name that does not exist, the nearest that does, and all of them."
-    near = difflib.get_close_matches(str(name), known, 1)
-    hint = f'; did you mean {near[0]!r}?' if near else '.'
-    return f'{what} {name!r}{hint} There are {", ".join(known)}'
+def refuse_unknown(what, names, known, error=ValueError):
+    "Raise an error for the first name that does not exist: with the nearest that does, and all of them."
+    for name in (nm for nm in names if nm not in known):
+        near = difflib.get_close_matches(str(name), known, 1)
+        hint = f'; did you mean {near[0]!r}?' if near else '.'
+        raise error(f'{what} {name!r}{hint} There are {", ".join(known)}')
 
 def parts_of(finding):
     "Its words for a row: where, when, by how much; and (title, text) of its causes, cures and caveats."
@@ -496,8 +497,7 @@ class Findings(list):
 
     def of(self, *wanted) -> list: # of findings
         "Those of these levels."
-        for o in wanted:
-            if o not in levels: raise ValueError(unknown('Findings.of: no level is called', o, levels))
+        refuse_unknown('Findings.of: no level is called', wanted, levels)
         return [o for o in self if o.level in wanted]
 
     def to_dict(self) -> dict: # findings, checked, unchecked
