@@ -12,6 +12,7 @@ from itertools import product
 import numpy as np
 import torch
 
+from miniai.activations import why_silent
 from miniai.batches import mean_over
 from miniai.device import batch_size
 from miniai.distributed import gather, rank, world_size
@@ -314,5 +315,3 @@ why_validation = ('was trained, but every call of it counted as validation: it i
 why_deaf = ('has had an epoch in which none of its hooks was called. If it was trained: it was compiled '
             'before attaching, or another model of the same classes was, whose code is used for this one. '
             'Call torch._dynamo.reset() after attaching, before the model is called')
-why_silent = ('was never called. It is not part of what forward runs, or is used without calling it '
-              '(`layer.forward(x)`, `F.relu` beside an nn.ReLU), or the model was compiled before attaching')

@@ -201,11 +201,7 @@ class LossMetrics(Lens):
         return [Panel(titles[0], ('loss',), ('loss',), *how, labels=self.labels), *res]
 
 # %% ../nbs/43_lens.ipynb #8ff663e9
-_activation_names = '''
-    CELU ELU GELU GLU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid LogSoftmax Mish
-    PReLU RReLU ReLU ReLU6 SELU SiLU Sigmoid Softmax Softmax2d Softmin Softplus Softshrink Softsign
-    Tanh Tanhshrink Threshold'''
-_activations = tuple(getattr(nn, o) for o in _activation_names.split())
+_activations = tuple(getattr(nn, o) for o in nn.modules.activation.__all__ if o != 'MultiheadAttention')
 _dropouts = nn.modules.dropout._DropoutNd,
 
 class ByType(Lens):

@@ -33,9 +33,8 @@ def place_of(name):
     return phase, 'epoch', '_'.join(rest)
 
 # %% ../nbs/48_records.ipynb #501956ea
-def _of_trainer(path):
-    lines = json.loads(path.read_text(encoding='utf-8'))['log_history']
-    return [o for o in lines if 'train_runtime' not in o]   # the last has means over the run
+def _of_trainer(path):   # the last line has means over the run
+    return [o for o in json.loads(path.read_text('utf-8'))['log_history'] if 'train_runtime' not in o]
 
 def _number(text):
     try: return float(text)

@@ -126,18 +126,16 @@ class LensRows(ChosenRows):
         found, mine = {}, lambda facts: (facts[:, 0] == run) & (facts[:, 2] == epoch) & (facts[:, 1] >= first)
         for source,chunks in self.of(lens, phase).items():
             chunks = [c[mine(c.facts)] for c in chunks if mine(c.facts).any()]
-            for stat in lens.named if chunks else ():
-                values = self._values(lens, stat, chunks)
-                if values is not None: found.setdefault(stat, {})[source] = values
+            if not chunks: continue
+            sums = [c.sums(self.bins) for c in chunks]
+            weights = np.concatenate([c.facts[:, 3] for c in chunks])
+            not_finite = np.concatenate([o.n_finite < o.n for o in sums])
+            for stat in lens.named:
+                values = np.concatenate([lens.values(stat, o) for o in sums])
+                if values.ndim > 1: continue   # histograms have no aggregates
+                known = ~np.isnan(values) | not_finite   # else undefined, though all entries are finite
+                found.setdefault(stat, {})[source] = values[known], weights[known]
         return found
-
-    def _values(self, lens, stat, chunks):
-        "Without what has no value: undefined, though all entries are finite."
-        sums = [c.sums(self.bins) for c in chunks]
-        values = np.concatenate([lens.values(stat, o) for o in sums])
-        if values.ndim > 1: return None   # histograms have no aggregates
-        found = ~np.isnan(values) | np.concatenate([o.n_finite < o.n for o in sums])
-        return values[found], np.concatenate([c.facts[:, 3] for c in chunks])[found]
 
     def end_epoch(self, run, before, now):
         "Keep what is read step by step, under the number that the epoch turned out to have; forget the rest."

@@ -99,9 +99,10 @@ def _lines_of(recording, panel, source, named):
             if not single: bands += [(o, *recording.band(source, stat, o, phase)) for o in panel.bands]
     return lines, bands
 
-def _draw_lines(ax, recording, panels, sources=None, color=0):
+def _draw_lines(ax, recording, panels, sources=None):
     "Draw every panel of one plot, bands below lines."
-    x, named = recording.epochs, len(panels) > 1 or panels[0].wide
+    x, named, color = recording.epochs, len(panels) > 1 or panels[0].wide, 0
+    if sources and panels[0].kind == 'shares': color = 2
     drawn = [_lines_of(recording, panel, o, named) for panel in panels for o in sources or panel.sources]
     bands = sorted((o for _,bands in drawn for o in bands), key=lambda o: list(_bands).index(o[0]))
     for band,low,high in bands:
@@ -110,9 +111,13 @@ def _draw_lines(ax, recording, panels, sources=None, color=0):
         plot_lines(ax, x, {label: y}, legend=False, color=f'C{(color+i) % 10}', linestyle=style, lw=1.5)
 
 # %% ../nbs/44_visualizer.ipynb #cf8921e1
-def _finish(ax, panel, x):
-    "Set the axes as the panel asks for."
+def _draw_plot(ax, recording, panels, title, sources=None, **kw):
+    "Draw one plot, with axes as its first panel asks for."
     from matplotlib.ticker import LogFormatter, MaxNLocator
+    panel, x = panels[0], recording.epochs
+    if panel.kind == 'stack': _draw_stack(ax, recording, panel)
+    else: _draw_lines(ax, recording, panels, sources)
+    ax.set_title(title, **kw)
     if panel.kind == 'shares': ax.set_ylim(-.04, 1.04)
     if panel.log and any((line.get_ydata() > 0).any() for line in ax.lines):
         ax.set_yscale('log')
@@ -131,10 +136,7 @@ def _draw_wides(fig, recording, wide):
     "Draw the wide plots, one under the other."
     axs = np.atleast_1d(fig.subplots(len(wide), 1, sharex=True))
     for ax,(title,panels) in zip(axs, wide):
-        if panels[0].kind == 'stack': _draw_stack(ax, recording, panels[0])
-        else: _draw_lines(ax, recording, panels)
-        _finish(ax, panels[0], recording.epochs)
-        ax.set_title(title, fontsize=10)
+        _draw_plot(ax, recording, panels, title, fontsize=10)
         _legend(ax, [ax], loc='upper left', bbox_to_anchor=(1.005, 1.02))
     axs[-1].set_xlabel('epoch', fontsize=8)
 
@@ -165,9 +167,7 @@ def _draw_column(fig, recording, panels, n):
     axs, sources = np.atleast_1d(fig.subplots(n, 1, sharex=True, sharey=True)), panels[0].sources
     for ax in axs[len(sources):]: ax.remove()
     for ax,source in zip(axs, sources):
-        _draw_lines(ax, recording, panels, (source,), color=2 if panels[0].kind == 'shares' else 0)
-        _finish(ax, panels[0], recording.epochs)
-        ax.set_title(short_name(source), fontsize=8, pad=2)
+        _draw_plot(ax, recording, panels, short_name(source), (source,), fontsize=8, pad=2)
         ax.tick_params(which='both', labelsize=7, labelbottom=source == sources[-1])
     axs[len(sources)-1].set_xlabel('epoch', fontsize=7)
 

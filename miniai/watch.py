@@ -215,14 +215,12 @@ def _size_words(a, source):
     if mean is not None and std is not None: found.append(f'mean {mean:.3g}, std {std:.3g}')
     return f"{a.name(source)} {', '.join(found)}"
 
-def _count_words(a, source):
-    hist = a.row(a.recorded.acts, source, 'hist')
-    if hist is None: return ''
-    counts = [(hist[a.recorded.acts.bins + outside.index(nm.lower())], nm) for nm in ('NaN', 'Inf')]
-    return f": {' and '.join(f'{n:,} {nm}' for n,nm in counts if n)} of {hist.sum():,}"
-
 def _forward_words(a, e):
-    text = f'forward: the output of {a.name(e.source)} is the first with {a.kind}{_count_words(a, e.source)}'
+    text = f'forward: the output of {a.name(e.source)} is the first with {a.kind}'
+    hist = a.row(a.recorded.acts, e.source, 'hist')
+    if hist is not None:
+        counts = [(hist[a.recorded.acts.bins + outside.index(nm.lower())], nm) for nm in ('NaN', 'Inf')]
+        text += f": {' and '.join(f'{n:,} {nm}' for n,nm in counts if n)} of {hist.sum():,}"
     mine = [nm for nm in a.others('weights').source if nm.rpartition('.')[0] == e.source]
     fine = [_size_words(a, nm) for nm in a.seen[a.seen.place < e.place].source[-3:]]
     last = a.last_finite('forward', e.source)
