@@ -327,14 +327,14 @@ def loop_charts(run, most):
             for title,xlabel,lines,caption,log in found if lines]
 
 def finding_chart(finding, most):
-    "Chart what a finding was read from, with its steps and its layer marked; None if it does not say."
+    "Chart what a finding was read from, its steps and its layer marked, as a list; empty if it does not say."
     c = finding.chart
-    if c is None: return None
+    if c is None: return []
     focus = finding.layer if finding.layer in {*c.lines, *c.ticks} else ''
     steps = finding.steps if c.xlabel == 'step' else ()
     caption = 'Shaded: the steps that the finding speaks of.' if len(steps) else ''
-    return line_chart(c.title or 'Evidence', c.xlabel, c.lines, caption, c.ylabel, c.log, guides=c.guides,
-                      ticks=tuple(c.ticks), steps=steps, focus=focus, most=most)
+    return [line_chart(c.title or 'Evidence', c.xlabel, c.lines, caption, c.ylabel, c.log, guides=c.guides,
+                       ticks=tuple(c.ticks), steps=steps, focus=focus, most=most)]
 
 # %% ../nbs/55_charts.ipynb #d0eba377
 def spark_path(values, width=80, height=24):

@@ -343,9 +343,8 @@ def _of_model(model, opts, loss_func, inputs, predictions, targets):
 
 # %% ../nbs/49_evidence.ipynb #3c3fd97a
 def _of_learner(learn):
-    batch = getattr(learn, 'batch', None)
     inputs, targets = tried(inputs_and_targets, learn, default=(None, None))
-    if targets is batch: inputs = targets = None   # nobody says what is what
+    if targets is getattr(learn, 'batch', None): inputs = targets = None   # nobody says what is what
     facts = _of_model(unwrap(learn.model), [learn.opt], loss_func_of(learn), first_tensor(inputs),
                       getattr(learn, 'preds', None), first_tensor(targets))
     for cb in learn.cbs:

@@ -174,9 +174,8 @@ def content_of(x, title=None, findings=None):
 def charts_of(run, findings):
     "Draw all charts of one run: name of a group -> charts."
     most, width = room_for(run.evidence)
-    drawn = {f'finding {i}': finding_chart(o, most//2) for i,o in enumerate(findings)}
     return dict(curves=loop_charts(run, most), overview=overview_charts(run, width),
-                **{nm: [o] for nm,o in drawn.items() if o},
+                **{f'finding {i}': finding_chart(o, most//2) for i,o in enumerate(findings)},
                 **{f'layer {i}': layer_charts(run, nm, most, width) for i,nm in enumerate(run.layers)})
 
 # %% ../nbs/56_report.ipynb #3d081293
@@ -205,9 +204,8 @@ def compared(runs, title):
     table = compare({nm: o.evidence for nm,o in data.items()}).table
     keys = [o for o in zip(table.layer, table.stat) if o[0] not in loop_sources and o[1] in columns][:6]
     found = {f'{nm} {i}': finding_chart(f, 300) for nm,o in each.items() for i,f in enumerate(o['findings'])}
-    charts = dict(curves=compared_charts(data, keys, 500), **{nm: [o] for nm,o in found.items() if o})
     return dict(title=title or ' and '.join(runs), line=f'{len(runs)} runs', each=each, levels=levels,
-                table=table.head(40)), charts
+                table=table.head(40)), dict(curves=compared_charts(data, keys, 500), **found)
 
 # %% ../nbs/56_report.ipynb #60903aa2
 _live_seconds = 5   # between two readings of its file by a live page

@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../nbs/51_step_rules.ipynb #f9762537
 from collections import Counter
-from functools import partial
 
 import numpy as np
 
@@ -229,7 +228,7 @@ def dropout_of_most(evidence,
     for before,nm in zip(names, names[1:]):
         # what is dropped after an embedding is a sum, with that of places
         if not facts.kind(nm).startswith('Dropout') or facts.kind(before) == 'Embedding': continue
-        (mean, square), (now, after) = map(partial(_moments, evidence), (before, nm))
+        (mean, square), (now, after) = _moments(evidence, before), _moments(evidence, nm)
         kept, same = square/after if after else 1., abs(now - mean) < .3*np.sqrt(square)
         if same and kept < min_kept and loss.late > max_left*loss.first: return found(
             'warning', f'{{layer}} keeps {kept:.0%} of what comes in, and the loss ends at '
