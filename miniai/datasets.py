@@ -7,7 +7,7 @@ __all__ = ['fashion_mnist', 'image_to_tensor', 'inplace', 'collate_dict', 'Memor
            'to_device', 'to_cpu', 'set_seed', 'clean_mem', 'show_image', 'show_images', 'subplots', 'get_grid']
 
 # %% ../nbs/26_datasets.ipynb #935ed8c1
-import gzip, math, zlib
+import gzip, math, warnings, zlib
 from contextlib import suppress
 from importlib import resources
 from operator import length_hint
@@ -24,6 +24,11 @@ from .training import Dataset as Samples, get_dls
 
 _all_ = ['def_device', 'to_device', 'to_cpu', 'set_seed', 'clean_mem',
          'show_image', 'show_images', 'subplots', 'get_grid']
+
+# %% ../nbs/26_datasets.ipynb #b3f1c2ab
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    from tqdm import auto as _bars  # noqa: F401
 
 # %% ../nbs/26_datasets.ipynb #75dc2301
 fashion_names = ['T - shirt / top', 'Trouser', 'Pullover', 'Dress', 'Coat',

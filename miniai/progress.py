@@ -6,11 +6,12 @@
 __all__ = ['ProgressCB']
 
 # %% ../nbs/22_progress.ipynb #d73dfce7
-import io, sys, time
+import base64, io, sys, time
+from html import escape
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .batches import weight_of_batch
 from .callback import Callback, Order
@@ -59,28 +60,48 @@ def _begun(bar, total, desc):
     bar.reset(total)
     return bar
 
-def _close(bar):
-    if bar is None: return
-    bar.close()
-    # one that has not come to its end would stay in the notebook, in red
-    if hasattr(bar, 'container'): bar.container.close()
+class _NotebookBar:
+    "A bar on a `screen` of a notebook, with those methods of tqdm's that are used here."
+    def __init__(self, screen, total, desc):
+        self.screen,self.total,self.desc,self.n,self.text = screen,total,desc,0,''
+        self.refresh()
+
+    def update(self): self.n += 1
+    def set_postfix_str(self, text, refresh=True): self.text = text
+
+    def refresh(self):
+        known = '' if self.total is None else f' value="{self.n}" max="{self.total}"'
+        of = '' if self.total is None else f'/{self.total}'
+        text = escape(f'{self.desc}: {self.n}{of} {self.text}')
+        self.screen.show(bar=f'<div><progress{known}></progress> {text}</div>')
+
+    def close(self): self.screen.show(bar='')
 
 # %% ../nbs/22_progress.ipynb #1941e2f1
-class _Display:
-    "One output of a notebook, replaced by each new one."
-    handle = None
-    def show(self, o):
+class _Screen:
+    "One output of a notebook, with parts of HTML one above the other, and the rows of a table as text."
+    def __init__(self): self.handle,self.parts,self.rows = None,dict(picture='', table='', bar=''),[]
+
+    def show(self, **parts):
         from IPython.display import display
-        if self.handle is None: self.handle = display(o, display_id=True)
-        else: self.handle.update(o)
+        self.parts |= parts
+        text = '\n'.join([*map(_row, self.rows[:1]), *(_row(o.values()) for o in self.rows)])
+        data = {'text/html': ''.join(self.parts.values()), 'text/plain': text}
+        if self.handle is None: self.handle = display(data, raw=True, display_id=True)
+        else: self.handle.update(data, raw=True)
+
+    def add(self, row):
+        self.rows.append(row)
+        self.show(table=_html(self.rows))
 
 def _row(values, width=10): return '  '.join(f'{o!s:>{width}}' for o in values)
 
 def _html(rows):
-    "A table of dicts for a notebook."
-    from IPython.display import HTML
-    tr = lambda cells, tag: '<tr>' + ''.join(f'<{tag}>{o}</{tag}>' for o in cells) + '</tr>'
-    return HTML('<table>' + tr(rows[-1], 'th') + ''.join(tr(o.values(), 'td') for o in rows) + '</table>')
+    "A table of dicts; what one of them does not have is left free."
+    names = list(dict.fromkeys(nm for o in rows for nm in o))
+    tr = lambda cells, tag: '<tr>' + ''.join(f'<{tag}>{escape(str(o))}</{tag}>' for o in cells) + '</tr>'
+    body = (tr([o.get(nm, '') for nm in names], 'td') for o in rows)
+    return f'<table>{tr(names, "th")}{"".join(body)}</table>'
 
 # %% ../nbs/22_progress.ipynb #cfa80f21
 def _last_run(history, phase):
@@ -118,7 +139,7 @@ class _Log(Callback):
     "Takes over the log of the metrics for the length of a fit."
     _printer = None
     def _take_log(self, learn):
-        self.rows,self._keys,self._table,self._picture = [],None,_Display(),_Display()
+        self.rows,self._keys = self._screen.rows,None
         metrics = next((cb for cb in learn.cbs if cb is getattr(learn, 'metrics', None)), None)
         if metrics is None: return
         self._printer = metrics,vars(metrics).get('_log')
@@ -132,20 +153,19 @@ class _Log(Callback):
 
     def _log(self, d):
         "One more row of the table."
+        if self.notebook: return self._screen.add(d)
         self.rows.append(d)
         if not is_main(): return
-        if self._draws and self._picture.handle is None: self._redraw()   # above the table
-        if self.notebook: return self._table.show(_html(self.rows))
         if list(d) != self._keys: tqdm.write(_row(d), file=sys.stdout)
         self._keys = list(d)
         tqdm.write(_row(d.values()), file=sys.stdout)
 
     def _redraw(self):
         "Replace the live picture. It flushes the history: a wait for the device, about once a second."
-        from IPython.display import Image
         start,png = time.monotonic(),io.BytesIO()
         self.draw().savefig(png, format='png', dpi=80)
-        self._picture.show(Image(data=png.getvalue()))
+        data = base64.b64encode(png.getvalue()).decode()
+        self._screen.show(picture=f'<img alt="the loss" src="data:image/png;base64,{data}">')
         now = time.monotonic()
         self._next_draw = now + max(1, 10*(now-start))   # never more than a tenth of the time for drawing
 
@@ -157,9 +177,9 @@ class _Bar(Callback):
 
     def before_epoch(self, learn):
         self._mean.reset()
-        if self.notebook or self.terminal:
-            phase = 'train' if learn.training else 'eval'
-            self._bar = _begun(self._bar, _goal(learn), f'epoch {learn.epoch} {phase}')
+        desc = f'epoch {learn.epoch} {"train" if learn.training else "eval"}'
+        if self.notebook: self._bar = _NotebookBar(self._screen, _goal(learn), desc)
+        elif self.terminal: self._bar = _begun(self._bar, _goal(learn), desc)
 
     def after_batch(self, learn):
         loss = learn.loss.detach()
@@ -171,14 +191,15 @@ class _Bar(Callback):
         if self._bar is None: return
         self._bar.update()
         now = time.monotonic()
-        if learn.training and now >= self._next: self._tick(now)
+        if now >= self._next: self._tick(now, learn.training)
         if self._draws and now >= self._next_draw: self._redraw()
 
-    def _tick(self, now):
-        "Show the loss that has arrived and send for the next."
+    def _tick(self, now, training):
+        "Show where the pass is; in training the loss that has arrived, too, and send for the next."
         self._next,value = now + self.every,self._late.read()
-        if value is not None: self._bar.set_postfix_str(f'loss {value:.3f}')
-        if self._smooth is not None: self._late.start(self._smooth)
+        if training and value is not None: self._bar.set_postfix_str(f'loss {value:.3f}', refresh=False)
+        if training and self._smooth is not None: self._late.start(self._smooth)
+        self._bar.refresh()
 
 # %% ../nbs/22_progress.ipynb #04a8dc3c
 class ProgressCB(_Bar, _Log):
@@ -198,7 +219,7 @@ class ProgressCB(_Bar, _Log):
     def before_fit(self, learn):
         self.notebook,self.terminal = in_notebook() and is_main(),in_terminal() and is_main()
         self._draws = self.plot and self.notebook and not learn.trial
-        self._smooth,self._late,self._mean = None,_LateValue(),RunningMean()
+        self._smooth,self._late,self._mean,self._screen = None,_LateValue(),RunningMean(),_Screen()
         self._next,self._next_draw = 0.,time.monotonic()+1
         self._take_log(learn)
 
@@ -210,7 +231,7 @@ class ProgressCB(_Bar, _Log):
 
     def cleanup_fit(self, learn):
         bar,self._bar = self._bar,None
-        _close(bar)
+        if bar is not None: bar.close()
         self._give_log_back()
 
     def state_dict(self):

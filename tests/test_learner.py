@@ -579,26 +579,29 @@ def test_print_goes_back_to_metrics(capsys):
     assert capsys.readouterr().out.count('mine') == 2
 
 def test_notebook_display(monkeypatch):
+    "One output, replaced: the picture above the table above the bar, which is gone at the end; rows may have other names."
     shown = []
     class Handle:
-        def __init__(self, o): self.all = [o]; shown.append(self.all)
-        def update(self, o): self.all.append(o)
+        def update(self, o, raw): shown.append(o)
+    def begin(o, raw, display_id): shown.append(o); return Handle()
     display = pytest.importorskip('IPython.display')
-    monkeypatch.setattr(display, 'display', lambda o, display_id: Handle(o))
+    monkeypatch.setattr(display, 'display', begin)
     monkeypatch.setattr(progress, 'in_notebook', lambda: True)
     monkeypatch.setattr(sys, 'stderr', io.StringIO())
+    monkeypatch.setattr(progress.ProgressCB, 'every', 0.)   # a tick at each batch
     import matplotlib.pyplot as plt
     figures = plt.get_fignums()
     learn = get_learner([MetricsCB(accuracy=MulticlassAccuracy()), ProgressCB(plot=True)])
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')   # tqdm on missing widgets
-        learn.fit(2)
-    table, = [o for o in shown if isinstance(o[0], display.HTML)]
-    picture, = [o for o in shown if isinstance(o[0], display.Image)]
-    assert len(table) == 4 and table[-1].data.count('<tr>') == 5 and '<th>accuracy</th>' in table[-1].data
-    # above the table, then at each end of an epoch; one output, replaced
-    assert len(picture) == 5 and picture[-1].data[:4] == b'\x89PNG' and shown.index(picture) < shown.index(table)
-    assert plt.get_fignums() == figures
+    learn.fit(2)
+    html = [o['text/html'] for o in shown]
+    assert html[-1].count('<tr>') == 5 and '<th>accuracy</th>' in html[-1] and shown[-1]['text/plain'].count('\n') == 4
+    assert html[-1].index('<img') < html[-1].index('<table>') and 'data:image/png;base64,iVBOR' in html[-1]
+    n = len(learn.dls.train)
+    assert '<progress' not in html[-1] and any(f'epoch 1 train: {n}/{n} loss' in o for o in html) and any('epoch 0 eval: 1/' in o for o in html)
+    assert plt.get_fignums() == figures and not sys.stderr.getvalue()
+    before = len(html)
+    learn.fit(1)   # begins anew
+    assert shown[before]['text/html'].count('<tr>') == 0
 
 def test_one_bar_for_the_whole_fit(monkeypatch):
     "It begins anew with each pass, whatever the loader knows of its length, and is gone however the fit ends."
@@ -606,8 +609,10 @@ def test_one_bar_for_the_whole_fit(monkeypatch):
     class Bar(progress.tqdm):
         def __init__(self, *args, **kw):
             super().__init__(*args, **kw, file=io.StringIO())
-            self.container = SimpleNamespace(close=lambda: seen.append('gone'))   # as tqdm's in a notebook
             bars.append(self)
+        def close(self):
+            if not self.disable: seen.append('gone')
+            super().close()
         def reset(self, total=None):
             super().reset(total)
             seen.append((self.desc, self.total, self.n))
