@@ -191,9 +191,10 @@ class _Later:
     def __init__(self, module): self.module = module
     def __set_name__(self, owner, nm): self.nm = nm
     def __get__(self, learn, owner):
-        if learn is None: return self
         import_module(f'miniai.{self.module}')
-        return getattr(learn, self.nm)
+        if learn is not None: return getattr(learn, self.nm)
+        found = next(vars(o)[self.nm] for o in owner.__mro__ if self.nm in vars(o))
+        return self if found is self else getattr(owner, self.nm)   # itself while that module is imported
 
 class _OtherRooms:
     "What else a Learner can do."

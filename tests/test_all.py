@@ -33,3 +33,10 @@ def test_star_import():
     exec('from miniai.all import *', ns)
     assert ns['Learner'] is mi.Learner and ns['conv'] is importlib.import_module('miniai.init').conv
     assert set(mi.__all__) <= set(ns)
+
+
+def test_help_on_a_method_of_a_later_room():
+    "The class gives the function itself, before anybody has imported its module."
+    code = 'from miniai.learner import TrainLearner; help(TrainLearner.check)'
+    found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert 'check(self' in found.stdout and 'Fit a copy on one batch' in found.stdout, found.stderr

@@ -1,5 +1,5 @@
 "The Learner's loop, its core callbacks, and what they leave behind (nothing)."
-import contextlib, copy, io, random, subprocess, sys, warnings
+import contextlib, copy, io, random, subprocess, sys
 from functools import partial
 from types import SimpleNamespace
 
