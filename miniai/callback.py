@@ -11,6 +11,7 @@ import inspect, re, warnings
 from difflib import get_close_matches
 from enum import IntEnum
 from functools import partial, wraps
+from importlib import import_module
 
 from fastcore.foundation import L
 
@@ -290,3 +291,15 @@ def warn_misspelt(cbs):
             warnings.warn(f'{type(cb).__name__}.{nm} is never called: there is no event `{nm}`. '
                           f'Did you mean `{event}`? A helper needs another name, `_{nm}` for example',
                           stacklevel=4)
+
+# %% ../nbs/20_callback.ipynb #1eca8496
+class Later:
+    "A method that another module adds to a class; it is imported when the method is asked for."
+    def __init__(self, module): self.module = module
+    def __set_name__(self, owner, nm): self.nm = nm
+    def __get__(self, o, owner):
+        import_module(f'miniai.{self.module}')
+        found = next(vars(k)[self.nm] for k in owner.__mro__ if self.nm in vars(k))
+        if found is not self: return getattr(owner if o is None else o, self.nm)
+        if o is None: return self   # asked for by that module itself, while it is imported
+        raise AttributeError(f'miniai.{self.module} adds no {self.nm} to {owner.__name__}')

@@ -10,7 +10,6 @@ __all__ = ['Learner', 'TrainCB', 'KeywordCB', 'TrainLearner', 'MomentumLearner',
 # %% ../nbs/24_learner.ipynb #ef154455
 from collections.abc import Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from itertools import islice
 from numbers import Real
 
@@ -21,8 +20,8 @@ from torch import nn, optim
 
 from .batches import Predicts
 from .callback import (Callback, CancelBatchException, CancelEpochException, CancelFitException,
-                             HasCallbacks, Order, as_cbs, check_workers, run_cbs, show_loop, warn_misspelt,
-                             with_cbs, work_events)
+                             HasCallbacks, Later, Order, as_cbs, check_workers, run_cbs, show_loop,
+                             warn_misspelt, with_cbs, work_events)
 from .device import batch_size, def_device, detached, rng_state, to_cpu, to_device
 from .history import History
 from .lr_find import LRFinderCB, SuggestedLRs, lr_find
@@ -186,26 +185,16 @@ class _Records:
         return {**vars(self), **rest, **graphs}
 
 # %% ../nbs/24_learner.ipynb #e9c2ba4c
-class _Later:
-    "A method that another module adds to the Learner; it is imported when the method is asked for."
-    def __init__(self, module): self.module = module
-    def __set_name__(self, owner, nm): self.nm = nm
-    def __get__(self, learn, owner):
-        import_module(f'miniai.{self.module}')
-        if learn is not None: return getattr(learn, self.nm)
-        found = next(vars(o)[self.nm] for o in owner.__mro__ if self.nm in vars(o))
-        return self if found is self else getattr(owner, self.nm)   # itself while that module is imported
-
 class _OtherRooms:
     "What else a Learner can do."
     lr_find,show_loop = lr_find,show_loop
-    watch,unwatch = _Later('watch'),_Later('watch')
-    diagnose,report,check = _Later('diagnose'),_Later('report'),_Later('check')
-    summary,show_image_batch = _Later('augment'),_Later('augment')
-    capture_preds,tta = _Later('augment'),_Later('augment')
-    open_checkpoint = _Later('checkpoint')
-    validate,get_preds,save,load = [_Later('shortcuts') for _ in range(4)]
-    fit_one_cycle,freeze,unfreeze = [_Later('shortcuts') for _ in range(3)]
+    watch,unwatch = Later('watch'),Later('watch')
+    diagnose,report,check = Later('diagnose'),Later('report'),Later('check')
+    summary,show_image_batch = Later('augment'),Later('augment')
+    capture_preds,tta = Later('augment'),Later('augment')
+    open_checkpoint = Later('checkpoint')
+    validate,get_preds,save,load = [Later('shortcuts') for _ in range(4)]
+    fit_one_cycle,freeze,unfreeze = [Later('shortcuts') for _ in range(3)]
 
 # %% ../nbs/24_learner.ipynb #285507db
 def _check_fit(learn, n_epochs, max_steps):
