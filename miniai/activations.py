@@ -287,6 +287,11 @@ class Kept(Views):
 
     nbytes = property(lambda self: self.history.nbytes)
 
+    def merge_processes(self, gather): # function: an object -> the list of those of all processes
+        "Make what this process has recorded in this fit that of all processes together."
+        if self.table is None or not self.table.merges: return   # the same everywhere
+        self.history.merge(gather(self.history.state_dict(unmerged=True)))
+
     def state_dict(self) -> dict: # history, sampler, and what is known of the model
         "Give what is needed to go on."
         warned = sorted([list(o) for o in self.told.known if isinstance(o[1], str)])
@@ -354,9 +359,9 @@ class OutputSteps(Recorder, HooksCallback):
     def begin(self, learn):
         self.end()   # of a fit around this one
         self.meet(learn)
-        self.parted = getattr(learn, 'n_processes', 1) > 1   # each process sees a part of the batch
         self.tap.sampler = self.sampler   # it may be another one's by now
         self.tap.attach(self.chosen(learn.model), select_modules(learn.model))
+        self.history.divide(learn.model)
         self.hooks = self.tap.hooks
         give_stats(self)
 
@@ -414,10 +419,6 @@ class OutputFacts(OutputSteps):
         sampled = {phase: (self.sampler.sampled[phase], n) for phase,n in self.sampler.seen.items() if n}
         return dict(layers={nm: self.kinds[nm] for nm in self.sources}, sources=sources, silent=self.silent,
                     sampled=sampled, dead_since=since)
-
-    def merge_processes(self, gather): # function: an object -> the list of those of all processes
-        "Make what this process has recorded in this fit that of all processes together."
-        if self.parted: self.history.merge(gather(self.history.state_dict(unmerged=True)))
 
     @property
     def known(self):   # what the tap knows, as it is saved
@@ -541,4 +542,4 @@ class ActivationStats(OutputPlots, OutputFacts):
         super().forget()
         what = parts_needed((*self.stats, *own_names('output')))
         self.tap = OutputTap(self.table, self.sampler, self.told, self.axis, what)
-        self.hooks, self.complete, self.parted = self.tap.hooks, False, False
+        self.hooks, self.complete = self.tap.hooks, False

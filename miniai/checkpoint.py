@@ -19,8 +19,9 @@ from torch import nn
 
 from .callback import Order
 from .device import rng_state, set_rng_state, to_device
-from .distributed import gather, is_main, rank
+from .distributed import divided_like, gather, is_divided, is_main, rank, world_size
 from .files import atomic_write
+from .history import History
 from .hooks import unwrap
 from .learner import Learner
 from .stopping import MonitorCB
@@ -102,8 +103,19 @@ def opt_state(opt):
                                 'keeps, such as momentum, is not saved')
     return dict(kind=type(opt).__name__, state=opt.state_dict() if there else None)
 
+def samples_per_step(dl): # in all processes together; 0 where it is not known
+    return getattr(dl, 'world', 1)*(getattr(dl, 'batch_size', None) or 0)
+
 def as_module(o): return o if isinstance(o, nn.Module) else nn.Module()
 
+def whole(o):
+    "Put together what processes divide, in process 0 only; all must call this."
+    if isinstance(o, Mapping): return {k: whole(v) for k,v in o.items()}
+    if not isinstance(o, torch.Tensor) or not is_divided(o): return o
+    full = o.detach().full_tensor()
+    return full.cpu() if is_main() else None
+
+# %% ../nbs/36_checkpoint.ipynb #875a643b
 def learner_state(learn, epoch, batches=0, n_steps=0):
     "What is needed to go on with `epoch`, of which `batches` are done; all processes must call this."
     model,loss_func = unwrap(learn.model),as_module(learn.loss_func)
@@ -111,8 +123,9 @@ def learner_state(learn, epoch, batches=0, n_steps=0):
     stream = learn._stream   # of which a pass is not an epoch
     return dict(epoch=epoch, first=learn.epochs.stop-learn.n_epochs, first_step=learn.first_step,
                 batches=stream.done if stream else batches, of_epoch=batches, n_steps=n_steps,
-                model=model.state_dict(), loss_func=loss_func.state_dict(), opt=opt_state(opt_of(learn)),
-                grads=grads, processes=gather(own_state(learn, stream or batches)))
+                model=whole(model.state_dict()), loss_func=loss_func.state_dict(),
+                opt=whole(opt_state(opt_of(learn))), grads=whole(grads), per_step=samples_per_step(learn.dl),
+                processes=gather(own_state(learn, stream or batches)))
 
 # %% ../nbs/36_checkpoint.ipynb #92327bc1
 def same_form(state, module, path, what):
@@ -125,19 +138,56 @@ def same_form(state, module, path, what):
         f'{here.get(odd[0], "missing")} in the {what}')
 
 # %% ../nbs/36_checkpoint.ipynb #1f42287c
+def done_of(saved, dl, n):
+    "How many batches of a loader are `n` of those that were saved, which may have had another size."
+    was,now = saved.state.get('per_step'),samples_per_step(dl)
+    if not (was and now): return n
+    if n*was % now: raise CheckpointError(
+        f'{saved.path} was saved after {n} batches of {was} samples, which are no whole number of {now}; '
+        'give a batch size with which they are, such as the same for all processes together')
+    return n*was//now
+
+# %% ../nbs/36_checkpoint.ipynb #41de1089
+def added(parts):
+    "Add up what several processes have counted: numbers, tensors, lists, and dictionaries of them."
+    if isinstance(parts[0], Mapping): return {k: added([o[k] for o in parts]) for k in parts[0]}
+    return parts[0] if parts[0] is None or isinstance(parts[0], str) else sum(parts[1:], parts[0])
+
+def merged_table(states, whole=()):
+    "The table of several processes as that of one."
+    tables = [History() for _ in states]
+    for o,state in zip(tables, states): o.load_state_dict(state)
+    tables[0].merge([o.state_dict(unmerged=True) for o in tables], whole)
+    for o in tables[0].tables: o.places, o.counts = {}, True
+    return tables[0].state_dict()
+
+def for_others(parts, i):
+    "What process `i` goes on with, where there are others than those that have saved `parts`."
+    found = {}
+    for nm,first in parts[0]['callbacks'].items():
+        states = [o['callbacks'][nm] for o in parts]
+        if 'history' in first: found[nm] = first | dict(history=merged_table([o['history'] for o in states]))
+        elif not nm.startswith(('MetricsCB', 'ProgressCB')): found[nm] = first
+        elif not i: found[nm] = first | {k: added([o[k] for o in states])
+                                         for k in ('states', 'mean', 'n') if k in first}
+    history = merged_table([o['history'] for o in parts], ('epoch',))
+    return parts[0] | dict(history=history, callbacks=found)
+
+# %% ../nbs/36_checkpoint.ipynb #02e551c4
 class SavedFit:
     "What a fit has saved; a file of something else is refused."
     def __init__(self, path):
-        self.path,self.state = path,load_state(path)
+        self.path,self.state,self._own = path,load_state(path),None
         needed = 'epoch', 'first', 'batches', 'model', 'opt', 'processes'
         missing = [o for o in needed if o not in self.state]
         if missing: raise CheckpointError(f'{path} is no checkpoint of a fit: it has no {", ".join(missing)}')
 
     def own(self):
-        "The part of this process."
-        parts,n = self.state['processes'],len(gather(None))
-        if len(parts) == n: return parts[rank()]
-        raise CheckpointError(f'{self.path} was saved by {len(parts)} processes, and now there are {n}')
+        "The part of this process; of others than have saved it, what all together had."
+        parts,i = self.state['processes'],rank()
+        if len(parts) == world_size(): return parts[i]
+        if self._own is None: self._own = for_others(parts, i)
+        return self._own
 
     def rng(self, learn, nm):
         "The random state that is called `nm`, as `set_rng_state` takes it."
@@ -169,14 +219,21 @@ def load_weights(path, model): # `model`
     return model
 
 # %% ../nbs/36_checkpoint.ipynb #2888d1fe
+def load_model(model, state):
+    here = model.state_dict()
+    model.load_state_dict({nm: divided_like(o, here[nm]) for nm,o in state.items()})
+
 def load_opt(opt, state, groups):
     "The optimizer as it was; what a schedule has put into the groups that the file does not know stays."
     if state is None: return
+    params = dict(enumerate(p for group in getattr(opt, 'param_groups', ()) for p in group['params']))
+    if any(map(is_divided, params.values())): state = {**state, 'state': {
+        i: {nm: divided_like(o, params[i]) if getattr(o, 'shape', 0) == params[i].shape else o
+            for nm,o in own.items()} for i,own in state['state'].items()}}
     groups = [{**now, **saved} for now,saved in zip(getattr(opt, 'param_groups', ()), groups)]
     opt.load_state_dict({**state, 'param_groups': groups} if groups else state)
     if not isinstance(opt, torch.optim.Optimizer): return
     # types as they were saved: PyTorch gives to what it loads the type of the parameter
-    params = dict(enumerate(p for group in opt.param_groups for p in group['params']))
     for i in params.keys() & state['state'].keys():
         now = opt.state[params[i]]
         for nm,o in state['state'][i].items():
@@ -199,28 +256,28 @@ class Resume(SavedFit):
 
     def batches(self, learn):
         "The batches that are left of the epoch, numbered; those that were done are loaded and dropped."
-        done = self.state['batches']
+        done,at = (done_of(self, learn.dl, self.state.get(o, self.state['batches']))
+                   for o in ('batches', 'of_epoch'))
         if not done: self.load(learn)
         learn._rng = self.rng(learn, 'epoch_rng')
         set_rng_state(learn._rng)
         if self.state['epoch']: warn_of_workers(learn.dl)
-        stream,at = learn._stream,self.state.get('of_epoch', done)
-        batches = stream.batches if stream else iter(learn.dl)
+        batches = learn._stream.batches if learn._stream else iter(learn.dl)
         for i in range(done):
             if next(batches, None) is None: raise CheckpointError(
                 f'{self.path} was saved after {done} batches, and the loader gives only {i}: it has changed')
         if at: learn.iter = at-1
         if done: self.load(learn)
-        return enumerate(islice(batches, learn.epoch_sz-at) if stream else batches, at)
+        return enumerate(islice(batches, learn.epoch_sz-at) if learn._stream else batches, at)
 
     def load(self, learn):
         "Be as the learner was that has saved this."
         self.check(learn)
         state,own,model = self.state,self.own(),unwrap(learn.model)
-        model.load_state_dict(state['model'])
+        load_model(model, state['model'])
         as_module(learn.loss_func).load_state_dict(state['loss_func'])
         load_opt(opt_of(learn), state['opt']['state'], self.groups())
-        for nm,p in model.named_parameters(): p.grad = to_device(state['grads'].get(nm), p.device)
+        for nm,p in model.named_parameters(): p.grad = divided_like(state['grads'].get(nm), p)
         device = next((p.device for p in model.parameters()), 'cpu')
         for nm,cb in with_state(learn).items():
             if nm in own['callbacks']: cb.load_state_dict(to_device(own['callbacks'][nm], device))
@@ -284,8 +341,8 @@ def _link(path, other):
 
 def write_checkpoint(path, model, state, best, keep):
     "Save a state, the best one first, as the other one says that this is done; all but the newest `keep` go."
-    for nm,p in unwrap(model).named_parameters():
-        if not p.isfinite().all(): raise FloatingPointError(
+    for nm,_ in unwrap(model).named_parameters():
+        if not state['model'][nm].isfinite().all(): raise FloatingPointError(
             f'CheckpointCB: {nm} is not finite any more, so this is not saved; the last good one is '
             f'{next(reversed(checkpoints(path.parent)), "none")}')
     if not path.parent.is_dir():

@@ -9,13 +9,14 @@ __all__ = ['Cost', 'Sampler']
 import time
 import warnings
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
 import torch
 
-from .hooks import Hooks, named_tensors
+from .distributed import Place, data_axes, is_divided, local, place_of, rank, size_and_offset
+from .hooks import Hooks, named_tensors, parameter_axis
 from .kernels import add_to_row, compiled_loops, memory_view, plan, readable, slow_reason
 from .stats import unit_axis, unit_view, widen
 
@@ -220,26 +221,42 @@ class Listener:
 
 # %% ../nbs/16_collect.ipynb #669d30a4
 class UnitAxes:
-    "Knows which axis of each output counts its units."
-    def __init__(self, axis): self.axis, self.known, self.last = axis, {}, None
+    "Knows which axis of each output counts its units, and which of them are here."
+    def __init__(self, axis, of_inputs=False):
+        self.axis, self.of_inputs, self.known, self.last = axis, of_inputs, {}, None
 
     def find(self, mod, a, source=None):
-        shape, before = self.last or ((), 0)   # padding may change other axes
+        shape, before, place = self.last or ((), 0, None)   # padding may change other axes
         inherited = before if len(shape) == a.ndim > before and shape[before] == a.shape[before] else None
         axis = self.known.get((source, a.ndim))
         if axis is None: axis = self.axis(mod, a.ndim, inherited)
         if source is not None: self.known[source, a.ndim] = axis
-        self.last = tuple(a.shape), axis
+        place = self._place(mod, a, axis, place if a.shape == shape else None)
+        self.last = tuple(a.shape), axis, place
         return axis
+
+    def _place(self, mod, a, axis, before):
+        "Find the place of what is divided among processes: by itself, the layer's weight, or as `before`."
+        if is_divided(a): return place_of(a, axis)
+        weight, alone = getattr(mod, 'weight', None), next(mod.parameters(False), None) is None
+        if self.of_inputs or not is_divided(weight): return before if self.of_inputs or alone else None
+        k, fully = parameter_axis(mod, 'weight', weight.ndim), hasattr(mod, 'reshard')
+        whole_axes = data_axes(weight) if fully and weight.device_mesh.ndim > 1 else 0
+        size = size_and_offset(weight, whole_axes)[0][k]
+        if a.shape[axis] != size or size == weight.shape[k]: return None
+        place = place_of(weight, k, whole_axes)
+        return replace(place, cut=True, leads=place.first == 0)
 
 # %% ../nbs/16_collect.ipynb #dc16074d
 class ModuleTap(Listener):
     "Gives every tensor that chosen modules return to `_add`, with its name and the axis of its units."
+    of_inputs = False
     max_calls = 8   # of one module in one forward; a cell in a long loop would fill the table
 
     def __init__(self, sampler, told, axis=unit_axis):
         super().__init__(sampler, told)
-        self.units = UnitAxes(axis)   # by a function (module, ndim, before)
+        # by a function (module, ndim, before)
+        self.units = UnitAxes(axis, self.of_inputs)
         # layer -> its rows' names; source -> axis; layers in the order of their first call
         self.sources, self.axes, self.fired = {}, {}, {}
 
@@ -281,6 +298,11 @@ class TensorTap(ModuleTap):
         hook.forward, hook.call, self.units.last = self.forward, 0, hook.last
         return True
 
+    def _divided(self, source, place):
+        self.rows.places[source] = place
+        if place.cut and self.what & 4: self.told(
+            source, 'is divided among processes, and so is each sample: there are no norms of samples')
+
     def _take(self, hook, mod, outp):
         hook.call = hook.call + 1 if hook.forward == self.forward else 0
         hook.forward, hook.shape = self.forward, None
@@ -297,6 +319,7 @@ class TensorTap(ModuleTap):
             if hook.call: source = f'{source} (call {hook.call+1})'
             axis = self.axes[source] = self.units.find(mod, a, source)
             hook.last = self.units.last
+            if hook.last[2]: self._divided(source, hook.last[2])
             if source not in self.sources[hook.name]: self.sources[hook.name].append(source)
             if a.numel(): self._add(hook, source, a, axis)
 
@@ -324,6 +347,7 @@ class OutputTap(TensorTap):
         return True
 
     def _add(self, hook, source, a, axis):
+        a = local(a)
         cell = self.rows.cell(source, unit_view(a.shape, axis)[2], a.device, hook.call)
         add_to_row(cell.rows[self.rows.i], a, axis, self.rows.bins, self.what)
         plain = self.one is not None and readable(a) and a.dtype is torch.float32 and a.is_contiguous()
@@ -349,8 +373,8 @@ class Follower:
         began = tap.sampler.now()
         try:
             if rows.closed: rows.open('train', *tap.where)
-            plain = grad.dtype is torch.float32 and grad.is_cpu and grad.is_contiguous()
-            if plain and grad.shape == self.shape:
+            plain = type(grad) is torch.Tensor and grad.dtype is torch.float32 and grad.is_cpu
+            if plain and grad.is_contiguous() and grad.shape == self.shape:
                 self.job[0], self.job[4] = grad.data_ptr(), self.cell.address + rows.i*self.cell.nbytes
                 tap.many(self.address, 1, tap.plan)
             else: self._take(rows, grad)
@@ -359,13 +383,15 @@ class Follower:
 
     def _take(self, rows, grad):
         "Add one that is not like the last, and prepare for more of its kind."
-        tap, self.shape, a = self.tap, None, widen(grad).contiguous()
+        tap, self.shape, a = self.tap, None, widen(local(grad)).contiguous()
+        if is_divided(grad): rows.places[self.source] = place_of(grad, self.axis)
         self.cell = rows.cell(self.source, unit_view(a.shape, self.axis)[2], a.device)
         before = tap.before.get(self.source) if tap.pairs else None
         known = _is_like(before, a)
         if tap.pairs and not known: before = tap.before[self.source] = torch.empty_like(a)
         add_to_row(self.cell.rows[rows.i], a, self.axis, rows.bins, tap.what, before, known)
-        if tap.many is None or not readable(a) or grad.dtype is not torch.float32: return
+        if tap.many is None or not readable(a) or type(grad) is not torch.Tensor: return
+        if grad.dtype is not torch.float32: return
         address = before.data_ptr() if tap.pairs else 0
         self.shape, self.job[:] = grad.shape, [0, 0, address, 1, 0, *unit_view(a.shape, self.axis), tap.what]
 
@@ -405,6 +431,8 @@ class CallTap(TensorTap):
         self.f, self.of_grad = f, of_grad
 
     def _fast(self, hook, outp): return False
+    def _divided(self, source, place):
+        raise ValueError('it is divided among processes, and a function of a part is not that of the whole')
 
     def _add(self, hook, source, a, axis):
         if not self.of_grad: self.f(source, a.detach(), axis)
@@ -417,7 +445,7 @@ class CallTap(TensorTap):
 # %% ../nbs/16_collect.ipynb #bf7874b8
 class Inputs:
     "Takes what modules are given instead of what they return."
-    verb = 'is given'
+    verb, of_inputs = 'is given', True
     def _hook(self, modules, leaves):
         return Hooks(modules, self._on_input, before=True, keywords=True), Hooks(leaves, self._pass)
 
@@ -486,7 +514,24 @@ class Jobs(Lines):
         return True
 
 # %% ../nbs/16_collect.ipynb #a3bebebe
-class Choice:
+class PartsHere:
+    "What a process has of parameters; needs `params`, `rows` and `told`."
+    def place(self, o):
+        place, first = place_of(o.p, _axis(o, o.p) % o.p.ndim), int(o.p.device_mesh.mesh.min()) == 0
+        counts, rows = place.counts and first, self.rows   # other meshes have other data
+        rows.places[o.name] = replace(place, counts=counts, cut=False, leads=rows.leads)
+        rows.places['all'], rows.counts = Place(0, 0, True, leads=rows.leads), rank() == 0
+
+    def here(self, tensors):
+        "Give what this process has of tensors, one for each parameter or None."
+        return [self._here(*o) for o in zip(self.params, tensors)] if self.rows.places else tensors
+
+    def _here(self, o, t):
+        try: return None if t is None else local(t)
+        except ValueError as e: self.told.failed(o.name, e)
+
+# %% ../nbs/16_collect.ipynb #6ee75709
+class Choice(PartsHere):
     "The parameters that are read, and what they are compared with."
     def __init__(self, rows, told, pairs=True, what=3):
         # rows: their slot must be open; pairs: compare with the step before; what: see `add_to_row`
@@ -496,13 +541,17 @@ class Choice:
     def choose(self, params):
         "Read these, `NamedParameter`s that have, or ever had, a gradient; what is known of others is kept."
         params = tuple(params)
-        if params != self.params: self.params, self.jobs, self.at = params, None, None
+        if params == self.params: return
+        self.params, self.jobs, self.at = params, None, None
+        for o in params:
+            if is_divided(o.p): self.place(o)
 
     def forget(self):   # lets go of all buffers
         self.before, self.starts, self.jobs, self.params, self.at = {}, {}, None, (), None
 
     def start(self, tensors):
         "Copy what updates are measured from; None for a parameter that will not move."
+        tensors = self.here(tensors)
         at = [0 if t is None or t.layout is not torch.strided else t.data_ptr() for t in tensors]
         if at != self.at:
             self.moving = [(o, t.detach()) for o,t in zip(self.params, tensors) if t is not None]
@@ -519,6 +568,7 @@ class ParameterTap(Choice):
     "Adds gradients, or updates, of parameters to rows of sums."
     def read(self, tensors, from_start=False):
         "Add all of them, one for each parameter or None, or their differences to what `start` copied."
+        tensors = self.here(tensors)
         if self.jobs is None: self.jobs = Jobs(self, from_start)
         rest = self.jobs.run(tensors, self.at if from_start else None)
         for o,t in rest: self._read_one(o, t, self.starts if from_start else {})

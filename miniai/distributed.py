@@ -7,19 +7,25 @@ __all__ = ['is_main']
 
 # %% ../nbs/04_distributed.ipynb #433b6cc4
 import atexit, os
+from dataclasses import dataclass
+from datetime import timedelta
+from math import prod
 
 import torch
 import torch.distributed as dist
+from fastcore.basics import groupby
+from torch import nn
 
 # %% ../nbs/04_distributed.ipynb #170f243e
 def start_processes(
-    backend:str=None # 'nccl' or 'gloo'; default by whether there is a GPU
+    backend:str=None,# 'nccl' or 'gloo'; default by whether there is a GPU
+    timeout=60       # seconds that one waits for the others, before it fails
 ) -> int: # how many there are
     "Join the processes that `torchrun` or `accelerate launch` has started; does nothing in a script alone."
     if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not dist.is_initialized():
         on_gpu = torch.cuda.is_available() and backend != 'gloo'
         if on_gpu: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
-        dist.init_process_group(backend or ('nccl' if on_gpu else 'gloo'))
+        dist.init_process_group(backend or ('nccl' if on_gpu else 'gloo'), timeout=timedelta(seconds=timeout))
         atexit.register(_leave)
     return world_size()
 
@@ -51,3 +57,72 @@ def gather(
     res = [None]*world_size()
     dist.all_gather_object(res, obj)
     return res
+
+# %% ../nbs/04_distributed.ipynb #a636abae
+def is_divided(t):
+    "Say whether a tensor is a DTensor, of which each process holds a part."
+    return hasattr(t, 'device_mesh')
+
+def local(t):
+    "Give what this process holds of a tensor, without its graph."
+    t = t.detach()
+    if is_divided(t):
+        if any(o.is_partial() for o in t.placements):
+            raise ValueError('each process holds a term of a sum, and none of them the sum')
+        t = t.to_local()
+    return t.wait() if hasattr(t, 'wait') else t   # still on its way
+
+def data_axes(t):
+    "Count the axes of the mesh of a parameter that `fully_shard` has divided, which are those of the data."
+    return 1 + next(i for i,o in enumerate(t.placements) if not o.is_replicate())
+
+def size_and_offset(t, whole_axes=0):
+    "Find size and place of the part that is here, without what the first axes of the mesh divide."
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    where = [Replicate()]*whole_axes + list(t.placements[whole_axes:])
+    return compute_local_shape_and_global_offset(t.shape, t.device_mesh, where)
+
+# %% ../nbs/04_distributed.ipynb #0d6f02ca
+@dataclass(frozen=True)
+class Place:
+    "Where in the whole of a divided tensor the part of this process lies."
+    units:int       # of the whole
+    first:int       # of the part
+    counts:bool     # False where an earlier process has the same part
+    cut:bool=False  # samples are divided, so that their norms are not known
+    leads:bool=True # has the beginning of its samples
+
+def place_of(t, axis, whole_axes=0):
+    "Find the place of a divided tensor, whose units are on `axis`."
+    (_, at), where, axis = size_and_offset(t, whole_axes), t.placements, axis % max(t.ndim, 1)
+    counts = all(i == 0 or not o.is_replicate() for i,o in zip(t.device_mesh.get_coordinate(), where))
+    return Place(t.shape[axis], at[axis], counts, any(getattr(o, 'dim', 0) for o in where), not any(at[1:]))
+
+def divided_like(whole, t):
+    "Divide a tensor, which all processes have, as `t` is; nothing is sent."
+    if not is_divided(t) or whole is None: return whole if whole is None else whole.to(t.device)
+    size, at = size_and_offset(t)
+    part = whole[tuple(slice(i, i+n) for i,n in zip(at, size))].to(t.device_mesh.device_type).contiguous()
+    return type(t.detach()).from_local(part, t.device_mesh, t.placements, shape=t.shape, stride=t.stride())
+
+# %% ../nbs/04_distributed.ipynb #a4b64f7d
+def total_norm(tensors, norm_type=2.):
+    "Compute the norm of tensors together, divided ones among them; all processes must call this."
+    kinds = groupby(tensors, lambda t: getattr(t, 'device_mesh', None)).values()
+    norms = [nn.utils.get_total_norm(o, norm_type) for o in kinds]
+    norms = [o.full_tensor() if is_divided(o) else o for o in norms]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), norm_type)
+
+# %% ../nbs/04_distributed.ipynb #7e4132d6
+def batch_part(model) -> tuple: # (number, how many there are, whether no earlier process has it, too)
+    "Say which part of each batch is that of this process."
+    found = [p for p in model.parameters() if is_divided(p)]
+    if not found: return rank(), world_size(), True
+    p = max(found, key=lambda p: p.device_mesh.ndim)
+    mesh, at = p.device_mesh, p.device_mesh.get_coordinate()
+    fully = any(hasattr(m, 'reshard') for m in model.modules())
+    k = data_axes(p) if fully else 0
+    number = int(mesh.mesh.min())//mesh.size()
+    for i,n in zip(at[:k], mesh.shape): number = number*n + i
+    return number, world_size()//mesh.size()*prod(mesh.shape[:k]), not any(at[k:])

@@ -15,11 +15,11 @@ import torch
 from miniai.activations import why_silent
 from miniai.batches import mean_over
 from miniai.device import batch_size
-from miniai.distributed import gather, rank, world_size
+from miniai.distributed import gather, is_divided, rank, world_size
 from miniai.history import History
 from miniai.hooks import choose_parameters, find_parameters
 from miniai.kernels import add_to_row, empty_row
-from miniai.lens import aggregates, epoch_taps, layer_taps, row_stat, summary
+from miniai.lens import aggregates, epoch_taps, row_stat, summary
 from miniai.loss_stats import few
 from miniai.rows import to_host
 from miniai.stats import Sums, grad_bins, unit_view
@@ -113,6 +113,7 @@ class Keeping:
         phase = 'valid' if raw in lens.phases('valid') and lens.tap != 'output_grad' else 'train'
         for stat in lens.functions:
             try:
+                if is_divided(a): raise ValueError('it is divided among processes')
                 with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
                     self._keep(lens, source, stat, lens.compute(stat, a, axis), phase, self.samples)
             except Exception as e: self._failed(lens, source, e)
@@ -157,6 +158,7 @@ class Losses:
 # %% ../nbs/46_epochs.ipynb #fada1492
 def read_now(lens, stat, a, axis):
     "The value of a statistic of one tensor, whose units are on `axis`; waits for the device."
+    if is_divided(a): a = a.full_tensor()   # all processes ask
     if stat in lens.functions: return float(lens.compute(stat, a, axis))
     row = empty_row(grad_bins, unit_view(a.shape, axis)[2], a.device)
     add_to_row(row, a, axis, grad_bins, 3)
@@ -167,19 +169,14 @@ class Parameters:
     "Knows the parameters of the model, and reads at the end of an epoch those that a lens asks for."
     def _find_parameters(self):
         "All parameters of the model as it is now; new ones are found at the next epoch."
-        found = [o for o in find_parameters(self.model) if not self._is_sharded(o)]
+        found = find_parameters(self.model)
         if found == self.params: return
+        self.history.divide(self.model)
         self.params, self.held = found, {}
         for lens in (o for o in self.lenses if o.tap in ('grad', 'update', *epoch_taps)):
             chosen = {o.name for o in choose_parameters(self.params, lens.parameters, type(lens).__name__)}
             for rows in self.tables:
                 if lens in rows.lenses: rows.chosen[lens] |= chosen
-
-    def _is_sharded(self, o):
-        found = hasattr(o.p, 'full_tensor')
-        what = f'({o.name}) is divided among processes (a DTensor): not measured'
-        if found: self.warn('a parameter', what, 'divided')
-        return found
 
     def _read_parameters(self):
         self._find_parameters()
@@ -250,11 +247,12 @@ class Epochs(CountsEpochs):
 
     def _gather(self, values):
         "Take in what the other processes have seen; values of the epoch, of all of them."
-        tables = [o for o in self.tables if o.tap in layer_taps]
+        tables, first = [o for o in self.tables if o.merges], self.history.values.counts
         same = {key: o for key,o in values.items() if self.lenses[key[1]].tap in ('grad', 'update')}
-        own = {key: o for key,o in values.items() if key not in same}
+        own = {key: o for key,o in values.items() if key not in same and first}
+        batches = self.seen.batches if first else {phase: Counter() for phase in self.seen.batches}
         # waits for the device and for the others
-        everyone = gather(([o.state_dict(unmerged=True) for o in tables], own, self.seen.batches))
+        everyone = gather(([o.state_dict(unmerged=True) for o in tables], own, batches))
         for i,o in enumerate(tables): o.merge([states[i] for states,_,_ in everyone])
         for key in dict.fromkeys(key for _,found,_ in everyone for key in found):
             same[key] = tuple(map(np.concatenate, zip(*(o[key] for _,o,_ in everyone if key in o))))

@@ -19,13 +19,13 @@ from .activations import (HooksCallback, Recorder, Views, draw_hist, draw_lines,
 from .callback import Order
 from .collect import ParameterTap
 from .device import batch_size
+from .distributed import is_divided, total_norm
 from .hooks import choose_parameters, find_parameters, named_tensors, parameter_matches, unwrap
 from .stats import Bins, effective_rank, own_names, parts_needed, unit_axis, widen
 
 # %% ../nbs/41_gradients.ipynb #88229cd7
 _why = dict(frozen='is frozen (requires_grad is False)', other='is not among the parameters of the optimizer',
-            unused='has had no gradient in the sampled steps: the loss was not computed from it',
-            sharded='is divided among processes (a DTensor), which is not measured')
+            unused='has had no gradient in the sampled steps: the loss was not computed from it')
 
 class ChosenParameters(Recorder):
     "Chooses parameters that the optimizer steps."
@@ -37,6 +37,7 @@ class ChosenParameters(Recorder):
         found, self._there = find_parameters(unwrap(learn.model)), None
         if found == self._found: return
         self._found = found
+        self.history.divide(learn.model)
         self.tap.choose(())
         self.params = choose_parameters(found, self.parameters, type(self).__name__)
         # those that an optimizer steps inside backward, which leaves no gradient
@@ -52,10 +53,9 @@ class ChosenParameters(Recorder):
         held = [p for o in groups for p in o['params']] if groups else [o.p for o in self.params]
         self._held = {id(p) for p in (*held, *(o.p for o in self.inside))}
         self.tap.choose(o for o,has in zip(self.params, there)
-                        if (has or o in known) and self._why(o) not in ('sharded', 'other'))
+                        if (has or o in known) and self._why(o) != 'other')
 
     def _why(self, o):
-        if hasattr(o.p, 'full_tensor'): return 'sharded'
         return 'other' if id(o.p) not in self._held else 'unused' if o.p.requires_grad else 'frozen'
 
 # %% ../nbs/41_gradients.ipynb #de16eb70
@@ -69,7 +69,6 @@ class ReachedParameters(ChosenParameters):
         self.gaps = {nm: _why[key] for nm,key in why.items()}
         self.unreached = tuple(nm for nm,key in why.items() if key == 'unused')
         if not self.warns: return
-        for nm in [nm for nm,key in why.items() if key == 'sharded'][:1]: self.told(nm, _why['sharded'])
         new = [nm for nm in self.unreached if (nm, 'unused') not in self.told.known]
         self.told.known |= {(nm, 'unused') for nm in new}
         more = f' and {len(new)-3} more' if len(new) > 3 else ''
@@ -250,10 +249,9 @@ class GradientSteps(StepRows):
 
     def _read_clipped(self):
         grads = [widen(o.p.grad) for o in self.tap.params if o.p.grad is not None]
-        norms = torch._foreach_norm(grads) if grads else ()
-        if not norms: return
-        norm = torch.linalg.vector_norm(torch.stack([o.to(norms[0]) for o in norms]))
-        self.history.record('all', 'grad_norm_clipped', norm, **self._where)
+        if self.table.places and self.sampler.budget: return self.told(
+            'all', 'is divided among processes that sample other steps each: no norm after clipping')
+        if grads: self.history.record('all', 'grad_norm_clipped', total_norm(grads), **self._where)
 
     def facts(self) -> dict: # unreached: names of parameters that should have had a gradient
         "Give what is known beside the rows."
@@ -377,7 +375,7 @@ class RankSamples(Recorder, HooksCallback):
         if sum(rows.nbytes for _,rows,_ in self._waiting) > self.max_waiting: self._measure()   # a GPU waits
 
     def _take_tensor(self, source, mod, a):
-        if not a.is_floating_point(): return self.told(source, f'has no rank: {a.dtype}')
+        if is_divided(a) or not a.is_floating_point(): return self.told(source, f'has no rank: {a.dtype}')
         if a.ndim < 2 or not a.numel(): return
         rows = _sample_rows(a, self.axis(mod, a.ndim), self.samples, self.center)
         self.limits[source] = min(rows.shape)

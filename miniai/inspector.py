@@ -20,11 +20,12 @@ from torch.optim import optimizer as torch_optimizer
 
 from .activations import OutputPlots
 from .batches import counted
-from .callback import Callback
+from .callback import Callback, Later
 from .collect import OutputGradTap, Sampler, Told, in_backward
 from .device import batch_size
 from .epochs import Epochs, Keeping, Losses, Numbers, Parameters, Silence, Summaries
 from .history import History
+from .distributed import is_divided
 from .hooks import Hook, choose_parameters, named_tensors, select_modules, unwrap, warn_if_compiled
 from .lens import OutputStats, aggregates, checked_loss, default_lenses, layer_taps, row_stat
 from .loggers import LogCB
@@ -239,7 +240,9 @@ class Forwards:
         asks = self.phase == 'train' and not self.steps.n_stepped
         for _,a in named_tensors(outp)[:1] if asks else ():
             if a.requires_grad: a.register_hook(note)
-        if self.steps.sampled and self.clip.lenses: self.clip.ask(outp)
+        if not (self.steps.sampled and self.clip.lenses): return
+        if not any(is_divided(o.p) for o in self.params): return self.clip.ask(outp)
+        self.warn('all', 'has gradients that are divided among processes: no norms around clipping')
 
 # %% ../nbs/47_inspector.ipynb #f073acea
 class OptimizerSteps:
@@ -494,6 +497,8 @@ class Inspector(Attaching, Starting, Hooking, Forwards, OptimizerSteps, Progress
 
     It hooks the model and the optimizer's step while it is attached, never fails in a step of yours (what
     can't be measured is a gap, with one warning), and reads nothing from the device before an epoch ends."""
+    diagnose, report, check = Later('diagnose'), Later('report'), Later('check')
+
     def __init__(self,
         lenses=None,                    # list of lenses; default those of `default_lenses`
         *, visualizer='matplotlib',     # 'matplotlib', 'tensorboard', 'print', None, or an object of your own

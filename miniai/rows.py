@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from fastcore.basics import noop
 
+from .distributed import Place
 from .stats import (Bins, Sums, add_rows, base_name, clear_rows, empty_rows, output_bins, own_names,
                           row_width, scalars, stat_name, statistics)
 
@@ -143,25 +144,46 @@ class Table(Columns):
     def state_dict(self, unmerged=False):
         "Give what is needed to go on; or, to merge, only the rows since the last time."
         self.empty()
-        return dict(chunks={key: o.state_dict(o.merged if unmerged else 0) for key,o in self.chunks.items()})
+        return dict(chunks={key: o.state_dict(o.merged if unmerged else 0) for key,o in self.chunks.items()
+                            if not unmerged or self.sends(key[1])})
 
     def load_state_dict(self, state):
         self.empty()
         self.chunks = {tuple(k): Column.of_state(o) for k,o in state['chunks'].items()}
 
 # %% ../nbs/14_rows.ipynb #9e10b9bb
-class MergedTable(Table):
+class DividedTable(Table):
+    "Series of which processes have parts, or the same."
+    counts = leads = True   # no earlier process has these rows; these samples
+    def __init__(self):
+        super().__init__()
+        self.places = {}   # source -> `Place`, where it is divided among processes
+
+    def state_dict(self, unmerged=False):
+        places = {nm: vars(o) for nm,o in self.places.items()}
+        return super().state_dict(unmerged) | dict(places=places, counts=self.counts)
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.places = {nm: Place(**o) for nm,o in state.get('places', {}).items()}
+        self.counts = state.get('counts', True)
+
+    def counts_of(self, source): return self.places[source].counts if source in self.places else self.counts
+    def sends(self, source): return self.counts_of(source)   # to be merged
+
+# %% ../nbs/14_rows.ipynb #0df2b274
+class MergedTable(DividedTable):
     "Series to which several processes add."
     merges = True
     def merge(self, states, whole=()):
         "Make the rows since the last time those of all processes; those of sources in `whole` are already."
         self.empty()
-        for key in [o for o in self.chunks if o[1] not in whole]:
-            column, new = self.chunks[key], []
+        for key in dict.fromkeys(key for o in states for key in o['chunks'] if key[1] not in whole):
+            column, new = self.chunks.setdefault(key, Column()), []
             placed = [_placed(Column.of_state(o['chunks'][key])) for o in states if key in o['chunks']]
             for place in max(placed, key=len, default={}):
                 parts = [o[place] for o in placed if place in o]
-                if key[0] != 'valid' and len(parts) < len(states): continue
+                if key[0] != 'valid' and len(parts) < len(placed): continue
                 facts = parts[0].facts.copy()
                 facts[:, 3] = sum(o.facts[:, 3] for o in parts)   # samples
                 new.append(Chunk(facts, self.together(parts), parts[0].n_units))
@@ -268,11 +290,20 @@ class Slots(OpenSlots):
         return slots, arrays
 
 # %% ../nbs/14_rows.ipynb #cd303c23
+_of_samples = 'output', 'input', 'output_grad'   # taps of which processes have parts
+
+def _put(place, facts, table, units):
+    "Put units where they are in the whole, and count samples where they begin."
+    if place is None: return units   # there is all of it
+    if place.cut: table[:, 11] = 0
+    if not place.leads: facts[:, 3] = table[:, 12] = 0
+    return np.pad(units, ((0, 0), (place.first, place.units - place.first - units.shape[1])))
+
+# %% ../nbs/14_rows.ipynb #ab14a33f
 class ArrivingRows(Slots):
     "Rows of sums on their way from slots to series."
     def row(self, source, n_units, device='cpu', call=0):   # to add to, in the current slot
         return self.cell(source, n_units, device, call).rows[self.i]
-
     def flush(self):   # of complete steps
         self._move(len(self.slots) - (not self.closed))
         return self
@@ -288,8 +319,9 @@ class ArrivingRows(Slots):
         phases, facts = np.array([o[0] for o in slots]), np.array([[*o[1:], 0] for o in slots], np.int64)
         kinds = [(phase, phases == phase) for phase in dict.fromkeys(o[0] for o in slots)]
         for source,rows in (dict(zip(self.cells, arrays)) | self.whole(arrays)).items():
+            empty = source in self.places and rows.shape[1] == row_width(self.bins, 0) and source != 'all'
             for phase,mask in kinds:
-                there = mask & (rows[:, 0] > 0)
+                there = mask & ((rows[:, 0] > 0) | empty)
                 if there.any(): self.add((phase, source), self._chunk(source, facts[there], rows[there]))
 
     def _chunk(self, source, facts, rows):
@@ -297,13 +329,15 @@ class ArrivingRows(Slots):
         table, hist, units = rows[:, :k], rows[:, k:width], rows[:, width:]
         if self.tap == 'output': facts[:, 3] = np.where(facts[:, 3] > 0, facts[:, 3], table[:, 12])
         if source in self.cells: facts[:, 4] = self.cells[source].call
+        units = _put(self.places.get(source), facts, table, units)
         counts = hist.astype(np.int32 if hist.max(initial=0) < 2**31 else np.int64)
         return Chunk(facts, (table.copy(), counts, np.packbits(units > 0, axis=1)), units.shape[1])
 
     def whole(self, arrays):
         "Add up the sources of each step, for the norm of all gradients."
         if self.tap not in ('grad', 'update', 'parameter') or not arrays: return {}
-        total = reduce(add_rows, [o[:, :len(scalars)] for o in arrays])
+        own = [o[:, :len(scalars)] for nm,o in zip(self.cells, arrays) if self.counts_of(nm)]
+        total = reduce(add_rows, own or [0*arrays[0][:, :len(scalars)]])
         return dict(all=np.pad(total, ((0, 0), (0, len(self.bins)))))
 
 # %% ../nbs/14_rows.ipynb #67601047
@@ -360,7 +394,10 @@ class Rows(ReadRows):
         self.tap, self.stats, self.follow_units = tap, tuple(stats), follow_units
 
     @property
-    def merges(self): return self.tap in ('output', 'input', 'output_grad')   # others are the same everywhere
+    def merges(self): return self.tap in _of_samples or bool(self.places)   # others are the same everywhere
+    def sends(self, source):
+        "Say whether what this process has of a source is merged."
+        return (self.tap in _of_samples or source in self.places) and self.counts_of(source)
 
     def together(self, parts):
         "The arrays of `parts`, chunks of one step from several processes, added up."

@@ -293,6 +293,7 @@ def norms(grads):
     "The L2 norm of each; None for none."
     return torch.stack(torch._foreach_norm([widen(o) for o in grads])) if grads else None
 
+# %% ../nbs/45_steps.ipynb #206bd2ad
 class ClipNorms:
     "The norm of all gradients before and after clipping."
     def __init__(self, lenses, params, warn):

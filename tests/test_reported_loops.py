@@ -142,7 +142,7 @@ def test_an_empty_batch_weighs_nothing(reduction):
     assert np.isclose(table(inspector, '0.weight', 'grad_norm mean').values[0], norms.values[0])
 
 
-# --- sharded models: a clear word, and no other layer is spoilt ---
+# --- sharded models: what is sharded is measured, and no other layer is spoilt ---
 
 sharded = '''
 import sys, warnings, torch
@@ -175,8 +175,8 @@ def watched(f):
     names = {o.rule for o in found.diagnose()}
     assert not {'no_gradient', 'not_trained', 'unregistered'} & names, names
     found.report(f'{folder}/report{dist.get_rank()}.html')
-    told = [str(o.message) for o in told if not issubclass(o.category, DeprecationWarning)]
-    assert len(told) == 1 and '0.weight' in told[0] and 'is divided among processes' in told[0], told
+    told = [str(o.message) for o in told if not issubclass(o.category, (DeprecationWarning, FutureWarning))]
+    assert not [o for o in told if 'measured' in o or 'divided' in o], told
     return found
 
 def by_hand(model):
@@ -197,11 +197,11 @@ def fit(model, *cbs):
 for layers,cbs in (((0, 2), [GradClipCB()]), ((0,), [])):
     learn, inspector = watched(lambda: fit(made(*layers), *cbs)), watched(lambda: by_hand(made(*layers)))
     watcher = learn.watch()
-    for nm,wanted in (('0.weight', 0), ('2.weight', 0 if 2 in layers else 6)):
-        assert len(watcher.gradients.rows(nm, 'grad_norm')) == wanted, nm
-        for stat in ('grad_norm', 'update_ratio'): assert len(inspector.history.series(nm, stat)) == wanted, (nm, stat)
+    for nm in ('0.weight', '2.weight'):
+        assert len(watcher.gradients.rows(nm, 'grad_norm')) == 6, nm
+        for stat in ('grad_norm', 'update_ratio'): assert len(inspector.history.series(nm, stat)) == 6, (nm, stat)
     assert len(watcher.activations.rows('0', 'mean')) == len(inspector.history.series('0', 'mean')) == 6
-    for nm in ('0.weight', '0.bias'): assert 'is divided' in watcher.gradients.gaps[nm]
+    assert not watcher.gradients.gaps
     if cbs: assert (learn.history.series('gradient', 'norm clipped').values <= 1.001).all()
 try: fit(made(0), GradClipCB())
 except TypeError as e: assert 'GradClipCB: some parameters are divided among processes' in str(e)
@@ -209,7 +209,7 @@ else: raise AssertionError('not refused')
 print('fine')
 '''
 
-def test_sharded_models_have_clear_words(tmp_path):
+def test_sharded_models_are_measured(tmp_path):
     (tmp_path/'train.py').write_text(sharded)
     env = {**os.environ, 'PYTHONPATH': str(Path(__file__).resolve().parent.parent), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', str(tmp_path/'train.py'), str(tmp_path)]
