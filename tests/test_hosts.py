@@ -93,7 +93,7 @@ class Hosts:
     def launch(self, i, folder, *options, args=()):
         command = ['ip', 'netns', 'exec', self.names[i], sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=1', *options,
                    '--rdzv-backend=c10d', f'--rdzv-endpoint={self.addresses[0]}:29511', '--rdzv-id=hosts', f'--local-addr={self.addresses[i]}',
-                   f'--rdzv-conf=last_call_timeout=15,keep_alive_interval=1,is_host={not i}', str(folder/'train.py'), str(folder), *args]
+                   f'--rdzv-conf=last_call_timeout=30,keep_alive_interval=1,is_host={not i}', str(folder/'train.py'), str(folder), *args]
         own = {**env, 'GLOO_SOCKET_IFNAME': 'eth0'}
         self.processes.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         return self.processes[-1]

@@ -18,12 +18,13 @@ from pathlib import Path
 from torch import nn, optim
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from miniai import epochs
 from miniai.accel import FSDPCB, GradClipCB, shard_model
 from miniai.activations import ActivationStats
 from miniai.checkpoint import CheckpointCB, load_weights
 from miniai.datasets import DataLoaders, MemoryLoader
 from miniai.device import set_seed
-from miniai.distributed import rank, start_processes
+from miniai.distributed import rank, start_processes, world_size
 from miniai.gradients import GradientStats, UpdateStats
 from miniai.inspector import Inspector
 from miniai.learner import Learner, MetricsCB, TrainCB
@@ -62,6 +63,7 @@ def run(kind, *cbs, **kw):
 def inspected(kind):
     "A loop by hand; with the data divided each process has half of every batch."
     model, loss_fn = net(), nn.MSELoss()
+    epochs.world_size = (lambda: 1) if kind == 'alone' else world_size
     if kind == 'tensor': parallelize_module(model, mesh['tp'], {'0': ColwiseParallel(), '2': RowwiseParallel()})
     if kind == 'fully': shard_model(model)
     lenses = [LossMetrics(loss_fn=loss_fn), OutputActivation(), OutputStats(), ParameterGradientGeometry(), ParameterGradientActivation(),
