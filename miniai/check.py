@@ -13,12 +13,13 @@ import torch
 from fastcore.basics import patch
 
 from .callback import Callback, CancelFitException, Order
-from .diagnose import diagnose
+from .diagnose import diagnose, name_first_cause
 from .evidence import Finding, Findings, levels
 from .history import History
 from .hooks import unwrap
 from .inspector import Inspector, plain_model, plain_optimizer
 from .learner import Learner, MetricsCB, ProgressCB, TrainCB
+from .loss_rules import led_to
 from .loss_stats import first_tensor, loss_parts, parts_of
 from .lr_find import trial_of
 from .rules import rules
@@ -120,7 +121,8 @@ def judged(learn, error, cost, others):
     loss, t = found.evidence.loss(), ledger_of(found.evidence)
     costs = guesses(found.evidence.facts, parts.get('targets'))
     found += [fails(learn, parts, error)] if error else judged_losses(loss, costs)
-    found.sort(key=lambda o: (levels.index(o.level), o.rule != 'does_not_run'))
+    found.sort(key=lambda o: (levels.index(o.level), o.rule != 'does_not_run', o.rule in led_to))
+    name_first_cause(found)
     words = ''.join(f'; {how} gives {o:.4g}' for how,o in costs.items())
     found = Checked(found, found.checked, found.unchecked, found.evidence)
     found.ledger, found.tried = t, [

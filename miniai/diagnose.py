@@ -20,7 +20,7 @@ from .evidence import (Chart, Evidence, Facts, Failed, Finding, Findings, Param,
 from .history import History
 from .inspector import Inspector
 from .learner import Learner
-from .loss_rules import consequences, explanations
+from .loss_rules import consequences, explanations, led_to
 from .rules import Missing, rule, rules
 
 # %% ../nbs/53_diagnose.ipynb #f4ccef33
@@ -48,6 +48,14 @@ def asked(nm, f, evidence, given):
         warnings.warn(f'diagnose: rule {nm!r} failed ({type(e).__name__}: {e})', stacklevel=3)
         return [], Failed(f'it failed ({type(e).__name__}: {e})')
 
+# %% ../nbs/53_diagnose.ipynb #5078cd12
+def name_first_cause(found):
+    "Say of findings, worst first, that an error above them may have led to them, where that may be."
+    text = 'what the findings above this one say'
+    for i,o in enumerate(found):
+        known = o.causes[:1] == [text] or o.rule not in led_to
+        if not known and any(above.level == 'error' for above in found[:i]): o.causes.insert(0, text)
+
 # %% ../nbs/53_diagnose.ipynb #78768423
 def diagnose(
     x,           # History, Learner, Inspector, Watcher, callback, Recording, path of a file; a list of them
@@ -67,9 +75,7 @@ def diagnose(
         if stuck and o.level == 'warning' and o.rule in explanations: o.level = 'error'
     # stable: of one level, in the order of the rules, but for what others explain
     found.sort(key=lambda o: (levels.index(o.level), o.rule in consequences))
-    for i,o in enumerate(found):
-        if o.rule in consequences and any(above.level == 'error' for above in found[:i]):
-            o.causes.insert(0, 'what the findings above this one say')
+    name_first_cause(found)
     return Findings(found, [nm for nm in chosen if nm not in unchecked], unchecked, evidence)
 
 # %% ../nbs/53_diagnose.ipynb #9dcc232e

@@ -6,7 +6,7 @@
 __all__ = ['Param', 'Facts', 'Track', 'Evidence', 'evidence_of', 'Chart', 'Finding', 'Failed', 'Findings']
 
 # %% ../nbs/49_evidence.ipynb #83d864a8
-import copy, difflib, html, textwrap
+import copy, difflib, html, textwrap, warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -315,7 +315,10 @@ def with_known(facts, known):
 # %% ../nbs/49_evidence.ipynb #d3b9af07
 def tried(f, *args, default=None):
     "What `f` says; the default where it fails, as of odd layouts and devices, or of a loss that wants more."
-    try: return f(*args)
+    try:
+        with warnings.catch_warnings():   # of what is tried, such as shapes that differ
+            warnings.simplefilter('ignore')
+            return f(*args)
     except Exception: return default
 
 def _of_probes(model, loss_func, inputs, preds, targets):

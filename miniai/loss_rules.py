@@ -15,6 +15,7 @@ from .step_rules import last_called
 
 # %% ../nbs/52_loss_rules.ipynb #56500451
 consequences = 'not_finite', 'constant_output', 'at_chance'   # rules that find what many faults lead to
+led_to = *consequences, 'weights_barely_moved', 'one_batch_not_learned'   # or may do
 explanations = ('input_scale', 'target_scale', 'no_nonlinearity', 'first_loss_high', 'exclusive_classes',
                 'class_ids', 'sorted_batches', 'norm_of_few', 'summed_loss')   # that explain them
 
@@ -94,9 +95,13 @@ def one_unit_softmax(evidence):
     """A head of one unit whose answer is always 1, or cross entropy over one unit, which is always 0.
     Source: the definition of the softmax: exp(x)/exp(x) = 1, and its gradient is 0."""
     p, shape = entries(evidence, 'predictions')
-    if loss_kind(evidence) == 'classes' and len(shape) > 1 and shape[1] == 1: return found(
-        'error', f'{evidence.facts.loss} is over one unit, so it is 0 and has no gradient.', 1., 1.,
-        kind=('one_unit_softmax', 'class_ids_vs_units'))
+    if loss_kind(evidence) == 'classes' and len(shape) > 1 and shape[1] == 1:
+        numbers = bool(entries(evidence, 'targets')[0]['whole'].mean() < .5)
+        return found(
+            'error', f'{evidence.facts.loss} is over one unit, so it is 0 and has no gradient.', 1., 1.,
+            kind=('one_unit_softmax', 'wrong_loss' if numbers else 'class_ids_vs_units'),
+            causes=['a loss for classes, and targets that are numbers']*numbers,
+            tries=['a loss for numbers, such as MSELoss']*numbers)
     if shape[-1] == 1 and (p['min'] == 1).all() and (p['max'] == 1).all():
         return found('error', 'The one unit of the head is exactly 1 in every step.', 1., 1.)
 
@@ -275,6 +280,7 @@ def stopped_early(evidence,
     """A run of a few updates whose loss was still falling, and had not fallen far.
     Source: Goodfellow and others (2016), 11.4: fit the training data first."""
     loss, n = needed_loss(evidence), evidence.n_steps()
+    n = max(n, int(loss.steps[-1])+1)   # a fit may go on from others
     third = max(1, len(loss)//3)
     before, late, first = loss[-2*third:-third].usual, loss[-third:].usual, loss[:third].usual
     if n >= min_updates or len(loss) < 3 or not late > min_left*first > 0: return
@@ -431,6 +437,15 @@ def constant_output(evidence):
                  chart=steps_chart('Deviation of the last output', tracks_of(evidence, names[-1:], 'std')))
 
 # %% ../nbs/52_loss_rules.ipynb #e5e8fcd9
+def of_frequencies(evidence):
+    "The loss of answering with the frequencies of the classes; NaN if not known, or near that of guessing."
+    try: t, shape = entries(evidence, 'targets')
+    except Missing: return np.nan
+    n, single = evidence.facts.n_classes, np.prod(shape) == shape[0]   # a target for each sample
+    # that of a batch is too low by about so much (Miller 1955)
+    known = np.mean(t.get('entropy', np.nan)) + ((n or 1)-1)/2/shape[0]
+    return known if n and single and known < .97*np.log(n) else np.nan
+
 @rule(kind='not_learning', causes=['{decay}', 'targets that do not belong to their inputs (shuffled apart?)',
                                    'too high or too low a learning rate'],
       tries=['print inputs and targets of a batch', 'train on one batch: its loss must go to 0', '{find}'])
@@ -438,6 +453,8 @@ def at_chance(evidence,
     *, min_gain=.03, # by which fraction the loss must be below that of guessing
     min_steps=50): # before that it is only a note
     """A training loss that is no better than guessing: log(C) for C classes, the variance of numbers.
+
+    Of unequal classes a warning, where it is that of knowing how frequent they are.
     Source: CS231n, "Neural networks 3", sanity checks: the correct loss at chance performance."""
     loss, (chance, how), steps = needed_loss(evidence), of_guessing(evidence), evidence.n_steps()
     early, limit = steps < min_steps, float(chance*(1-min_gain))
@@ -447,6 +464,10 @@ def at_chance(evidence,
         chart='Training loss', caveats=[
             early and f'only {steps} steps so far',
             evidence.facts.n_classes and 'with unequal classes guessing is better'])
+    known = of_frequencies(evidence)
+    if not early and known*(1-min_gain) < loss.late < known*(1+min_gain): return found(
+        'warning', f'The training loss ends at {loss.late:.3g}; answering with the frequencies of the classes '
+        f'gives {known:.3g}.', loss.late, known*(1-min_gain), dict(loss=loss), chart='Training loss')
 
 # %% ../nbs/52_loss_rules.ipynb #ec49df6a
 @rule(kind='metric', tries=['compute it by hand for one batch'],

@@ -18,7 +18,7 @@ from .ledger import Ledger, is_due
 # %% ../nbs/39_loss_stats.ipynb #cff62249
 loss_parts = 'inputs', 'predictions', 'targets'
 entry_stats = ('min', 'max', 'mean', 'std', 'zeros', 'whole', 'sum_min', 'sum_max', 'lse_min', 'lse_max',
-               'repeats', 'most')
+               'repeats', 'most', 'entropy')
 
 # %% ../nbs/39_loss_stats.ipynb #c7b0f7e6
 def repeats_of(a):
@@ -30,11 +30,11 @@ def repeats_of(a):
     same = mixed[1:] == mixed[:-1]
     return same.float().mean() if len(same) else same.new_zeros((), dtype=torch.float32)
 
-def most_frequent(a):
-    "The fraction of the entries of a tensor [n] that are its most frequent number."
-    a, at = a.sort().values, torch.arange(len(a), device=a.device)
-    is_first = torch.cat([a.new_ones(1, dtype=torch.bool), a[1:] != a[:-1]])   # of a run of equal ones
-    return (1 + at - torch.where(is_first, at, 0).cummax(0).values).max()/len(a)
+def frequencies(a):
+    "For each entry of a tensor [n] the fraction of entries that are the same number."
+    a = a.sort().values
+    same = torch.searchsorted(a, a, right=True) - torch.searchsorted(a, a)
+    return same.clamp(1)/len(a)   # a NaN is like no other
 
 def entries_of(a):
     "The numbers `entry_stats` of a tensor [B, units, ...], on its device."
@@ -45,8 +45,9 @@ def entries_of(a):
     std, mean = torch.std_mean(units, correction=0)
     zeros, whole = (1 - o.count_nonzero()/o.numel() for o in (units, units.frac()))
     ends = *units.sum(1).aminmax(), *units.logsumexp(1).aminmax()
-    most = most_frequent(units.reshape(-1)[:512])
-    return torch.stack([*units.aminmax(), mean, std, zeros, whole, *ends, repeats_of(a), most])
+    parts = frequencies(units.reshape(-1)[:512])
+    return torch.stack([*units.aminmax(), mean, std, zeros, whole, *ends, repeats_of(a), parts.max(),
+                        -parts.log().mean()])
 
 # %% ../nbs/39_loss_stats.ipynb #00895371
 def parts_of(learn):
