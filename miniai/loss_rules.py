@@ -466,8 +466,8 @@ def at_chance(evidence,
             evidence.facts.n_classes and 'with unequal classes guessing is better'])
     known = of_frequencies(evidence)
     if not early and known*(1-min_gain) < loss.late < known*(1+min_gain): return found(
-        'warning', f'The training loss ends at {loss.late:.3g}; answering with the frequencies of the classes '
-        f'gives {known:.3g}.', loss.late, known*(1-min_gain), dict(loss=loss), chart='Training loss')
+        'warning', f'The training loss ends at {loss.late:.3g}; answering with the frequencies of the '
+        f'classes gives {known:.3g}.', loss.late, known*(1-min_gain), dict(loss=loss), chart='Training loss')
 
 # %% ../nbs/52_loss_rules.ipynb #ec49df6a
 @rule(kind='metric', tries=['compute it by hand for one batch'],

@@ -22,6 +22,17 @@ def wants_closure(kind):
     known = signature(kind.step).parameters.get('closure')
     return known is not None and known.default is known.empty
 
+def step_all(opts, closure):
+    "Step several optimizers, those last that cannot do without a closure; the loss that it gives."
+    last = [o for o in opts if wants_closure(type(o))]
+    if last and closure is None: raise TypeError(f'Optimizers: {type(last[0]).__name__} steps by a closure; '
+                                                 'train with ClosureCB instead of TrainCB')
+    loss = None if closure is None else closure()
+    for o in opts:
+        if o not in last: o.step()
+    for o in last: loss = o.step(closure)
+    return loss
+
 # %% ../nbs/06_optimizers.ipynb #debc188b
 class Optimizers(optim.Optimizer):
     "Makes one optimizer of several `opts`, a list or name -> optimizer; `opt[name]` is one of them."
@@ -42,12 +53,7 @@ class Optimizers(optim.Optimizer):
         super().add_param_group(group)
 
     def step(self, closure=None):
-        loss,last = None if closure is None else closure(),[]
-        for o in self.opts.values(): last.append(o) if wants_closure(type(o)) else o.step()
-        if last and closure is None: raise TypeError(f'Optimizers: {type(last[0]).__name__} steps by a '
-                                                     'closure; train with ClosureCB instead of TrainCB')
-        for o in last: loss = o.step(closure)
-        return loss
+        return step_all([*self.opts.values()], closure)
     step.hooked = True   # PyTorch calls hooks at the steps of each
 
     @property

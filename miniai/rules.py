@@ -493,10 +493,10 @@ def passed_by(evidence, what, least):
 def vanishing_gradients(evidence, *, min_gradient=1e-3): # smallest of a weight, in units of the last layer's
     """Gradients that shrink on their way back to the first layers; a tenth of the limit is an error.
 
-    Those that are exactly zero are the business of other rules; those that a gradient passes by on its way to
-    the first layers, as queries and keys of an attention that is still uniform, are no fault. A note if Adam
-    or its like makes the steps of usual size (1e-4 of a weight or more) and the loss falls. Source: Hochreiter,
-    "The vanishing gradient problem during learning recurrent neural nets" (1998); Glorot and Bengio (2010)."""
+    Those that are exactly zero are the business of other rules; those that a gradient passes by on its
+    way to the first layers, as queries and keys of a uniform attention, are no fault. A note if Adam or
+    its like makes steps of usual size (1e-4 of a weight or more) and the loss falls.
+    Source: Hochreiter, "The vanishing gradient problem during learning recurrent neural nets" (1998)."""
     names = weights_with(evidence, 'grad_norm')
     moments = ('first',) if is_solved(evidence) else ('first', 'late')
     sizes = {o: rms_by_depth(evidence, names, o) for o in moments}
