@@ -465,7 +465,8 @@ class OutputTables(Views):
 
     def _title(self, source):
         name = next((nm for nm,own in self.sources.items() if source in (nm, *own)), None)
-        return f'{short_name(source)}  {self.kinds.get(name, "")}'
+        title, kind = short_name(source), self.kinds.get(name, '')
+        return f'{title}  {kind}' if len(title+kind) < 25 else f'{title}\n{kind}'
 
 # %% ../nbs/40_activations.ipynb #7bef67f6
 class OutputHists(OutputTables):
