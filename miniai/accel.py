@@ -494,8 +494,8 @@ class AccelerateCB(ProcessesCB, TrainCB):
     def before_fit(self, learn):
         if self.acc is None: self.acc = make_accelerator(self.mixed_precision, **self.kw)
         super().before_fit(learn)
-        if self.acc.num_processes != self.n: raise RuntimeError(
-            f'AccelerateCB: there are {self.n} processes, and accelerate sees {self.acc.num_processes}; '
+        if self.acc.num_processes != world_size(): raise RuntimeError(
+            f'AccelerateCB: there are {world_size()} processes, and accelerate sees {self.acc.num_processes}; '
             'start them by `accelerate launch` or `torchrun`, and make no other Accelerator before')
         self._was = learn.model,learn.opt,set(vars(learn.model))
         learn.model = self.acc.prepare(learn.model)
