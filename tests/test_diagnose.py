@@ -509,3 +509,30 @@ def test_steps_of_an_inspected_loop_are_its_batches():
                 inspector.push_loss(loss, train=True)
                 loss.backward(); opt.step(); opt.zero_grad()
         assert evidence_of(inspector).n_steps() == 40
+
+
+class Attends(nn.Module):
+    "One block with queries, keys and values by themselves, drawn as BERT's are: its attention begins nearly uniform."
+    def __init__(self, n=32):
+        super().__init__()
+        self.token, self.place, self.norm = nn.Embedding(50, n), nn.Embedding(16, n), nn.LayerNorm(n)
+        self.query, self.key, self.value, self.out, self.head = *(nn.Linear(n, n) for _ in range(4)), nn.Linear(n, 2)
+        for o in self.modules():
+            if isinstance(o, (nn.Linear, nn.Embedding)): nn.init.normal_(o.weight, std=.02)
+    def forward(self, x):
+        a = self.norm(self.token(x) + self.place(torch.arange(x.shape[1])))
+        mixed = F.scaled_dot_product_attention(self.query(a), self.key(a), self.value(a))
+        return self.head((a + self.out(mixed)).mean(1))
+
+def test_a_uniform_attention_is_no_vanishing_gradient():
+    "Its queries get next to no gradient, and the embeddings in front of them all they need."
+    set_seed(0)
+    x = torch.randint(0, 50, (320, 16))
+    dls = DataLoaders.from_arrays(x, (x[:, :8].sum(1) > x[:, 8:].sum(1)).long(), 32)
+    learn = Learner(Attends(), dls, F.cross_entropy, lr=1e-3, opt_func=optim.Adam, cbs=TrainCB())
+    learn.watch(every=1)
+    learn.fit(8)
+    found = learn.diagnose()
+    rms = {nm: found.evidence.track(f'{nm}.weight', 'grad_norm').first/o.weight.numel()**.5 for nm, o in learn.model.named_children()}
+    assert rms['query'] < 1e-3*rms['head'] < rms['token']
+    assert 'vanishing_gradients' in found.checked and not found.of('error', 'warning')
