@@ -495,8 +495,8 @@ class AccelerateCB(ProcessesCB, TrainCB):
         if self.acc is None: self.acc = make_accelerator(self.mixed_precision, **self.kw)
         super().before_fit(learn)
         if self.acc.num_processes != world_size(): raise RuntimeError(
-            f'AccelerateCB: there are {world_size()} processes, and accelerate sees {self.acc.num_processes}; '
-            'start them by `accelerate launch` or `torchrun`, and make no other Accelerator before')
+            f'AccelerateCB: there are {world_size()} processes, and accelerate sees '
+            f'{self.acc.num_processes}; start them by `accelerate launch`, and make no Accelerator before')
         self._was = learn.model,learn.opt,set(vars(learn.model))
         learn.model = self.acc.prepare(learn.model)
         self._models = self._was[0],learn.model

@@ -17,7 +17,7 @@ from torch import nn
 
 from .batches import inputs_and_targets, loss_func_of
 from .history import History, plain_frame, write_table
-from .hooks import select_modules, unwrap
+from .hooks import find_parameters, select_modules, unwrap
 from .inspector import Inspector
 from .learner import Learner
 from .loss_stats import first_tensor, is_affine, is_blind, is_clipped, is_summed
@@ -271,8 +271,8 @@ def _of_parameters(model, opts=()):
     held = {id(p) for group in groups for p in group['params']}
     # one with a hook may step in the backward pass, without an optimizer
     unknown = lambda p: not groups or getattr(p, '_post_accumulate_grad_hooks', None)
-    return {nm: Param(tuple(p.shape), p.requires_grad, None if unknown(p) else id(p) in held)
-            for nm,p in unwrap(model).named_parameters() if is_ready(p)}
+    return {o.name: Param(tuple(o.shape), o.p.requires_grad, None if unknown(o.p) else id(o.p) in held)
+            for o in find_parameters(unwrap(model)) if is_ready(o.p)}
 
 def function_name(o):
     "Of a function, a partial or an object that is called."

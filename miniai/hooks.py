@@ -6,7 +6,7 @@
 __all__ = ['Hook', 'Hooks', 'count_hooks', 'unwrap', 'select_modules', 'named_tensors']
 
 # %% ../nbs/02_hooks.ipynb #55cdc4c4
-import warnings
+import re, warnings
 from collections.abc import Mapping, MutableSequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
@@ -123,6 +123,15 @@ def unwrap(model:nn.Module) -> nn.Module:
     inner = model.module if wraps else named
     return model if inner is None else unwrap(inner)
 
+# %% ../nbs/02_hooks.ipynb #0b19dfc5
+# of torch.compile, FSDP, activation checkpointing, peft
+wrapper_names = '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'
+_wrapper = re.compile(rf'((^|\.)({"|".join(wrapper_names)})|^base_model\.model)(?=\.|$)')
+
+def plain_name(name):
+    "Leave the wrappers out of the dotted name of a module or a parameter."
+    return _wrapper.sub('', name).removeprefix('.')
+
 # %% ../nbs/02_hooks.ipynb #7bd13219
 _no_parts = nn.MultiheadAttention   # computes with the weights of its output layer, and never calls it
 
@@ -130,8 +139,8 @@ def _named_modules(model):
     "As `model.named_modules()`, without compiled wrappers and parts that are never called by themselves."
     found = list(model.named_modules())
     parts = {id(o) for _,m in found if isinstance(m, _no_parts) for o in m.modules() if o is not m}
-    return [(f'.{name}'.replace('._orig_mod', '')[1:] or type(model).__name__, m) for name,m in found
-            if id(m) not in parts and not hasattr(m, '_orig_mod')]
+    return [(plain_name(name) or type(model).__name__, m) for name,m in found
+            if id(m) not in parts and not m._modules.keys() & {*wrapper_names}]
 
 def _leaves(model, named):
     "Those without children; not what computes parameters, as for `weight_norm`: it returns no activation."
@@ -223,7 +232,7 @@ def find_parameters(model) -> list:
     "List all parameters of a model as `NamedParameter`s, in model order; tied ones once."
     modules = dict(model.named_modules())
     shape = lambda p: None if isinstance(p, nn.parameter.UninitializedParameter) else p.shape
-    return [NamedParameter(i, nm, p, modules[nm.rpartition('.')[0]], shape(p))
+    return [NamedParameter(i, plain_name(nm), p, modules[nm.rpartition('.')[0]], shape(p))
             for i,(nm,p) in enumerate(model.named_parameters())]
 
 def choose_parameters(params, patterns, name='') -> tuple:

@@ -6,8 +6,7 @@
 __all__ = ['PyTorchInspector', 'Inspector', 'InspectorCB']
 
 # %% ../nbs/47_inspector.ipynb #8771992a
-import builtins
-import weakref
+import builtins, sys, weakref
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -364,19 +363,22 @@ def plain_optimizer(o):
                     'None to watch the steps of every one that holds parameters of the model')
 
 # %% ../nbs/47_inspector.ipynb #1ec72521
-in_hook, left = [], []   # while the hooks of an optimizer are called, none is removed; what is left to remove
+left = []   # hooks that are to be removed
+
+def is_stepping():
+    "Whether an optimizer of this thread is at its step, and may be going through its hooks."
+    frame = sys._getframe()
+    while frame and frame.f_globals.get('__name__') != 'torch.optim.optimizer': frame = frame.f_back
+    return frame is not None
 
 def let_go(handles):
-    "Remove hooks of optimizers: now, or when that is next possible."
+    "Remove hooks of optimizers: now, or, as garbage is collected at any time, when none is at its step."
     left.extend(handles)
-    while left and not in_hook: left.pop().remove()
+    while left and not is_stepping(): left.pop().remove()
 
 def call_weakly(me, name, what, *args):
     "Call a method of an inspector, if that is still there."
-    in_hook.append(me)   # garbage may be collected meanwhile, other inspectors among it
-    try:
-        if me(): me()._guard(what, getattr(me(), name), *args)
-    finally: in_hook.pop()
+    if me(): me()._guard(what, getattr(me(), name), *args)
 
 # %% ../nbs/47_inspector.ipynb #ee6faaef
 class Hooking:

@@ -25,7 +25,7 @@ from .diagnose import diagnose
 from .distributed import is_main
 from .evidence import Findings, evidence_of, levels, loop_sources
 from .files import atomic_write
-from .hooks import unwrap
+from .hooks import plain_name, unwrap
 from .inspector import Inspector
 from .learner import Learner
 
@@ -76,7 +76,7 @@ def module_types(x):
     "Name the types of all modules, where the model is known."
     model = getattr(x, 'model', None)
     if not isinstance(model, torch.nn.Module): return {}
-    return {nm: type(m).__name__ for nm,m in unwrap(model).named_modules()}
+    return {plain_name(nm): type(m).__name__ for nm,m in unwrap(model).named_modules()}
 
 # %% ../nbs/56_report.ipynb #f603555e
 def tiles_of(evidence): # of dict(name, courses: of dict(phase, last, best, values))

@@ -356,7 +356,7 @@ def test_processes_that_accelerate_does_not_see_are_refused(monkeypatch):
     "It would train as many models as there are processes, each on its part of the data."
     cb = AccelerateCB(mixed_precision='no')
     cb.acc = SimpleNamespace(num_processes=1)
-    monkeypatch.setattr(accel, 'start_processes', lambda: 2)
+    monkeypatch.setattr(accel, 'world_size', lambda: 2)
     learn = learner(cb)
     dls = learn.dls
     with pytest.raises(RuntimeError, match='there are 2 processes, and accelerate sees 1'): learn.fit(1)

@@ -349,13 +349,15 @@ def test_foreign_files_are_refused(tmp_path):
     torch.save(net(), pickled)
     with pytest.raises(CheckpointError, match='damaged, or no checkpoint'): learner().fit(1, resume=pickled)
     state = load_state(path)
-    short = learner('accumulate')
-    short.dls = memory_dls(44)
+    short, one_batch = learner('accumulate'), memory_dls()
+    one_batch.train = MemoryLoader(None, {nm: o[:8] for nm,o in one_batch.train.columns.items()}, 8, shuffle=True)
     state['batches'] = 5
     save_state(tmp_path/'changed.pt', state)
-    with pytest.raises(CheckpointError, match='gives only 1'), warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        short.fit(3, resume=tmp_path/'changed.pt')
+    for dls,text in (memory_dls(44), 'which are no whole number of 44'), (one_batch, 'gives only 1'):
+        short.dls = dls
+        with pytest.raises(CheckpointError, match=text), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            short.fit(3, resume=tmp_path/'changed.pt')
     with pytest.warns(UserWarning, match='callbacks differ'): learner('accumulate').fit(2, resume=path)
 
 def test_reading_runs_no_code(tmp_path):

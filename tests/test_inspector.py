@@ -1255,3 +1255,22 @@ def test_a_loss_that_is_never_called_is_told():
     inspector.tick_epoch()   # no further word
     assert inspector.lenses[0].loss(train=True) > 0
     inspector.detach()
+
+
+def test_an_inspector_may_be_collected_at_any_moment_of_a_step():
+    "Between the hooks of an optimizer, too, which PyTorch goes through meanwhile; it is taken off afterwards."
+    from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
+    gc.collect()
+    before, model = len(_global_optimizer_pre_hooks), nn.Linear(2, 1)
+    opt, lost = optim.SGD(model.parameters(), .1), []
+    def collect(*_):
+        lost.clear()
+        gc.collect()
+    handles = [register_optimizer_step_pre_hook(collect)]
+    lost.append(Inspector([OutputNorm()], module=nn.Linear(2, 1), visualizer=None))
+    handles.append(register_optimizer_step_pre_hook(lambda *_: None))
+    model(torch.ones(3, 2)).sum().backward()
+    opt.step()
+    for o in handles: o.remove()
+    with Inspector([OutputNorm()], module=model, visualizer=None): pass   # the next one takes off what was left
+    assert len(_global_optimizer_pre_hooks) == before
