@@ -103,7 +103,8 @@ def opt_state(opt):
                                 'keeps, such as momentum, is not saved')
     return dict(kind=type(opt).__name__, state=opt.state_dict() if there else None)
 
-def samples_per_step(dl): # in all processes together; 0 where it is not known
+def samples_per_step(dls): # in all processes together; 0 where it is not known
+    dl = getattr(dls, 'train', None)
     return getattr(dl, 'world', 1)*(getattr(dl, 'batch_size', None) or 0)
 
 def as_module(o): return o if isinstance(o, nn.Module) else nn.Module()
@@ -124,7 +125,7 @@ def learner_state(learn, epoch, batches=0, n_steps=0):
     return dict(epoch=epoch, first=learn.epochs.stop-learn.n_epochs, first_step=learn.first_step,
                 batches=stream.done if stream else batches, of_epoch=batches, n_steps=n_steps,
                 model=whole(model.state_dict()), loss_func=loss_func.state_dict(),
-                opt=whole(opt_state(opt_of(learn))), grads=whole(grads), per_step=samples_per_step(learn.dl),
+                opt=whole(opt_state(opt_of(learn))), grads=whole(grads), per_step=samples_per_step(learn.dls),
                 processes=gather(own_state(learn, stream or batches)))
 
 # %% ../nbs/36_checkpoint.ipynb #92327bc1
@@ -138,9 +139,9 @@ def same_form(state, module, path, what):
         f'{here.get(odd[0], "missing")} in the {what}')
 
 # %% ../nbs/36_checkpoint.ipynb #1f42287c
-def done_of(saved, dl, n):
-    "How many batches of a loader are `n` of those that were saved, which may have had another size."
-    was,now = saved.state.get('per_step'),samples_per_step(dl)
+def done_of(saved, dls, n):
+    "How many training batches are `n` of those that were saved, which may have had another size."
+    was,now = saved.state.get('per_step'),samples_per_step(dls)
     if not (was and now): return n
     if n*was % now: raise CheckpointError(
         f'{saved.path} was saved after {n} batches of {was} samples, which are no whole number of {now}; '
@@ -256,7 +257,7 @@ class Resume(SavedFit):
 
     def batches(self, learn):
         "The batches that are left of the epoch, numbered; those that were done are loaded and dropped."
-        done,at = (done_of(self, learn.dl, self.state.get(o, self.state['batches']))
+        done,at = (done_of(self, learn.dls, self.state.get(o, self.state['batches']))
                    for o in ('batches', 'of_epoch'))
         if not done: self.load(learn)
         learn._rng = self.rng(learn, 'epoch_rng')
