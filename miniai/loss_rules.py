@@ -464,8 +464,9 @@ def at_chance(evidence,
         chart='Training loss', caveats=[
             early and f'only {steps} steps so far',
             evidence.facts.n_classes and 'with unequal classes guessing is better'])
-    known = of_frequencies(evidence)
-    if not early and known*(1-min_gain) < loss.late < known*(1+min_gain): return found(
+    known, third = of_frequencies(evidence), max(1, len(loss)//3)
+    falls = loss[-2*third:-third].usual - loss[-third:].usual > min_gain/2*loss.late   # it passes by
+    if not (early or falls) and known*(1-min_gain) < loss.late < known*(1+min_gain): return found(
         'warning', f'The training loss ends at {loss.late:.3g}; answering with the frequencies of the '
         f'classes gives {known:.3g}.', loss.late, known*(1-min_gain), dict(loss=loss), chart='Training loss')
 
