@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/03_batches.ipynb #1c8f8290
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -138,9 +139,10 @@ def counted(learn, by_class=True):
 
 def mean_over(f, y, own=False, by_class=True):
     "What a loss function is a mean over with these targets; `own`: the model has computed the loss."
-    said = lambda nm, default: default if own else getattr(f, 'keywords', {}).get(nm, getattr(f, nm, default))
-    classes = own or getattr(f, 'func', f) in (F.cross_entropy, F.nll_loss) or hasattr(f, 'ignore_index')
-    if not classes or not isinstance(y, torch.Tensor) or y.is_floating_point(): return
+    if not isinstance(y, torch.Tensor) or y.is_floating_point(): return
+    f,given = (f.func, f.keywords) if isinstance(f, partial) else (f, {})
+    said = lambda nm, default: default if own else given.get(nm, getattr(f, nm, default))
+    if not (own or f in (F.cross_entropy, F.nll_loss) or hasattr(f, 'ignore_index')): return
     there,weight = y != said('ignore_index', -100),said('weight', None) if by_class else None
     return there.sum(dtype=torch.float) if weight is None else (weight[y.where(there, 0)]*there).sum()
 

@@ -10,7 +10,7 @@ __all__ = ['events', 'work_events', 'Order', 'Callback', 'CancelFitException', '
 import inspect, re, warnings
 from difflib import get_close_matches
 from enum import IntEnum
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from importlib import import_module
 
 from fastcore.foundation import L
@@ -262,7 +262,8 @@ def show_loop(
 _foreign = re.compile('on_(?:.+_)?(fit|train|epoch|batch|step|validation|test)_(begin|start|end)'
                       '|begin_(fit|epoch|batch)')
 
-def _nearest(nm):
+@lru_cache(maxsize=None)   # a comparison with all of them takes a tenth of a millisecond
+def _nearest(nm, n_events):
     "The event that `nm` was probably meant to be, or None."
     if nm in events or nm.startswith('_'): return None
     if found := _foreign.fullmatch(nm):
@@ -281,7 +282,7 @@ def misspelt(
     "Methods of `cb` that look like events and are none."
     own = {nm for cls in type(cb).__mro__[:-1] if cls is not Callback
            for nm,f in vars(cls).items() if inspect.isfunction(f)}
-    return {nm: _nearest(nm) for nm in sorted(own) if _nearest(nm)}
+    return {nm: event for nm in sorted(own) if (event := _nearest(nm, len(events)))}
 
 # %% ../nbs/20_callback.ipynb #8be5b1a2
 def warn_misspelt(cbs):

@@ -8,7 +8,7 @@ __all__ = ['Cost', 'Sampler']
 # %% ../nbs/16_collect.ipynb #b58684be
 import time
 import warnings
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -361,6 +361,12 @@ def _is_like(a, t):
     return (a is not None and about(a) == about(t)
             and (a.layout is not torch.strided or a.is_contiguous() == t.is_contiguous()))
 
+def call_with_gradient(a, f):
+    "Register a hook as `a.register_hook(f)` does, without a handle, which takes as long as all the rest."
+    if a._backward_hooks is not None or a.grad_fn is None: return a.register_hook(f)
+    a._backward_hooks = OrderedDict(miniai=f)
+    a.grad_fn._register_hook_dict(a)
+
 class Follower:
     "Hangs on an output, and adds its gradient to the row of its source."
     def __init__(self, tap, source, axis):
@@ -406,7 +412,7 @@ class OutputGradTap(TensorTap):
 
     def _fast(self, hook, outp):
         if not self._is_alike(hook, outp): return False
-        if outp.requires_grad: outp.register_hook(hook.follower)
+        if outp.requires_grad: call_with_gradient(outp, hook.follower)
         return True
 
     def _add(self, hook, source, a, axis):

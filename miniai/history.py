@@ -64,6 +64,8 @@ class TakenValues(MergedTable):
         if value.is_complex():
             raise TypeError(f'History.record: {key[2]} of {key[1]} is complex; record its modulus or parts')
         kind = _np_types.get(value.dtype, np.dtype('float32' if value.is_floating_point() else 'int64'))
+        if value.is_cpu and type(value) is torch.Tensor and value.dtype in _np_types and not value.is_neg():
+            return kind, value.numpy().astype(np.float64)   # there is nothing to wait for
         wide = torch.float32 if value.is_mps else torch.float64   # the widest it has
         return kind, value.to(wide, copy=True)
 

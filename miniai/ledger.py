@@ -49,7 +49,6 @@ class FollowsGradient:
         params = [p for p in reversed(params) if p.requires_grad and (not held or id(p) in held)]
         plain = lambda g: type(g) is torch.Tensor and g.layout is torch.strided
         self.p = next((p for p in params if plain(p.grad)), None)
-        if self.p is not None: self.handle = self.p.register_hook(self._before)
 
     def _before(self, grad):
         # of an optimizer that asks for several, or of a step that has none to compare with
@@ -91,9 +90,13 @@ class GradientWatch(FollowsGradient):
         self.kept = self.kept + self.old
 
     def stepped(self, sampled):
+        "Compare with what is there now, if this step is sampled; else no backward pass is disturbed."
         self.stepping, self.at_step, self.backwards = False, None, 0
         known = sampled and self.p is not None and self.p.grad is not None
         if known: self.at_step = head(self.p.grad).clone()
+        if known == (self.handle is not None): return
+        if known: self.handle = self.p.register_hook(self._before)
+        else: self.handle = self.handle.remove()
 
 # %% ../nbs/38_ledger.ipynb #b87228a3
 version = attrgetter('_version')   # rises with each change of a tensor in place

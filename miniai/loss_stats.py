@@ -36,18 +36,21 @@ def frequencies(a):
     same = torch.searchsorted(a, a, right=True) - torch.searchsorted(a, a)
     return same.clamp(1)/len(a)   # a NaN is like no other
 
-def entries_of(a):
-    "The numbers `entry_stats` of a tensor [B, units, ...], on its device."
+def entries_of(a, part=None):
+    "The numbers `entry_stats` of a tensor [B, units, ...], on its device; NaN for those no rule asks of a part."
     a = a.detach()
     a = a.reshape(len(a), -1) if a.ndim < 3 else a.flatten(2)
     units = a if a.ndim == 2 else a.transpose(0, 1).flatten(1).T   # [samples, units]
     units = units[::max(1, units.numel()//2**13)].float()         # some 10,000 entries will do
     std, mean = torch.std_mean(units, correction=0)
     zeros, whole = (1 - o.count_nonzero()/o.numel() for o in (units, units.frac()))
-    ends = *units.sum(1).aminmax(), *units.logsumexp(1).aminmax()
-    parts = frequencies(units.reshape(-1)[:512])
-    return torch.stack([*units.aminmax(), mean, std, zeros, whole, *ends, repeats_of(a), parts.max(),
-                        -parts.log().mean()])
+    unasked = torch.full_like(mean, torch.nan)
+    sums = units.sum(1).aminmax() if part != 'inputs' else [unasked]*2
+    exps = units.logsumexp(1).aminmax() if part in ('predictions', None) else [unasked]*2
+    repeats = repeats_of(a) if part in ('inputs', None) else unasked
+    often = frequencies(units.reshape(-1)[:512]) if part in ('targets', None) else unasked
+    return torch.stack([*units.aminmax(), mean, std, zeros, whole, *sums, *exps, repeats, often.max(),
+                        -often.log().mean()])
 
 # %% ../nbs/39_loss_stats.ipynb #00895371
 def parts_of(learn):
@@ -128,7 +131,7 @@ class LossStats(CountsSteps):
         for nm,a in parts.items():
             a = first_tensor(a)
             if a is None: continue
-            try: self.history.record(nm, 'entries', entries_of(a), samples=len(a), **where)
+            try: self.history.record(nm, 'entries', entries_of(a, nm), samples=len(a), **where)
             except Exception as e: self.warn.failed(nm, e)   # watching never ends a fit
             self.shapes.setdefault(nm, (tuple(a.shape), str(a.dtype).removeprefix('torch.')))
 

@@ -268,8 +268,8 @@ class OptimizerTaps:
         self.late, tap = late, self.taps.get('update')
         if not late: self._read_gradients(compute)
         if tap is None: return
-        moves = lambda p: has_closure and p.requires_grad or p.grad is not None
-        self.moving = [o.p if moves(o.p) else None for o in tap.params]
+        self.moving = [o.p if o.p.grad is not None or has_closure and o.p.requires_grad else None
+                       for o in tap.params]
         tap.start(self.moving)
 
     def after(self, compute):
