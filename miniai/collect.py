@@ -372,22 +372,25 @@ class Follower:
     def __init__(self, tap, source, axis):
         self.tap, self.source, self.axis, self.shape = tap, source, axis, None
         self.job = np.zeros(10, np.int64)   # as the compiled loop takes it
-        self.address = self.job.ctypes.data
 
     def __call__(self, grad):
         tap, rows = self.tap, self.tap.rows
-        began = tap.sampler.now()
         try:
             if rows.closed: rows.open('train', *tap.where)
-            plain = type(grad) is torch.Tensor and grad.dtype is torch.float32 and grad.is_cpu
-            if plain and grad.is_contiguous() and grad.shape == self.shape:
-                self.job[0], self.job[4] = grad.data_ptr(), self.cell.address + rows.i*self.cell.nbytes
-                tap.many(self.address, 1, tap.plan)
-            else: self._take(rows, grad)
+            tap.waiting.append((self, grad))
+            if len(tap.waiting) == tap.most or grad.numel() > 2**15: tap.settle()
         except Exception as e: tap.told.failed(self.source, e)
-        tap.sampler.seconds += tap.sampler.now() - began
 
-    def _take(self, rows, grad):
+    def is_alike(self, grad):
+        plain = type(grad) is torch.Tensor and grad.dtype is torch.float32 and grad.is_cpu
+        return plain and grad.is_contiguous() and grad.shape == self.shape
+
+    def line(self, grad):
+        "What the compiled loop is to do with one that is like the last."
+        self.job[0], self.job[4] = grad.data_ptr(), self.cell.address + self.tap.rows.i*self.cell.nbytes
+        return self.job
+
+    def take(self, rows, grad):
         "Add one that is not like the last, and prepare for more of its kind."
         tap, self.shape, a = self.tap, None, widen(local(grad)).contiguous()
         if is_divided(grad): rows.places[self.source] = place_of(grad, self.axis)
@@ -403,12 +406,32 @@ class Follower:
 
 # %% ../nbs/16_collect.ipynb #db1017e9
 class OutputGradTap(TensorTap):
-    "Leaves a `Follower` on each output of chosen modules."
+    "Leaves a `Follower` on each output of chosen modules; small gradients wait, to be measured in one go."
+    most = 64   # that wait
     def __init__(self, rows, sampler, told, axis=unit_axis, pairs=True, what=3):
         super().__init__(sampler, told, axis)
         self.rows, self.pairs, self.what = rows, pairs, what   # pairs: compare with the gradient before
         self.followers, self.before, self.where = {}, {}, (0, 0, 0)   # where: run, step and epoch
         self.many, self.plan = _compiled('many', rows)
+        self.waiting, self.lines, self.n = [], np.zeros((self.most, 10), np.int64), 0
+        rows.settle = self.settle
+
+    def settle(self):
+        "Measure the gradients that wait."
+        began, waiting, self.waiting = self.sampler.now(), self.waiting, []
+        for follower,grad in waiting:
+            try:
+                if follower.is_alike(grad): self.lines[self.n], self.n = follower.line(grad), self.n + 1
+                else:
+                    self._run()
+                    follower.take(self.rows, grad)
+            except Exception as e: self.told.failed(follower.source, e)
+        self._run()
+        self.sampler.seconds += self.sampler.now() - began
+
+    def _run(self):
+        n, self.n = self.n, 0
+        if n: self.many(self.lines.ctypes.data, n, self.plan)
 
     def _fast(self, hook, outp):
         if not self._is_alike(hook, outp): return False

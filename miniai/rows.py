@@ -250,6 +250,7 @@ class OpenSlots(MergedTable):
         self.bins, self.cells, self.slots, self.closed, self.i = bins, {}, [], True, -1
         self.room = np.inf   # slots, as many as the smallest cell has
         self.after_flush = noop   # is called when rows have come to the host by themselves
+        self.settle = noop        # measures what waits for the slot that is open
 
     def open(self, phase, run, step, epoch, samples=0, new=False):
         "Begin a step, or go on with it unless `new`, as for batches of validation; give its slot."
@@ -257,7 +258,7 @@ class OpenSlots(MergedTable):
         if not self.closed and not new and self.slots and self.slots[-1][:4] == mine:
             self.slots[-1] = *mine, self.slots[-1][4] + samples
             return self.i
-        self.closed = True
+        self.close()
         if len(self.slots) >= self.room:
             self.flush()
             self.after_flush()
@@ -265,7 +266,11 @@ class OpenSlots(MergedTable):
         self.closed, self.i = False, len(self.slots)-1
         return self.i
 
-    def close(self): self.closed = True
+    def close(self):
+        self.settle()
+        self.closed = True
+
+    def __getstate__(self): return vars(self) | dict(settle=noop)   # nothing waits in a copy
 
 # %% ../nbs/14_rows.ipynb #8ff47c98
 class Slots(OpenSlots):
@@ -315,6 +320,7 @@ class ArrivingRows(Slots):
 
     def _move(self, n):
         if n <= 0: return
+        self.settle()
         slots, arrays = self.take(n)
         phases, facts = np.array([o[0] for o in slots]), np.array([[*o[1:], 0] for o in slots], np.int64)
         kinds = [(phase, phases == phase) for phase in dict.fromkeys(o[0] for o in slots)]
