@@ -365,6 +365,7 @@ def _of_inspector(inspector):
     facts = _of_model(**inspector.asked())
     if not facts.params:   # the model is gone
         facts.params = {o.name: Param(o.shape or (), o.p.requires_grad) for o in inspector.params}
+    if not facts.optimizer: facts = replace(facts, **_of_optimizers(inspector.options))   # it is gone
     for nm,p in facts.params.items(): p.held = inspector.in_optimizer.get(nm) if p.held is None else p.held
     evidence = Evidence([inspector.history, inspector.loss_stats.history],
                         with_known(facts, watched_facts(inspector)))

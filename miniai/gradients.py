@@ -21,6 +21,7 @@ from .collect import ParameterTap
 from .device import batch_size
 from .distributed import is_divided, total_norm
 from .hooks import choose_parameters, find_parameters, named_tensors, parameter_matches, unwrap
+from .loss_stats import LossStats
 from .stats import Bins, effective_rank, own_names, parts_needed, unit_axis, widen
 
 # %% ../nbs/41_gradients.ipynb #88229cd7
@@ -223,8 +224,8 @@ class GradientSteps(StepRows):
     def begin(self, learn):
         super().begin(learn)
         later = [cb for cb in getattr(learn, 'cbs', ()) if getattr(cb, 'order', 0) >= self.order]
-        may_clip = any(callable(getattr(cb, 'after_backward', None)) and not isinstance(cb, StepRows)
-                       for cb in later)
+        may_clip = any(callable(getattr(cb, 'after_backward', None))
+                       for cb in later if not isinstance(cb, (StepRows, LossStats)))
         self._handles, self._clipped = [], may_clip if self.clipped is None else self.clipped
 
     def after_loss(self, learn):

@@ -454,6 +454,11 @@ class Attaching:
         return self
 
 # %% ../nbs/47_inspector.ipynb #7c04fadf
+def options_of(optimizer):
+    "Something of the name and the options of an optimizer, without its parameters."
+    groups = [{**o, 'params': []} for o in optimizer.param_groups]
+    return type(type(optimizer).__name__, (), dict(defaults=optimizer.defaults, param_groups=groups))()
+
 class Starting:
     "Begins anew, and ends."
     def _start(self):
@@ -464,7 +469,7 @@ class Starting:
         self.phase, self.params, self.pushed, self.silent, self.optimizer = 'train', [], {}, (), None
         self.layers, self.held, self.last_gradients, self.lent = None, {}, {}, []
         self.subject, self.opts, self.batch = {}, [], {}   # what is watched, weakly; the batch seen last
-        self.is_due, self.in_optimizer = False, {}
+        self.is_due, self.in_optimizer, self.options = False, {}, []
         self.loss_stats.before_fit()
         self.begin_epoch(0)
 
@@ -481,8 +486,9 @@ class Starting:
         if self.attached and self.seen.fresh: self._tick(everywhere=False)
         self.sampler.stop()
         if self.attached and self.log is not None: self.log.end(self)
-        ids = {id(p) for o in self.asked()['opts'] for group in o.param_groups for p in group['params']}
-        # what the optimizers had, which may be gone when somebody asks
+        opts = self.asked()['opts']   # which may be gone when somebody asks: what they are, and what they had
+        self.options = [*map(options_of, opts)] or self.options
+        ids = {id(p) for o in opts for group in o.param_groups for p in group['params']}
         had = {o.name: id(o.p) in ids for o in self.params if ids and expects_gradient(o.p)}
         self.in_optimizer = had or self.in_optimizer
         self.model, self.optimizer, self.held = None, None, {}

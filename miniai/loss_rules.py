@@ -17,7 +17,7 @@ from .step_rules import last_called
 consequences = 'not_finite', 'constant_output', 'at_chance'   # rules that find what many faults lead to
 led_to = *consequences, 'weights_barely_moved', 'one_batch_not_learned'   # or may do
 explanations = ('input_scale', 'target_scale', 'no_nonlinearity', 'first_loss_high', 'exclusive_classes',
-                'class_ids', 'sorted_batches', 'norm_of_few', 'summed_loss')   # that explain them
+                'class_ids', 'sorted_batches', 'norm_of_few', 'summed_loss', 'dropout_of_most')   # that explain them
 
 # %% ../nbs/52_loss_rules.ipynb #645860e4
 _kinds = dict(crossentropy='classes', nll='classes', bcewithlogits='binary',
@@ -79,13 +79,13 @@ def spread(t):
 
 def largest(t): return max(np.nanmax(np.abs(t['mean'])), np.nanmax(t['std']))   # mean or deviation
 
-def of_guessing(evidence):
-    "The loss of guessing, and words for it."
+def of_guessing(evidence, phase='train'):
+    "The loss of guessing, and words for it; of numbers, those of a phase."
     n = evidence.facts.n_classes
     if n: return np.log(n), f'guessing among {n} classes gives'
     if not evidence.facts.loss.lower().startswith('mse'):
         raise Missing('what guessing would cost is not known; it is where the loss is cross entropy or MSE')
-    return spread(entries(evidence, 'targets')[0])[1]**2, 'answering with the mean of the targets gives'
+    return spread(entries(evidence, 'targets', phase)[0])[1]**2, 'answering with the mean of the targets gives'
 
 # %% ../nbs/52_loss_rules.ipynb #5a6ba0a7
 @rule(kind='one_unit_softmax', before='exploding_activations',
@@ -190,10 +190,11 @@ def loss_input(evidence):
         causes=['no LogSoftmax, or one over another axis than that of the classes'],
         tries=['LogSoftmax over axis 1, or CrossEntropyLoss of what comes before it'])
     ids = not kind and facts.shapes.get('targets', ('', ''))[1] == 'int64' and facts.blind is not None
-    if (kind in ('classes', 'probabilities', 'binary') or ids) and loss.late < 0: return found(
+    positive = kind in ('classes', 'probabilities', 'binary') or loss_name(evidence) == 'kldiv'
+    if (positive or ids) and loss.late < 0: return found(
         'error', f'{facts.loss} ends at {loss.late:.3g}: below zero.', loss.late, 0., dict(loss=loss),
         causes=['numbers that are no log-probabilities', 'targets outside of 0 to 1'],
-        tries=['LogSoftmax before NLLLoss, or CrossEntropyLoss'])
+        tries=['LogSoftmax before NLLLoss or KLDivLoss, or CrossEntropyLoss'])
 
 # %% ../nbs/52_loss_rules.ipynb #66b2257e
 @rule(kind=('wrong_loss', 'loss_input'), before='identical_units',
@@ -482,7 +483,7 @@ def metric_stuck(evidence, *, min_epochs=3): # with one and the same value
         track, loss = evidence.metric(nm, phase), evidence.epoch_loss(phase).values
         moves = len(loss) > 1 and np.ptp(loss) > .01*abs(np.mean(loss))
         if not moves or len(track) < min_epochs or track.values.ndim > 1 or np.ptp(track.values) > 0: continue
-        if track.values[-1] == 1 or is_solved(evidence): continue
+        if track.values[-1] == 1 or is_solved(evidence) and not .1 < track.values[-1] < .9: continue
         yield found('warning', f'{nm} ({phase}) is {track.values[-1]:.4g} after each of {len(track)} epochs; '
                     'the loss moves.', track.values[-1], steps=track.span(),
                     chart=steps_chart(f'{nm} ({phase})', {nm: track}))
@@ -501,7 +502,7 @@ def overfitting(evidence,
     if not n: raise Missing('no loss of validation, or none of training, was recorded')
     if n <= patience: raise Missing(f'{n} epochs are too few to tell; it takes {patience+1}')
     at = int(np.argmin(np.where(np.isfinite(valid.values[:n]), valid.values[:n], np.inf)))
-    try: chance = of_guessing(evidence)[0]
+    try: chance = of_guessing(evidence, 'valid')[0]
     except Missing: chance = np.inf
     best = valid.values[at]
     if best > chance: return   # it has never learned anything of it: `learned_by_heart`
@@ -523,10 +524,11 @@ def learned_by_heart(evidence,
     min_epochs=4):
     """A training loss below that of guessing, and a validation loss that is not, in every epoch.
     Source: Zhang and others, "Understanding deep learning requires rethinking generalization" (2017)."""
-    (chance, how), train, valid = of_guessing(evidence), *map(evidence.epoch_loss, ('train', 'valid'))
+    train, valid = map(evidence.epoch_loss, ('train', 'valid'))
+    (at_first, _), (chance, how) = (of_guessing(evidence, phase) for phase in ('train', 'valid'))
     if min(len(train), len(valid)) < min_epochs: raise Missing(f'it takes {min_epochs} epochs of both losses')
     best = float(valid.finite.min(initial=np.inf))
-    if train.values[-1] < chance*(1-min_gain) and best > chance*(1-min_gain/3): return found(
+    if train.values[-1] < at_first*(1-min_gain) and best > chance*(1-min_gain/3): return found(
         'warning', f'The training loss falls to {train.values[-1]:.3g}; that of validation is never below '
         f'{best:.4g}; {how} {chance:.3g}.', best, float(chance), steps=valid.span(),
         chart=steps_chart('Loss, by epoch', dict(train=train, valid=valid)))

@@ -30,6 +30,11 @@ def gradients_added_up(evidence, *, min_kept=.5): # fraction of the steps
         'error', f'In {kept:.0%} of the steps the gradients of the step before were still there, and new '
         'ones were added to them.', kept, min_kept, causes=['`zero_grad` is not called in each step'],
         tries=['`opt.zero_grad()` before each backward pass'])
+    sources = evidence.sources
+    if n['steps'] > 9 and not n['compared'] and sources('param_norm') and not sources('grad_norm'): return found(
+        'error', f'In none of {n["steps"]} steps did the optimizer find a gradient.', kind=('zero_grad', 'ledger'),
+        causes=['`zero_grad` after `backward`, and before the step', 'no backward pass'],
+        tries=['`zero_grad`, then `backward`, then the step'])
     each = n['added']/max(1, n['compared'])
     # one may be of another loss
     if n['dropped'] > max(4, 1.5*n['compared']) and thrown > min_kept: return found(

@@ -194,6 +194,10 @@ def test_without_anybody_who_clips_there_is_no_second_norm():
     learner(grads, forced).fit(1)
     assert not len(grads.rows('all', 'grad_norm_clipped'))
     close(values(forced, 'all', 'grad_norm_clipped'), values(forced, 'all', 'grad_norm'))
+    learn = learner()
+    watcher = learn.watch(every=1)   # all its parts only look
+    learn.fit(1)
+    assert not len(watcher.gradients.rows('all', 'grad_norm_clipped'))
 
 def test_a_scaled_loss_is_unscaled():
     class Scaler:

@@ -110,15 +110,42 @@ def looped(model=None, f=corner, zero=True, anew=False, train=True, loss=None, n
             if anew: opt = make()
             if zero: opt.zero_grad()
             loss(model(xb), yb).backward()
+            if zero == 'late': opt.zero_grad()
             opt.step()
     return {o.rule for o in inspector.detach().diagnose().of('error', 'warning')}
 
 
 @pytest.mark.parametrize('rule,kw', [
-    ('gradients_added_up', dict(zero=False)), ('optimizer_is_new', dict(anew=True)), ('wrong_mode', dict(train=False)),
+    ('gradients_added_up', dict(zero=False)), ('gradients_added_up', dict(zero='late')), ('optimizer_is_new', dict(anew=True)), ('wrong_mode', dict(train=False)),
     ('sorted_batches', dict(sort=True)), ('weight_decay_high', dict(decay=3.)), ('weights_barely_moved', dict(lr=1e-6)),
     ('summed_loss', dict(loss=nn.CrossEntropyLoss(reduction='sum'), lr=1.))])
 def test_fault_of_a_loop_is_named(rule, kw): assert rule in looped(**kw)
+
+
+@pytest.mark.parametrize('head,found', [(nn.Softmax(1), True), (nn.LogSoftmax(1), False)])
+def test_a_divergence_of_probabilities_is_named(head, found):
+    "KLDivLoss wants their logarithms; without, it is below zero."
+    model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 4), head)
+    assert ('loss_input' in looped(model, lambda x: (2*x[:, :4]).softmax(1), loss=nn.KLDivLoss(reduction='batchmean'))) == found
+
+
+def weak(apart):
+    "Numbers that are mostly noise, more of it in validation; or whose targets there are of other samples."
+    set_seed(3)
+    x, noise = torch.randn(1600, 8), torch.randn(1600, 1)
+    noise[1200:] *= 1.15
+    y = .6*x[:, :1] + noise
+    if apart: y[1200:] = .6*x[1200:, :1].roll(1, 0) + noise[1200:]
+    parts = [[*zip(x[o].split(40), y[o].split(40))] for o in (slice(1200), slice(1200, None))]
+    learn = Learner(nn.Linear(8, 1), SimpleNamespace(train=parts[0], valid=parts[1]), F.mse_loss, .02, [TrainCB()])
+    learn.watch(every=1)
+    learn.fit(6)
+    return [o.rule for o in learn.diagnose('learned_by_heart')]
+
+
+def test_validation_is_measured_by_its_own_targets():
+    assert not weak(False)
+    assert weak(True) == ['learned_by_heart']
 
 
 def test_layer_in_a_list_is_named(): assert 'unregistered' in looped(Hidden())
@@ -138,4 +165,6 @@ def test_an_optimizer_that_is_gone_is_known():
         return inspector
     inspector = train()
     gc.collect()   # the model, too
-    assert [(o.level, o.layers) for o in inspector.diagnose('not_trained')] == [('error', ('0', '2'))]
+    found = inspector.diagnose('not_trained')
+    assert [(o.level, o.layers) for o in found] == [('error', ('0', '2'))]
+    assert (found.evidence.facts.optimizer, found.evidence.facts.lr) == ('SGD', .1)
