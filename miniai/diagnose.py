@@ -17,7 +17,6 @@ from .callback import Callback, CancelFitException, Order
 from .distributed import gather, is_main
 from .evidence import (Chart, Evidence, Facts, Failed, Finding, Findings, Param, Track, evidence_of,
                              levels, refuse_unknown)
-from .history import History
 from .inspector import Inspector
 from .learner import Learner
 from .loss_rules import consequences, explanations, led_to
@@ -128,8 +127,7 @@ class Condition:
 
 def _last_values(learn, stat, layer):
     "(source, last number) of each that has the statistic."
-    histories = [learn.history, *(getattr(o, 'history', None) for o in learn.cbs)]
-    for h in (o for o in histories if isinstance(o, History)):
+    for h in learn.histories.values():
         for phase,source,what in h.keys():
             if what != stat or phase != 'train' or layer not in (None, source): continue
             last = h.series(source, stat, phase, h.run).values[-1:]

@@ -354,9 +354,7 @@ def _of_learner(learn):
         known = watched_facts(cb)
         if hasattr(cb, 'inspector'): known.pop('layers', None)   # the Learner has their full names
         facts = with_known(facts, known)
-    owners = [o for cb in learn.cbs for o in (cb, getattr(cb, 'loss_stats', None))]
-    histories = [getattr(o, 'history', None) for o in owners]
-    evidence = Evidence([learn.history, *(h for h in histories if isinstance(h, History))], facts)
+    evidence = Evidence(learn.histories.values(), facts)
     samples = evidence.loss().samples
     if len(samples): facts.batch_size = int(np.bincount(samples).argmax()) or None
     return evidence

@@ -162,6 +162,15 @@ class _Records:
         "'train' or 'valid'"
         return 'train' if self.training else 'valid'
 
+    @property
+    def histories(self):
+        "Every table: the loop's own, then those of callbacks by their class; all are read in the same way."
+        found = dict(loop=self.history)
+        for o in (o for cb in self.cbs for o in (cb, getattr(cb, 'loss_stats', None))):
+            h, nm = getattr(o, 'history', None), type(o).__name__
+            if isinstance(h, History): found[f'{nm} {len(found)}' if nm in found else nm] = h
+        return found
+
     def record(self,
         source:str, # what it is of: 'batch', 'epoch', or the name of your callback
         stat:str,   # its name
