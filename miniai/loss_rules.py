@@ -17,7 +17,8 @@ from .step_rules import last_called
 consequences = 'not_finite', 'constant_output', 'at_chance'   # rules that find what many faults lead to
 led_to = *consequences, 'weights_barely_moved', 'one_batch_not_learned'   # or may do
 explanations = ('input_scale', 'target_scale', 'no_nonlinearity', 'first_loss_high', 'exclusive_classes',
-                'class_ids', 'sorted_batches', 'norm_of_few', 'summed_loss', 'dropout_of_most')   # that explain them
+                'class_ids', 'sorted_batches', 'norm_of_few', 'summed_loss',
+                'dropout_of_most')   # that explain them
 
 # %% ../nbs/52_loss_rules.ipynb #645860e4
 _kinds = dict(crossentropy='classes', nll='classes', bcewithlogits='binary',
@@ -85,7 +86,8 @@ def of_guessing(evidence, phase='train'):
     if n: return np.log(n), f'guessing among {n} classes gives'
     if not evidence.facts.loss.lower().startswith('mse'):
         raise Missing('what guessing would cost is not known; it is where the loss is cross entropy or MSE')
-    return spread(entries(evidence, 'targets', phase)[0])[1]**2, 'answering with the mean of the targets gives'
+    square = spread(entries(evidence, 'targets', phase)[0])[1]**2
+    return square, 'answering with the mean of the targets gives'
 
 # %% ../nbs/52_loss_rules.ipynb #5a6ba0a7
 @rule(kind='one_unit_softmax', before='exploding_activations',

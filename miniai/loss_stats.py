@@ -37,7 +37,7 @@ def frequencies(a):
     return same.clamp(1)/len(a)   # a NaN is like no other
 
 def entries_of(a, part=None):
-    "The numbers `entry_stats` of a tensor [B, units, ...], on its device; NaN for those no rule asks of a part."
+    "The numbers `entry_stats` of a tensor [B, units, ...], on its device; NaN for what no rule asks."
     a = a.detach()
     a = a.reshape(len(a), -1) if a.ndim < 3 else a.flatten(2)
     units = a if a.ndim == 2 else a.transpose(0, 1).flatten(1).T   # [samples, units]

@@ -30,9 +30,9 @@ def gradients_added_up(evidence, *, min_kept=.5): # fraction of the steps
         'error', f'In {kept:.0%} of the steps the gradients of the step before were still there, and new '
         'ones were added to them.', kept, min_kept, causes=['`zero_grad` is not called in each step'],
         tries=['`opt.zero_grad()` before each backward pass'])
-    sources = evidence.sources
-    if n['steps'] > 9 and not n['compared'] and sources('param_norm') and not sources('grad_norm'): return found(
-        'error', f'In none of {n["steps"]} steps did the optimizer find a gradient.', kind=('zero_grad', 'ledger'),
+    measured, some = (evidence.sources(o) for o in ('param_norm', 'grad_norm'))
+    if n['steps'] > 9 and measured and not (some or n['compared']): return found(
+        'error', f'None of {n["steps"]} steps found a gradient.', kind=('zero_grad', 'ledger'),
         causes=['`zero_grad` after `backward`, and before the step', 'no backward pass'],
         tries=['`zero_grad`, then `backward`, then the step'])
     each = n['added']/max(1, n['compared'])

@@ -1,5 +1,6 @@
 "What enters the loss is recorded without a read of the device, and tells faults between head, loss and targets."
 import gc, warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
