@@ -1,6 +1,7 @@
 "All statistics in one kernel: against NumPy in float64, interpreted on the CPU and, where there is one, on a GPU."
-import functools, importlib.util, math, os, subprocess, sys
+import functools, importlib.util, json, math, os, subprocess, sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -263,3 +264,14 @@ def test_gpu_large_and_unread():
 if __name__ == '__main__':
     torch.use_deterministic_algorithms(True)
     torch.save(measure_all(), sys.argv[1])
+
+def test_the_check_of_a_gpu_does_here_what_a_cpu_can(tmp_path):
+    path = tmp_path/'gpu.json'
+    parts = [o for nm in ('syncs', 'deterministic', 'bfloat16') for o in ('--part', nm)]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, str(root/'bench'/'gpu_check.py'), '--device', 'cpu', *parts, '--json', str(path)],
+                          capture_output=True, text=True, timeout=300)
+    found = json.loads(path.read_text())['parts']
+    assert done.returncode == 0, found
+    assert [found[o]['ok'] for o in ('syncs', 'deterministic', 'bfloat16')] == [None, True, True]   # the first needs a GPU
+    assert 'GPU' in found['syncs']['why'] and found['bfloat16']['found']['last'] < found['bfloat16']['found']['first']
