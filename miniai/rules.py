@@ -241,19 +241,21 @@ def highest_of_two(values):
     high, most = (o[np.isfinite(o)].max(initial=-np.inf) for o in (pairs, values))
     return most if most > 100*abs(values[0]) else high
 
-def _jump(loss, step):
-    "The highest loss around `step`, in units of the lowest shortly before."
+def _jump(loss, step, usual):
+    "The highest loss around `step`, in units of the lowest shortly before; 0 if it is of a `usual` size."
     before = loss.values[(loss.steps >= step-6) & (loss.steps < step)]
     now = loss[(loss.steps >= step-1) & (loss.steps <= step+2)].finite
-    return now.max(initial=0.)/before.min() if len(before) and before.min() > 0 else 0.
+    rises = len(before) and now.max(initial=0.) - before.min() > usual
+    return now.max(initial=0.)/before.min() if rises and before.min() > 0 else 0.
 
 # %% ../nbs/50_rules.ipynb #f43b499b
 def _collapse(evidence, loss, limit):
     "A finding where outputs shrink to nearly nothing and the loss jumps by half or more."
     tracks = {nm: o for nm,o in tracks_of(evidence, evidence.sources('std'), 'std').items()
               if o.per == 'step' and len(o) > 3}
+    noise = 5*np.median(np.abs(np.diff(loss.finite)))   # the range of ten normal numbers is below it
     events = [(int(o.steps[row]), nm, float(falls_of(o)[row])) for nm,o in tracks.items()
-              for row in np.flatnonzero(falls_of(o) > limit) if _jump(loss, o.steps[row]) > 1.5]
+              for row in np.flatnonzero(falls_of(o) > limit) if _jump(loss, o.steps[row], noise) > 1.5]
     if not events: return
     (first, layer, _), last = min(events), max(events)[0]
     before, late = loss.values[loss.steps < first].min(), loss.late
