@@ -485,7 +485,7 @@ def metric_stuck(evidence, *, min_epochs=3): # with one and the same value
         track, loss = evidence.metric(nm, phase), evidence.epoch_loss(phase).values
         moves = len(loss) > 1 and np.ptp(loss) > .01*abs(np.mean(loss))
         if not moves or len(track) < min_epochs or track.values.ndim > 1 or np.ptp(track.values) > 0: continue
-        if track.values[-1] == 1 or is_solved(evidence) and not .1 < track.values[-1] < .9: continue
+        if track.values[-1] == 1 or is_solved(evidence) and not .2 < track.values[-1] < .6: continue
         yield found('warning', f'{nm} ({phase}) is {track.values[-1]:.4g} after each of {len(track)} epochs; '
                     'the loss moves.', track.values[-1], steps=track.span(),
                     chart=steps_chart(f'{nm} ({phase})', {nm: track}))

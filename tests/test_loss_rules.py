@@ -130,6 +130,17 @@ def test_a_divergence_of_probabilities_is_named(head, found):
     assert ('loss_input' in looped(model, lambda x: (2*x[:, :4]).softmax(1), loss=nn.KLDivLoss(reduction='batchmean'))) == found
 
 
+def test_gradients_that_are_set_by_hand_are_gradients():
+    model, loss_fn = nn.Linear(8, 1), nn.MSELoss()
+    opt = torch.optim.Adam(model.parameters(), .05)
+    inspector = Inspector(visualizer=None).attach(model, optimizer=opt, loss_fn=loss_fn)
+    for x in torch.randn(30, 32, 8, generator=torch.Generator().manual_seed(0)):
+        for p, grad in zip(model.parameters(), torch.autograd.grad(loss_fn(model(x), x[:, :1]), [*model.parameters()])): p.grad = grad
+        opt.step()
+        opt.zero_grad()
+    assert not inspector.detach().diagnose('gradients_added_up')
+
+
 def weak(apart):
     "Numbers that are mostly noise, more of it in validation; or whose targets there are of other samples."
     set_seed(3)
