@@ -23,7 +23,7 @@ from .callback import Callback, Later
 from .collect import OutputGradTap, Sampler, Told, in_backward
 from .device import batch_size
 from .epochs import Epochs, Keeping, Losses, Numbers, Parameters, Silence, Summaries
-from .history import History
+from .history import History, plain_frame, write_table
 from .distributed import is_divided
 from .hooks import Hook, choose_parameters, named_tensors, select_modules, unwrap, warn_if_compiled
 from .lens import OutputStats, aggregates, checked_loss, default_lenses, layer_taps, row_stat
@@ -76,12 +76,12 @@ class Readings:
         return self.history.frame()
 
     def to_csv(self, path):
-        "Write the table to `path`."
-        self.frame().to_csv(path, index=False)
+        "Write the table to `path`, which ends in .csv; `miniai.history.read_table` reads it."
+        write_table(plain_frame(self.history), path)
 
     def to_parquet(self, path):
         "Write the table, and how to draw this run, to `path`: `open_recording` reads it."
-        save_parquet(self.frame(), self.panels(), max(self.history.run, 0), path)
+        save_parquet(plain_frame(self.history), self.panels(), max(self.history.run, 0), path)
 
 # %% ../nbs/47_inspector.ipynb #5f886fb7
 def expects_gradient(p):   # a hook may take it away in the backward pass

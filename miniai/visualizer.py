@@ -326,10 +326,10 @@ def visualizer_named(o):
 
 # %% ../nbs/44_visualizer.ipynb #9af52d2f
 def save_parquet(frame, panels, run, path):
-    "Write a table (a data frame as `History.frame` gives it) and the `Panel`s of a run."
+    "Write a table (of `miniai.history.plain_frame`) and the `Panel`s of a run."
     import pyarrow as pa
     import pyarrow.parquet as pq
-    table = pa.Table.from_pandas(frame.assign(value=frame['value'].map(float)), preserve_index=False)
+    table = pa.Table.from_pandas(frame, preserve_index=False)
     about = json.dumps(dict(run=run, panels=[asdict(o) for o in panels])).encode()
     pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), b'miniai': about}), path)
 
@@ -341,7 +341,9 @@ def open_recording(path) -> Recording: # for `MatplotlibVisualizer().show_fig(re
     about = (table.schema.metadata or {}).get(b'miniai')
     if about is None: raise ValueError(f'open_recording: {path} was not written by `Inspector.to_parquet`')
     about, frame = json.loads(about), table.to_pandas()
-    found = frame[frame.run == about['run']].groupby(['phase', 'source', 'stat'], sort=False)
+    if 'values' in frame: frame = frame[frame['values'].isna()]   # no histograms
+    frame = frame[frame.run == about['run']]
+    found = frame.groupby(['phase', 'source', 'stat'], sort=False)
     with_tuples = lambda o: {k: tuple(v) if isinstance(v, list) else v for k,v in o.items()}
     return Recording({key: (o.epoch.to_numpy(), o.value.to_numpy()) for key,o in found},
                      [Panel(**with_tuples(o)) for o in about['panels']])

@@ -14,6 +14,7 @@ from miniai.activations import ActivationStats
 from miniai.callback import Callback
 from miniai.checkpoint import CheckpointCB
 from miniai.datasets import DataLoaders
+from miniai.history import read_table
 from miniai.hooks import count_hooks
 from miniai.inspector import Inspector, InspectorCB, PyTorchInspector
 from miniai.learner import Learner, TrainCB
@@ -857,6 +858,18 @@ def test_a_figure_of_everything(tmp_path):
     assert (tmp_path/'run.csv').read_text().startswith('run,step,epoch')
     why = inspector.measured()
     assert {'0.weight', '1', 'loss'} <= set(why.source)
+
+@pytest.mark.parametrize('ending', ['parquet', 'csv'])
+def test_a_run_with_histograms_is_kept_in_a_file(tmp_path, ending):
+    path, model = tmp_path/f'run.{ending}', small_net()
+    with Inspector(visualizer=None).attach(model) as inspector:   # the default lenses
+        for _ in inspector.range(2): train(model, torch.randn(8, 4))
+    getattr(inspector, f'to_{ending}')(path)
+    again, mine = read_table(path)[0], inspector.history
+    assert {*again.keys()} == {*mine.keys()} and any(stat == 'hist' for *_,stat in mine.keys())
+    for phase,source,stat in mine.keys():
+        np.testing.assert_allclose(again.series(source, stat, phase).values, mine.series(source, stat, phase).values, rtol=1e-6)
+    if ending == 'parquet': assert open_recording(path).panels == inspector.panels()
 
 def test_tensorboard_reads_back(tmp_path):
     pytest.importorskip('tensorboard', reason='the package tensorboard is not installed')
