@@ -109,7 +109,8 @@ def count_colors(high):
     from plotly.colors import sample_colorscale
     at = np.linspace(0, 1, 30)
     stops = np.expm1(at*np.log1p(high))/high
-    return [*zip(stops.clip(0, 1).tolist(), sample_colorscale('Viridis', at))]
+    stops[-1] = 1   # plotly takes a scale only if it ends there
+    return [*zip(stops.tolist(), sample_colorscale('Viridis', at))]
 
 def log_bar(values): # values: logarithms
     "Give the bar beside a map of logarithms the numbers they are of."

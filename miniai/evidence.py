@@ -209,7 +209,8 @@ class Evidence(RunLosses):
     def n_steps(self) -> int:
         "Training steps that the run took, as far as the tables show."
         batches = self.track('batch', 'loss').steps
-        if len(batches): return int(batches[-1] - batches[0] + 1)
+        every = max(1, np.median(np.diff(batches))) if len(batches) > 1 else 1   # a log may have few of them
+        if len(batches): return int(batches[-1] - batches[0] + every)
         counts = self.track('batches', 'count')   # of an Inspector, for each epoch
         if len(counts): return int(counts.values.sum())
         tracks = [self.track(nm, what, p) for p,nm,what in self.keys() if p == 'train']

@@ -228,9 +228,11 @@ def report_html(
 
 # %% ../nbs/56_report.ipynb #80cbf81e
 def write_report(x, path='report.html', **kw) -> Path: # where it was written
-    """Write the page about the last run of `x` to `path`; a path that ends in .md gets a text.
+    """Write the page about the last run of `x` to `path`, which ends in .html; one that ends in .md gets a text.
 
     Folders are made; `x` and `kw`, that is title, findings, live, are as for `report_html`."""
+    if Path(path).suffix not in ('.html', '.htm', '.md'): raise ValueError(
+        f'report: path is {str(path)!r}; let it end in .html for a page, or in .md for a text')
     if Path(path).suffix == '.md':
         runs = runs_in(x) or {kw.get('title'): x}
         pages = [template('run.md').render(content_of(o, nm, kw.get('findings'))) for nm,o in runs.items()]
