@@ -229,7 +229,8 @@ def dropout_of_most(evidence,
     max_left=.5): # of the first loss
     """Dropout that leaves next to nothing, in a run whose loss stays high.
     Source: Srivastava and others, "Dropout" (2014), appendix A.4: at least half of the units are kept."""
-    loss, facts, names = needed_loss(evidence), evidence.facts, evidence.sources('std')
+    loss, facts, known = needed_loss(evidence), evidence.facts, evidence.sources('std')
+    names = list(dict.fromkeys(nm for _,nm,_ in evidence.keys() if nm in known))   # as their outputs came
     for before,nm in zip(names, names[1:]):
         # what is dropped after an embedding is a sum, with that of places
         if not facts.kind(nm).startswith('Dropout') or facts.kind(before) == 'Embedding': continue
