@@ -81,13 +81,14 @@ def spread(t):
 def largest(t): return max(np.nanmax(np.abs(t['mean'])), np.nanmax(t['std']))   # mean or deviation
 
 def of_guessing(evidence, phase='train'):
-    "The loss of guessing, and words for it; of numbers, those of a phase."
-    n = evidence.facts.n_classes
-    if n: return np.log(n), f'guessing among {n} classes gives'
+    "The loss of guessing, and words for it; of numbers, those of a phase; of a sum, over the first batch."
+    n, terms = evidence.facts.n_classes, 1
+    if evidence.facts.summed: terms = np.prod(entries(evidence, 'targets')[1])
+    if n: return terms*np.log(n), f'guessing among {n} classes gives'
     if not evidence.facts.loss.lower().startswith('mse'):
         raise Missing('what guessing would cost is not known; it is where the loss is cross entropy or MSE')
     square = spread(entries(evidence, 'targets', phase)[0])[1]**2
-    return square, 'answering with the mean of the targets gives'
+    return terms*square, 'answering with the mean of the targets gives'
 
 # %% ../nbs/52_loss_rules.ipynb #5a6ba0a7
 @rule(kind='one_unit_softmax', before='exploding_activations',

@@ -166,7 +166,7 @@ def _pull(evidence, name, decay):
 
 # %% ../nbs/51_step_rules.ipynb #fba5abda
 @rule(kind='regularisation', before='learning_rate_low', causes=['weight decay that is too strong'],
-      tries=['a hundredth of it', 'AdamW, whose decay does not enter the gradient'])
+      tries=['a hundredth of it'])
 def weight_decay_high(evidence,
     *, max_part=1., # of the decay, in units of the gradient; half of it where weights shrink
     min_size=.7): # of weights in the end, in units of their first
@@ -182,7 +182,8 @@ def weight_decay_high(evidence,
     shrunk = np.median([o.late/o.first if o.first else 1. for o in sizes])
     if part > max_part or part > max_part/2 and shrunk < min_size: return found(
         'error', f'Weight decay ({decay:g}) pulls at most weights with {part:.2g} times the force of their '
-        'gradient.', part, max_part, layers=layers_of(names))
+        'gradient.', part, max_part, layers=layers_of(names),
+        tries=['AdamW, whose decay does not enter the gradient']*(evidence.facts.optimizer != 'AdamW'))
 
 # %% ../nbs/51_step_rules.ipynb #5cba39a3
 @rule(kind=('batchnorm', 'mode'), before='learning_rate_low', causes=['a momentum that is too low, or 0'],
