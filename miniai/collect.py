@@ -8,7 +8,7 @@ __all__ = ['Cost', 'Sampler']
 # %% ../nbs/16_collect.ipynb #b58684be
 import time
 import warnings
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from .distributed import Place, data_axes, is_divided, local, place_of, rank, size_and_offset
-from .hooks import Hooks, named_tensors, parameter_axis
-from .kernels import add_to_row, compiled_loops, memory_view, plan, readable, slow_reason
+from .hooks import Hooks, call_with_gradient, in_backward, named_tensors, parameter_axis
+from .kernels import add_to_row, compiled_loops, is_like, memory_view, plan, readable, slow_reason
 from .stats import unit_axis, unit_view, widen
 
 # %% ../nbs/16_collect.ipynb #943ae729
@@ -174,11 +174,6 @@ class Told:
     def failed(self, source, e):
         "Warn that `source` could not be measured, because of the error `e`."
         self(source, f'could not be measured and is left out ({type(e).__name__}: {e})', about=type(e))
-
-# %% ../nbs/16_collect.ipynb #5c995815
-def in_backward():
-    "Say whether a backward pass is running, as when checkpointed blocks are computed again."
-    return torch._C._current_graph_task_id() != -1
 
 # %% ../nbs/16_collect.ipynb #ed34010f
 class Listener:
@@ -354,19 +349,7 @@ class OutputTap(TensorTap):
         if plain and source == hook.name:
             hook.shape, hook.cell, hook.sizes = a.shape, cell, memory_view(a, axis)
 
-# %% ../nbs/16_collect.ipynb #56488f44
-def _is_like(a, t):
-    "Whether a buffer is there, and lies in memory as `t` does."
-    about = lambda o: (o.shape, o.dtype, o.device, o.layout)
-    return (a is not None and about(a) == about(t)
-            and (a.layout is not torch.strided or a.is_contiguous() == t.is_contiguous()))
-
-def call_with_gradient(a, f):
-    "Register a hook as `a.register_hook(f)` does, without a handle, which takes as long as all the rest."
-    if a._backward_hooks is not None or a.grad_fn is None: return a.register_hook(f)
-    a._backward_hooks = OrderedDict(miniai=f)
-    a.grad_fn._register_hook_dict(a)
-
+# %% ../nbs/16_collect.ipynb #0bb0b66a
 class Follower:
     "Hangs on an output, and adds its gradient to the row of its source."
     def __init__(self, tap, source, axis):
@@ -381,12 +364,10 @@ class Follower:
             if len(tap.waiting) == tap.most or grad.numel() > 2**15: tap.settle()
         except Exception as e: tap.told.failed(self.source, e)
 
-    def is_alike(self, grad):
-        plain = type(grad) is torch.Tensor and grad.dtype is torch.float32 and grad.is_cpu
-        return plain and grad.is_contiguous() and grad.shape == self.shape
-
     def line(self, grad):
-        "What the compiled loop is to do with one that is like the last."
+        "What the compiled loop is to do with a gradient; None if it is not like the last."
+        plain = type(grad) is torch.Tensor and grad.dtype is torch.float32 and grad.is_cpu
+        if not plain or grad.shape != self.shape or not grad.is_contiguous(): return
         self.job[0], self.job[4] = grad.data_ptr(), self.cell.address + self.tap.rows.i*self.cell.nbytes
         return self.job
 
@@ -396,7 +377,7 @@ class Follower:
         if is_divided(grad): rows.places[self.source] = place_of(grad, self.axis)
         self.cell = rows.cell(self.source, unit_view(a.shape, self.axis)[2], a.device)
         before = tap.before.get(self.source) if tap.pairs else None
-        known = _is_like(before, a)
+        known = is_like(before, a)
         if tap.pairs and not known: before = tap.before[self.source] = torch.empty_like(a)
         add_to_row(self.cell.rows[rows.i], a, self.axis, rows.bins, tap.what, before, known)
         if tap.many is None or not readable(a) or type(grad) is not torch.Tensor: return
@@ -405,34 +386,38 @@ class Follower:
         self.shape, self.job[:] = grad.shape, [0, 0, address, 1, 0, *unit_view(a.shape, self.axis), tap.what]
 
 # %% ../nbs/16_collect.ipynb #db1017e9
-class OutputGradTap(TensorTap):
-    "Leaves a `Follower` on each output of chosen modules; small gradients wait, to be measured in one go."
+class GradientsInOneGo(TensorTap):
+    "Lets small gradients wait, and measures them in one call of the compiled loop."
     most = 64   # that wait
     def __init__(self, rows, sampler, told, axis=unit_axis, pairs=True, what=3):
         super().__init__(sampler, told, axis)
         self.rows, self.pairs, self.what = rows, pairs, what   # pairs: compare with the gradient before
         self.followers, self.before, self.where = {}, {}, (0, 0, 0)   # where: run, step and epoch
         self.many, self.plan = _compiled('many', rows)
-        self.waiting, self.lines, self.n = [], np.zeros((self.most, 10), np.int64), 0
+        self.waiting, self.lines = [], np.zeros((self.most, 10), np.int64)
         rows.settle = self.settle
 
     def settle(self):
         "Measure the gradients that wait."
-        began, waiting, self.waiting = self.sampler.now(), self.waiting, []
+        began, waiting, self.waiting, n = self.sampler.now(), self.waiting, [], 0
         for follower,grad in waiting:
             try:
-                if follower.is_alike(grad): self.lines[self.n], self.n = follower.line(grad), self.n + 1
-                else:
-                    self._run()
+                line = follower.line(grad)
+                if line is None:
+                    n = self._run(n)
                     follower.take(self.rows, grad)
+                else: self.lines[n], n = line, n + 1
             except Exception as e: self.told.failed(follower.source, e)
-        self._run()
+        self._run(n)
         self.sampler.seconds += self.sampler.now() - began
 
-    def _run(self):
-        n, self.n = self.n, 0
+    def _run(self, n):
         if n: self.many(self.lines.ctypes.data, n, self.plan)
+        return 0
 
+# %% ../nbs/16_collect.ipynb #69831dee
+class OutputGradTap(GradientsInOneGo):
+    "Leaves a `Follower` on each output of chosen modules."
     def _fast(self, hook, outp):
         if not self._is_alike(hook, outp): return False
         if outp.requires_grad: call_with_gradient(outp, hook.follower)
@@ -530,9 +515,9 @@ class Jobs(Lines):
         plain = t.dtype is torch.float32 and t.is_contiguous() and t.numel()
         if self.many is None or not readable(t) or not plain: return False
         start = tap.starts.get(o.name) if self.from_start else None
-        if self.from_start and not _is_like(start, t): return False
+        if self.from_start and not is_like(start, t): return False
         sizes, before = unit_view(_by_unit(t).shape, _axis(o, t)), 0
-        known = _is_like(tap.before.get(o.name), t)
+        known = is_like(tap.before.get(o.name), t)
         if tap.pairs:
             if not known: tap.before[o.name] = torch.empty_like(t, memory_format=torch.contiguous_format)
             before = tap.before[o.name].data_ptr()
@@ -585,7 +570,7 @@ class Choice(PartsHere):
         if at != self.at:
             self.moving = [(o, t.detach()) for o,t in zip(self.params, tensors) if t is not None]
             for o,t in self.moving:
-                if _is_like(self.starts.get(o.name), t): continue
+                if is_like(self.starts.get(o.name), t): continue
                 # lines have the address of the one before
                 self.starts[o.name], self.jobs = torch.empty_like(t), None
             self.copies = [self.starts[o.name] for o,_ in self.moving], [t for _,t in self.moving]
@@ -606,7 +591,7 @@ class ParameterTap(Choice):
         "The long way, for what is not plain memory."
         try:
             t = t.detach() if t.layout is torch.strided else t.detach().to_dense()
-            axis, by_unit, known = _axis(o, t), _by_unit(t), _is_like(self.before.get(o.name), t)
+            axis, by_unit, known = _axis(o, t), _by_unit(t), is_like(self.before.get(o.name), t)
             cell = self.rows.cell(o.name, unit_view(by_unit.shape, axis)[2], t.device)
             if self.pairs and not known: self.before[o.name] = torch.empty_like(t)
             before, start = (_by_unit(d.get(o.name)) for d in (self.before, starts))

@@ -7,6 +7,7 @@ __all__ = ['Hook', 'Hooks', 'count_hooks', 'unwrap', 'select_modules', 'named_te
 
 # %% ../nbs/02_hooks.ipynb #55cdc4c4
 import re, warnings
+from collections import OrderedDict
 from collections.abc import Mapping, MutableSequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
@@ -184,6 +185,17 @@ def named_tensors(outp, name:str='') -> list:
     elif isinstance(outp, (tuple, list)): parts = [(f'{name}[{i}]', v) for i,v in enumerate(outp)]
     else: parts = []
     return [o for part,v in parts for o in named_tensors(v, part)]
+
+# %% ../nbs/02_hooks.ipynb #27e44f62
+def in_backward():
+    "Say whether a backward pass is running, as when checkpointed blocks are computed again."
+    return torch._C._current_graph_task_id() != -1
+
+def call_with_gradient(a, f):
+    "Register a hook as `a.register_hook(f)` does, without a handle."
+    if a._backward_hooks is not None or a.grad_fn is None: return a.register_hook(f)
+    a._backward_hooks = OrderedDict(miniai=f)
+    a.grad_fn._register_hook_dict(a)
 
 # %% ../nbs/02_hooks.ipynb #a517e90f
 def compiled_modules(model):

@@ -20,12 +20,13 @@ from torch.optim import optimizer as torch_optimizer
 from .activations import OutputPlots
 from .batches import counted
 from .callback import Callback, Later
-from .collect import OutputGradTap, Sampler, Told, in_backward
+from .collect import OutputGradTap, Sampler, Told
 from .device import batch_size
 from .epochs import Epochs, Keeping, Losses, Numbers, Parameters, Silence, Summaries
 from .history import History, plain_frame, write_table
 from .distributed import is_divided
-from .hooks import Hook, choose_parameters, named_tensors, select_modules, unwrap, warn_if_compiled
+from .hooks import (Hook, choose_parameters, in_backward, named_tensors, select_modules, unwrap,
+                          warn_if_compiled)
 from .lens import OutputStats, aggregates, checked_loss, default_lenses, layer_taps, row_stat
 from .loggers import LogCB
 from .loss_stats import LossStats, few, first_tensor, loss_parts, parts_of
@@ -459,6 +460,7 @@ def options_of(optimizer):
     groups = [{**o, 'params': []} for o in optimizer.param_groups]
     return type(type(optimizer).__name__, (), dict(defaults=optimizer.defaults, param_groups=groups))()
 
+# %% ../nbs/47_inspector.ipynb #6640917c
 class Starting:
     "Begins anew, and ends."
     def _start(self):

@@ -67,6 +67,12 @@ def readable(a):
     return (plain and a.device.type == 'cpu' and a.dtype in (torch.float32, torch.float64)
             and not (a.is_neg() or a._is_zerotensor()))
 
+def is_like(a, t):
+    "Say whether a buffer is there, and lies in memory as a tensor does."
+    about = lambda o: (o.shape, o.dtype, o.device, o.layout)
+    return (a is not None and about(a) == about(t)
+            and (a.layout is not torch.strided or a.is_contiguous() == t.is_contiguous()))
+
 # %% ../nbs/13_kernels.ipynb #b3dfb79e
 _tile, _programs = 2048, 512   # entries of a tile; programs of a launch, at most
 

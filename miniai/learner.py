@@ -150,8 +150,8 @@ def _no_batches(learn):
             f'{size()} items. Check batch_size and drop_last, or that the iterator is not used up')
 
 # %% ../nbs/24_learner.ipynb #aff6eb6d
-class _Records:
-    "The phase of a fit, and what was measured in it."
+class _Phase:
+    "The phase of a fit, and the tables of what was measured."
     @property
     def training(self):
         "Whether this epoch trains."
@@ -171,6 +171,9 @@ class _Records:
             if isinstance(h, History): found[f'{nm} {len(found)}' if nm in found else nm] = h
         return found
 
+# %% ../nbs/24_learner.ipynb #9f60a6ce
+class _Records(_Phase):
+    "What was measured, where the fit is."
     def record(self,
         source:str, # what it is of: 'batch', 'epoch', or the name of your callback
         stat:str,   # its name

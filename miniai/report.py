@@ -228,7 +228,7 @@ def report_html(
 
 # %% ../nbs/56_report.ipynb #80cbf81e
 def write_report(x, path='report.html', **kw) -> Path: # where it was written
-    """Write the page about the last run of `x` to `path`, which ends in .html; one that ends in .md gets a text.
+    """Write the page about the last run of `x` to `path`, which ends in .html; in .md, a text.
 
     Folders are made; `x` and `kw`, that is title, findings, live, are as for `report_html`."""
     if Path(path).suffix not in ('.html', '.htm', '.md'): raise ValueError(

@@ -249,8 +249,7 @@ class OpenSlots(MergedTable):
         super().__init__()
         self.bins, self.cells, self.slots, self.closed, self.i = bins, {}, [], True, -1
         self.room = np.inf   # slots, as many as the smallest cell has
-        self.after_flush = noop   # is called when rows have come to the host by themselves
-        self.settle = noop        # measures what waits for the slot that is open
+        self.after_flush = self.settle = noop   # called after rows came by themselves; before a slot closes
 
     def open(self, phase, run, step, epoch, samples=0, new=False):
         "Begin a step, or go on with it unless `new`, as for batches of validation; give its slot."
@@ -269,7 +268,6 @@ class OpenSlots(MergedTable):
     def close(self):
         self.settle()
         self.closed = True
-
     def __getstate__(self): return vars(self) | dict(settle=noop)   # nothing waits in a copy
 
 # %% ../nbs/14_rows.ipynb #8ff47c98
@@ -286,6 +284,7 @@ class Slots(OpenSlots):
 
     def take(self, n):
         "Bring the first `n` slots to the host: slots, and an array for each source; the rest stays."
+        self.settle()
         slots, self.slots = self.slots[:n], self.slots[n:]
         arrays = to_host([o.rows[:n] for o in self.cells.values()])
         for o in self.cells.values():
@@ -320,7 +319,6 @@ class ArrivingRows(Slots):
 
     def _move(self, n):
         if n <= 0: return
-        self.settle()
         slots, arrays = self.take(n)
         phases, facts = np.array([o[0] for o in slots]), np.array([[*o[1:], 0] for o in slots], np.int64)
         kinds = [(phase, phases == phase) for phase in dict.fromkeys(o[0] for o in slots)]
