@@ -45,6 +45,7 @@ def thinned(lines, most): # lines: label -> (positions, values)
 
 # %% ../nbs/55_charts.ipynb #bcc6084c
 colors = '#2a7ab8', '#c8571b', '#1f8f63', '#a8509f', '#8f7a1a', '#5a7d92'
+line_styles = [dict(color=color, dash=dash) for dash in ('solid', 'dash', 'dot') for color in colors]
 
 def text(name, most=10_000): return escape(short_name(name, most), quote=False)   # plotly reads markup
 
@@ -60,17 +61,17 @@ def figure(traces, xlabel, ylabel='', height=260, xaxis=(), yaxis=(), hovermode=
         modebar=dict(bgcolor=clear, color='#888', activecolor='#888'),
         xaxis={**axis, 'title': text(xlabel), 'unifiedhovertitle': dict(text=f'{text(xlabel)} %{{x}}'),
                'spikethickness': 1, **dict(xaxis)},
-        yaxis={**axis, 'title': text(ylabel), **dict(yaxis)}))
+        yaxis={**axis, 'title': dict(text=text(ylabel), standoff=8), **dict(yaxis)}))
 
 # %% ../nbs/55_charts.ipynb #e3929775
-def line_traces(label, x, y, color, gaps, focus):
+def line_traces(label, x, y, style, gaps, focus):
     "Make the line of one label, and the crosses where its values are not finite."
     ok, around = np.isfinite(y), np.pad(np.isfinite(y), 1)
     alone = (ok & ~around[:-2] & ~around[2:]).any()   # between two gaps, where a line does not reach
     line = dict(type='scatter', name=text(label, 40), meta=label, x=numbers(x), y=numbers(y),
                 mode='lines+markers' if len(y) < 40 or alone else 'lines', showlegend=True,
                 connectgaps=False, opacity=1. if focus in ('', label) else .45,
-                line=dict(width=3 if label == focus else 1.7, color=color), marker=dict(size=5))
+                line=dict(width=3 if label == focus else 1.7, **style), marker=dict(size=5))
     bad = np.isinf(y) if gaps else ~ok
     if not bad.any(): return [line]
     low = y[ok].min() if ok.any() else 1.
@@ -83,8 +84,8 @@ def line_chart(title, xlabel, lines, caption='', ylabel='', log=False, limits=No
                ticks=(), steps=(), focus='', most=1000):
     "Draw lines (label -> positions and values) with title, caption and, if there are, marks."
     shown = thinned(lines, most)
-    traces = [o for (nm,(x,y)),color in zip(shown.items(), cycle(colors))
-              for o in line_traces(nm, x, np.asarray(y), color, gaps, focus)]
+    traces = [o for (nm,(x,y)),style in zip(shown.items(), cycle(line_styles))
+              for o in line_traces(nm, x, np.asarray(y), style, gaps, focus)]
     kept, rows = (max((len(x) for x,_ in o.values()), default=0) for o in (shown, lines))
     if any(o['mode'] == 'markers' for o in traces): caption += ' Crosses: NaN or infinite.'
     if kept < rows: caption += f' {kept:,} of {rows:,} rows are on this page, highest and lowest among them.'
@@ -224,7 +225,7 @@ def stat_chart(run, layer, title, stats, most):
     lines, xlabel = lines_of(run, run.layers[layer], stats, layer)
     if not lines: return []
     known, style = [o for o in map(meaning, stats) if o], dict(gaps=has_gaps(stats[0]), most=most)
-    caption = ' '.join(o.caption.replace('`', '') for o in known)
+    caption = ' '.join(dict.fromkeys(o.caption.replace('`', '') for o in known))
     if xlabel == 'epoch': caption += ' Here the mean of each epoch.'
     if 'death_rate' in stats: caption += ''.join(dead_units(run, o) for o in run.layers[layer])
     for o in known[:1]:
