@@ -360,7 +360,7 @@ class Follower:
         tap, rows = self.tap, self.tap.rows
         try:
             if rows.closed: rows.open('train', *tap.where)
-            tap.waiting.append((self, grad))
+            tap.waiting.append((self, grad, grad._version))
             if len(tap.waiting) == tap.most or grad.numel() > 2**15: tap.settle()
         except Exception as e: tap.told.failed(self.source, e)
 
@@ -400,8 +400,9 @@ class GradientsInOneGo(TensorTap):
     def settle(self):
         "Measure the gradients that wait."
         began, waiting, self.waiting, n = self.sampler.now(), self.waiting, [], 0
-        for follower,grad in waiting:
+        for follower,grad,version in waiting:
             try:
+                if grad._version != version: raise ValueError('a later hook has changed it in place')
                 line = follower.line(grad)
                 if line is None:
                     n = self._run(n)

@@ -95,8 +95,7 @@ class GradientWatch(FollowsGradient):
         known = sampled and self.p is not None and self.p.grad is not None
         if known: self.at_step = head(self.p.grad).clone()
         if known == (self.handle is not None): return
-        if known: self.handle = self.p.register_hook(self._before)
-        else: self.handle = self.handle.remove()
+        self.handle = self.p.register_hook(self._before) if known else self.handle.remove()
 
 # %% ../nbs/38_ledger.ipynb #b87228a3
 version = attrgetter('_version')   # rises with each change of a tensor in place
