@@ -253,7 +253,7 @@ def _collapse(evidence, loss, limit):
     "A finding where outputs shrink to nearly nothing and the loss jumps by half or more."
     tracks = {nm: o for nm,o in tracks_of(evidence, evidence.sources('std'), 'std').items()
               if o.per == 'step' and len(o) > 3}
-    noise = 5*np.median(np.abs(np.diff(loss.finite, prepend=loss.first)))   # above the range of ten normal ones
+    noise = 5*np.median(np.abs(np.diff(loss.finite, prepend=loss.first)))   # above the range of ten
     events = [(int(o.steps[row]), nm, float(falls_of(o)[row])) for nm,o in tracks.items()
               for row in np.flatnonzero(falls_of(o) > limit) if _jump(loss, o.steps[row], noise) > 1.5]
     if not events: return
