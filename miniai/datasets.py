@@ -206,6 +206,10 @@ def collate_dict(ds, as_tuple:bool=True): # collate function: list of sample dic
     return _f
 
 # %% ../nbs/26_datasets.ipynb #c7e444da
+def _check_size(bs):
+    if not isinstance(bs, (int, np.integer)) or bs < 1:
+        raise ValueError(f'DataLoaders: batch_size is {bs!r}; it must be 1 or more, a whole number')
+
 class MemoryLoader:
     "Serves batches of columns that it holds in memory as tensors; of bytes as floats in 0..1."
     def __init__(self,
@@ -216,6 +220,7 @@ class MemoryLoader:
         drop_last:bool=False, # leave out a smaller last batch?
         as_tuple:bool=True, # batches as tuples in the order of the columns; otherwise dicts
     ):
+        _check_size(batch_size)
         self.dataset,self.columns,self.batch_size = dataset,columns,batch_size
         self.shuffle,self.drop_last,self.as_tuple = shuffle,drop_last,as_tuple
         self.n = len(next(iter(columns.values())))
@@ -317,7 +322,7 @@ def _two_splits(dd):
 
 def _checked_splits(dd, bs):
     "Find the two data sets of `dd`, and check that they give batches of `bs` with the same columns."
-    if bs < 1: raise ValueError(f'DataLoaders: batch_size is {bs}; it must be 1 or more')
+    _check_size(bs)
     found = {nm: dd[nm] for nm in _two_splits(dd)}
     for nm,ds in found.items():
         if not len(ds): raise ValueError(f'DataLoaders: split {nm!r} is empty; it needs a sample or more')
@@ -326,13 +331,16 @@ def _checked_splits(dd, bs):
     raise ValueError(f'DataLoaders: the columns differ, they are {columns}; give both splits the same')
 
 # %% ../nbs/26_datasets.ipynb #a73b0cb6
-def _column(o):
+def _column(o, nm):
     "An array as a tensor; 64-bit floats become those that models have."
-    o = o if isinstance(o, torch.Tensor) else torch.as_tensor(np.asarray(o))
+    try: o = o if isinstance(o, torch.Tensor) else torch.as_tensor(np.asarray(o))
+    except (TypeError, ValueError) as e:
+        raise TypeError(f'from_arrays: {nm} holds {np.asarray(o, object).flat[0]!r} among others; it must be '
+                        'numbers: give classes as 0, 1, 2, ... (`numpy.unique(y, return_inverse=True)`)') from e
     return o.to(torch.get_default_dtype()) if o.dtype is torch.float64 else o
 
 def _samples(X, y):
-    x,y = _column(X),_column(y)
+    x,y = _column(X, 'X'),_column(y, 'y')
     return Samples(x, y.long() if y.dtype is torch.uint8 else y)   # bytes are pictures, in inputs
 
 # %% ../nbs/26_datasets.ipynb #e56fdb9b

@@ -26,7 +26,7 @@ from .device import batch_size, def_device, detached, rng_state, to_cpu, to_devi
 from .history import History
 from .lr_find import LRFinderCB, SuggestedLRs, lr_find
 from .metrics import MetricsCB
-from .optimizers import new_optimizer, set_rates
+from .optimizers import new_optimizer, refuse_closures, set_rates
 from .progress import ProgressCB
 
 # %% ../nbs/24_learner.ipynb #327ecf9f
@@ -328,7 +328,11 @@ class TrainCB(Predicts, Callback):
     def predict(self, learn): self.predict_with(learn)
     def get_loss(self, learn): self.compare_with(learn)
     def backward(self, learn): learn.loss.backward()
-    def step(self, learn): learn.opt.step()
+    def step(self, learn):
+        try: learn.opt.step()
+        except TypeError:   # it may want more than TrainCB gives
+            refuse_closures(learn.opt)
+            raise
     def zero_grad(self, learn): learn.opt.zero_grad()
 
 # %% ../nbs/24_learner.ipynb #1219771c

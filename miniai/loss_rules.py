@@ -15,7 +15,7 @@ from .step_rules import last_called
 
 # %% ../nbs/52_loss_rules.ipynb #56500451
 consequences = 'not_finite', 'constant_output', 'at_chance'   # rules that find what many faults lead to
-led_to = *consequences, 'weights_barely_moved', 'one_batch_not_learned'   # or may do
+led_to = *consequences, 'learning_rate_high', 'weights_barely_moved', 'one_batch_not_learned'   # or may do
 explanations = ('input_scale', 'target_scale', 'no_nonlinearity', 'first_loss_high', 'exclusive_classes',
                 'class_ids', 'sorted_batches', 'norm_of_few', 'summed_loss',
                 'dropout_of_most')   # that explain them

@@ -22,11 +22,16 @@ def wants_closure(kind):
     known = signature(kind.step).parameters.get('closure')
     return known is not None and known.default is known.empty
 
+def refuse_closures(*opts):
+    "Refuse optimizers that cannot do without a closure, where there is none."
+    needs = [type(o).__name__ for o in opts if isinstance(o, optim.Optimizer) and wants_closure(type(o))]
+    if needs: raise TypeError(f'{needs[0]} steps by a closure; train with ClosureCB instead of TrainCB '
+                              '(`from miniai.shortcuts import ClosureCB`)')
+
 def step_all(opts, closure):
     "Step several optimizers, those last that cannot do without a closure; the loss that it gives."
     last = [o for o in opts if wants_closure(type(o))]
-    if last and closure is None: raise TypeError(f'Optimizers: {type(last[0]).__name__} steps by a closure; '
-                                                 'train with ClosureCB instead of TrainCB')
+    if closure is None: refuse_closures(*last)
     loss = None if closure is None else closure()
     for o in opts:
         if o not in last: o.step()

@@ -310,6 +310,9 @@ def bad_places(evidence):
     for *place,track in (*outputs, (10**7, '', 'loss', evidence.loss())):
         step = first_bad(track)
         if step is not None: yield step, *place
+    inputs = evidence.track('inputs', 'entries')   # of a few steps; their smallest and largest come first
+    bad = np.array([not np.isfinite(o[:2]).all() for o in inputs.values], bool)
+    yield from ((step, -2, '', 'input') for step in inputs.steps[bad].tolist()[:1])
     step = first_bad(evidence.track('all', 'grad_norm'))   # NaN for one parameter may be a gap
     for i,nm in enumerate(evidence.sources('grad_norm')):
         track = evidence.track(nm, 'grad_norm')
@@ -321,8 +324,10 @@ def bad_places(evidence):
         if len(track): yield int(track.steps[0]), *place, _stages[int(track.values[0])]
 
 # %% ../nbs/50_rules.ipynb #97e98970
+_of_a_layer = 'log, root or division in that layer', 'numbers that have grown too large'
 _nan_causes = dict(
-    output=['log, root or division in that layer', 'numbers that have grown too large', 'NaN in the data'],
+    input=['NaN or infinity in the data'], first=['NaN or infinity in the inputs of that step', *_of_a_layer],
+    output=[*_of_a_layer, 'NaN in the data'],
     loss=['log of 0 or division by 0 in the loss', 'NaN among the targets'],
     gradient=['a root, a power or a norm at 0', 'numbers too large for 16 bits'],
     weights=['weights that were loaded with NaN'], update=['a gradient that was too large'])
@@ -340,9 +345,11 @@ def not_finite(evidence):
     stat = dict(gradient='grad_norm', output='std').get(what)
     tracks = tracks_of(evidence, [layer], stat) if stat else dict(loss=loss)
     of = ' of {layer}' if layer and what != 'loss' else ''
+    first = what == 'output' and [layer] == evidence.sources('mean')[:1]
+    if first: of += ', the first that is called'
     text = f'{len(bad)} of {len(loss)} recorded losses are not finite; NaN or infinity is seen at step {step}'
     return found(level, f'{text} first, in the {what}{of}.', len(bad), 0., dict(loss=loss), layer=layer,
-                 steps=(step, max([step, *bad[-1:]])), causes=_nan_causes[what],
+                 steps=(step, max([step, *bad[-1:]])), causes=_nan_causes['first' if first else what],
                  layers=list(dict.fromkeys(o[2] for o in places if o[2])),
                  caveats=[len(loss) and not bad and _by_design],
                  chart=steps_chart('It ends where it is not finite', tracks))
