@@ -336,7 +336,7 @@ def _column(o, nm):
     try: o = o if isinstance(o, torch.Tensor) else torch.as_tensor(np.asarray(o))
     except (TypeError, ValueError) as e:
         raise TypeError(f'from_arrays: {nm} holds {np.asarray(o, object).flat[0]!r} among others; it must be '
-                        'numbers: give classes as 0, 1, 2, ... (`numpy.unique(y, return_inverse=True)`)') from e
+                        'numbers; classes are 0, 1, 2, ... (`numpy.unique(y, return_inverse=True)`)') from e
     return o.to(torch.get_default_dtype()) if o.dtype is torch.float64 else o
 
 def _samples(X, y):
