@@ -9,6 +9,7 @@ __all__ = ['LogCB']
 import sys
 from fnmatch import fnmatchcase
 from functools import partial
+from inspect import signature
 
 import numpy as np
 from fastcore.basics import listify
@@ -42,12 +43,19 @@ def _to_log(module, row, step):
     if row: module.log(row, step=step)
 
 # %% ../nbs/29_loggers.ipynb #6a71820f
+def _checked(f):
+    try: signature(f).bind({}, 0)
+    except ValueError: pass   # some of C have none
+    except TypeError: raise TypeError(f'LogCB: log is {f!r}, which cannot be called with (dict, step); give a '
+                                      'function of both. Of a list give the list itself') from None
+    return f
+
 def door(o):
     "A function of (dict, step) that hands both to the logger `o`."
     if isinstance(o, list): return lambda row, step: o.append((step, row))
     if hasattr(o, 'add_scalar'): return partial(_to_tensorboard, o)
     if hasattr(o, 'log_metrics'): return partial(_to_numbers, o.log_metrics)
-    if callable(o): return o
+    if callable(o): return _checked(o)
     if hasattr(o, 'log'): return partial(_to_log, o)
     raise TypeError(f"LogCB: log is {o!r}; give a function of (dict, step), a list, TensorBoard's "
                     'SummaryWriter, or what has a method `log_metrics` (mlflow) or `log` (wandb)')
