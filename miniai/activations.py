@@ -12,7 +12,7 @@ from inspect import signature
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastcore.basics import noop
+from fastcore.basics import listify, noop
 
 from .callback import Callback
 from .collect import Cost, OutputTap, Sampler, Told
@@ -514,7 +514,10 @@ class OutputPlots(OutputHists):
             title = dict(mean='means', std='standard deviations').get(stat) or one.title
             if len(found) > 12: draw_map(ax, found, title=title, log=one.log)
             else: draw_series(ax, found, title=title, yscale='log' if one.log else 'linear')
-        stats = stats or ('mean', 'std', *own_names('output'))
+        if isinstance(figsize, str):
+            raise TypeError(f'plot_stats: figsize is {figsize!r}; it is (width, height) in inches. Name '
+                            f'statistics by stats=[{figsize!r}]')
+        stats = listify(stats) or ('mean', 'std', *own_names('output'))
         return self._draw(_draw, stats, 'Over all entries of each output.', figsize, phase, stats)
 
 # %% ../nbs/40_activations.ipynb #8e0f29be

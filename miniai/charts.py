@@ -216,10 +216,18 @@ def meaning(stat):
     "Find the definition of a recorded statistic; None if it has none."
     return next((statistics[o] for o in (base_name(tap, stat) for tap in taps) if o), None)
 
+def title_of(stat):
+    "Title a recorded statistic; with the tap, if that is not the outputs."
+    found = meaning(stat)
+    if found is None: return stat.replace('_', ' ').capitalize()
+    tap = stat.removesuffix(found.name).rstrip('_')
+    return f'{found.title} ({tap})' if tap else found.title
+
 def has_gaps(stat):
     "Say whether a NaN of this statistic means that it was not measured."
     return stat.startswith(('grad_', 'update_', 'param_', 'effective'))
 
+# %% ../nbs/55_charts.ipynb #31ce0b2a
 def stat_chart(run, layer, title, stats, most):
     "Chart statistics of one layer, as a list; empty if nothing was recorded of them."
     lines, xlabel = lines_of(run, run.layers[layer], stats, layer)
@@ -275,7 +283,7 @@ def layer_charts(run, layer, most, columns):
     sources = run.layers[layer]
     stats = dict.fromkeys(['near_zero', *(stat for o in sources for stat in run.stats[o])])
     known = {*no_lines, *(o for names in together.values() for o in names)}
-    own = {o.replace('_', ' ').capitalize(): (o,) for o in stats if o not in known}
+    own = {title_of(o): (o,) for o in stats if o not in known}
     hists = [o for stat in hist_titles for source in sources for o in hist_chart(run, source, stat, columns)]
     lines = [o for title,names in {**together, **own}.items() if set(names) & set(stats)
              for o in stat_chart(run, layer, title, names, most)]

@@ -39,7 +39,8 @@ class Seen:
         for phase,source,name in self.values.keys():
             if name.endswith(' #'): continue
             (i, stat), s = name.split(' ', 1), self.values.series(source, name, phase)
-            over = self.values.series(source, f'{name} #', phase).values   # what they are means over
+            n = f'{name} #'   # what they are means over
+            over = self.values.series(source, n, phase).values if self.values.has(phase, source, n) else ()
             weights = over if len(over) == len(s) else s.samples
             there = weights > 0 if weights.any() else slice(None)   # an empty batch has no mean
             found[phase, int(i), stat, source] = s.values[there].astype(float), weights[there]

@@ -195,19 +195,16 @@ class _Bounded(_Recorded):
                       'Give it a larger `max_bytes`, or watch fewer steps (`every`) or layers', stacklevel=3)
 
 # %% ../nbs/15_history.ipynb #5a464c1f
-class _Readable(_Bounded):
-    "Tables that are read by the names of series."
+class _Named(_Bounded):
+    "Tables and the names of what is in them."
     def _table(self, *key): return next((o for o in self.tables if o.has(*key)), Values())
 
-    def series(self,
-        source:str,        # as recorded
-        stat:str,          # as recorded
-        phase:str='train', # 'train' or 'valid'
-        first_run:int=0    # leave out what earlier runs recorded
-    ) -> Series: # numpy arrays, one entry a row; empty if nothing was recorded under these names
-        "Read all rows of one statistic of one source; flushes first."
-        rows, values = self.flush()._table(phase, source, stat).series(phase, source, stat)
-        return Series(*rows.T, values=values).since(first_run)
+    def _tell_unknown(self, **names):
+        "Warn of a name that no row has."
+        for known, (what, nm) in zip([*zip(*self.keys())][1:], names.items()):
+            if nm not in known: warnings.warn(
+                f'History.series: no {what} is called {nm!r} in this table; there are '
+                f'{", ".join(dict.fromkeys(known))}. `learn.histories` has all tables', stacklevel=3)
 
     def keys(self) -> list: # (phase, source, stat) of every series, in order of first appearance
         "Name what there is in the table."
@@ -224,6 +221,20 @@ class _Readable(_Bounded):
     def thinned(self) -> dict: # stat -> n, where one row in n is kept; empty while all rows are
         "Say what of the table has been thinned."
         return {nm: n for o in self.tables for nm,n in o.thinned().items() if n > 1}
+
+# %% ../nbs/15_history.ipynb #34a604f2
+class _Readable(_Named):
+    "Tables that are read by the names of series."
+    def series(self,
+        source:str,        # as recorded
+        stat:str,          # as recorded
+        phase:str='train', # 'train' or 'valid'
+        first_run:int=0    # leave out what earlier runs recorded
+    ) -> Series: # numpy arrays, one entry a row; empty if nothing was recorded under these names
+        "Read all rows of one statistic of one source; flushes first."
+        rows, values = self.flush()._table(phase, source, stat).series(phase, source, stat)
+        if not len(rows): self._tell_unknown(source=source, stat=stat)
+        return Series(*rows.T, values=values).since(first_run)
 
     def runs_of(self, phase, source, stat):
         "Give the numbers of the runs of the rows of a series, in order; reads no values."
@@ -341,6 +352,9 @@ def write_table(
     if write is None:
         raise ValueError(f'write_table: path is {str(path)!r}; let it end in .parquet, .csv or .jsonl, or be '
                          "a folder's name for TensorBoard")
+    if facts and Path(path).suffix == '.csv':
+        warnings.warn('write_table: a CSV file keeps the rows without the facts (parameters, optimizer, loss), '
+                      'which some rules need; take .parquet or .jsonl', stacklevel=3)
     write(frame, path, dict(facts or {}, thinned=frame.attrs.get('thinned', {})))
 
 # %% ../nbs/15_history.ipynb #907d4bfd

@@ -17,7 +17,7 @@ from fastcore.meta import delegates
 from torch import nn
 
 from .hooks import parameter_matches
-from .stats import Bins, base_name, statistics, widen
+from .stats import Bins, base_name, own_names, stat_name, statistics, widen
 
 # %% ../nbs/43_lens.ipynb #ce324a5d
 aggregates = 'mean', 'std', 'min', 'Q1', 'median', 'Q3', 'max'
@@ -137,7 +137,7 @@ class Lens(ReadsAndDraws):
         self.bands = names_among(range_aggregation, ranges, f'{who}: range_aggregation')
         self.record_eval, self.evaluation_from_grad, self.inplace = record_eval, evaluation_from_grad, inplace
         self.functions = {nm: f for nm,f in stats.items() if callable(f)}
-        self.alias = self.alias | {nm: o for nm,o in stats.items() if not callable(o)}
+        self.alias = self.alias | {nm: base_name(self.tap, o) or o for nm,o in stats.items() if not callable(o)}
         self.stats = self.stats + tuple(stats)
         if not self.stats and self.tap != 'loss':
             raise ValueError(f"{who}: no statistic; give one by name: Lens('output', peak=lambda a: a.max())")
@@ -439,7 +439,9 @@ class ParameterCond(Lens):
 
 # %% ../nbs/43_lens.ipynb #20719d92
 def default_lenses() -> list: # of lenses
-    "Make the lenses that rules and reports need; they keep each step."
+    "Make the lenses that rules and reports need, and those of your own statistics; they keep each step."
     each = (OutputStats, OutputActivation, OutputNorm, ParameterGradientGeometry, ParameterGradientActivation,
             ParameterUpdateGeometry)
-    return [LossMetrics(loss_fn_inplace=False), *(o(inplace=False) for o in each), ParameterNorm()]
+    own = {tap: {stat_name(tap, nm): nm for nm in own_names(tap)} for tap in ('output', 'grad', 'update')}
+    return [LossMetrics(loss_fn_inplace=False), *(o(inplace=False) for o in each), ParameterNorm(),
+            *(Lens(tap, inplace=False, **stats) for tap,stats in own.items() if stats)]

@@ -135,8 +135,9 @@ def epoch_value(learn, cb, monitor, phases, epoch=None) -> float: # epoch: defau
 
     The first of the `phases` that has a value counts. It waits for the device."""
     epoch = learn.epoch if epoch is None else epoch
-    for source,phase in [(s, p) for p in phases for s in ('epoch', 'batch')]:
-        series = learn.history.series(source, monitor, phase)
+    history = learn.history.flush()
+    for source,phase in [(s, p) for p in phases for s in ('epoch', 'batch') if history.has(p, s, monitor)]:
+        series = history.series(source, monitor, phase)
         now = (series.runs==learn.history.run) & (series.epochs==epoch)
         values,samples = series.values[now],series.samples[now]
         if len(values): return float(values[-1] if source=='epoch' else np.average(values, weights=samples))

@@ -197,7 +197,7 @@ class Account:
 
     def row(self, cb, source, stat):
         "Give the value of a layer in the step of the event; None without."
-        if cb is None: return None
+        if cb is None or not cb.history.has(self.event.phase, source, stat): return None
         s = cb.history.series(source, stat, self.event.phase, cb.history.run)
         return next(iter(s.values[s.steps == self.event.step]), None)
 
