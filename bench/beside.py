@@ -184,15 +184,14 @@ def trainscope(model, loss_fn, opt):
 
 @contextlib.contextmanager
 def torchinstruments(model, loss_fn, opt):
-    "By default it takes a sample a minute, of which so short a run has one; here it is one a second."
-    from datetime import timedelta
+    "By default it takes a sample a minute, so of a short run one: the first step."
     from torchinstruments import inject_observer, remove_observer
     folder = Path(tempfile.mkdtemp())
     def kept():
         import polars
         frame = polars.read_parquet(folder/'history.parquet')
         return [str(o) for c in frame.columns if c in ('metric', 'tensor_kind', 'kind', 'signal') for o in frame[c].unique()] or frame.columns
-    inject_observer(model, interval=timedelta(seconds=1), output_dir=folder)
+    inject_observer(model, output_dir=folder)
     try: yield Seen(kept=kept)
     finally: remove_observer(model)
 
