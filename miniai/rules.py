@@ -314,6 +314,7 @@ def bad_places(evidence):
     bad = np.array([not np.isfinite(o[:2]).all() for o in inputs.values], bool)
     yield from ((step, -2, '', 'input') for step in inputs.steps[bad].tolist()[:1])
     step = first_bad(evidence.track('all', 'grad_norm'))   # NaN for one parameter may be a gap
+    if step is not None: yield step, 10**8+1, '', 'gradient'   # a log may have only that of all
     for i,nm in enumerate(evidence.sources('grad_norm')):
         track = evidence.track(nm, 'grad_norm')
         if step is not None and not np.isfinite(track.values[track.steps == step].astype(float)).all():
@@ -332,26 +333,31 @@ _nan_causes = dict(
     gradient=['a root, a power or a norm at 0', 'numbers too large for 16 bits'],
     weights=['weights that were loaded with NaN'], update=['a gradient that was too large'])
 _by_design = 'the loss was finite at every recorded step: a mask by design, or gradients left out by a scaler'
+_as_zero = 'the loss was finite at every recorded step: some logs have 0 in place of NaN'
 
 @rule(kind='nan', tries=['print the batch of that step', '`learn.watch()`, which traces it',
                          'a small number inside log, root or division', *_clip])
 def not_finite(evidence):
     """NaN or infinity: the first step at which it was seen, and at that step the first layer.
-    A warning if the loss is finite again in the end, a note if it always was. Source: IEEE 754."""
-    loss, places = evidence.loss(), sorted(bad_places(evidence))
+    A warning if the loss is finite again in the end, a note if it always was; but an error if the gradients
+    of the last two recorded steps are not: a scaler leaves out one now and then. Source: IEEE 754."""
+    loss, places, norms = evidence.loss(), sorted(bad_places(evidence)), evidence.track('all', 'grad_norm')
     if not places: return
     (step, _, layer, what), bad = places[0], loss.steps[~np.isfinite(loss.values)].tolist()
-    level = 'error' if not len(loss) or not np.isfinite(loss.values[-1]) else 'warning' if bad else 'note'
+    wrong = ~np.isfinite(norms.values.astype(float)) & (norms.per == 'step')
+    lost = len(norms) > 0 and wrong[-2:].all() or not len(loss) or not np.isfinite(loss.values[-1])
+    level = 'error' if lost else 'warning' if bad or wrong[-1:].any() else 'note'
     stat = dict(gradient='grad_norm', output='std').get(what)
-    tracks = tracks_of(evidence, [layer], stat) if stat else dict(loss=loss)
+    tracks = tracks_of(evidence, [layer or 'all'], stat) if stat else dict(loss=loss)
     of = ' of {layer}' if layer and what != 'loss' else ''
     first = what == 'output' and [layer] == evidence.sources('mean')[:1]
     if first: of += ', the first that is called'
     text = f'{len(bad)} of {len(loss)} recorded losses are not finite; NaN or infinity is seen at step {step}'
-    return found(level, f'{text} first, in the {what}{of}.', len(bad), 0., dict(loss=loss), layer=layer,
-                 steps=(step, max([step, *bad[-1:]])), causes=_nan_causes['first' if first else what],
+    return found(level, f'{text} first, in the {what}{of}.', len(bad) or wrong.sum(), 0., dict(loss=loss),
+                 layer=layer, steps=(step, max([step, *bad[-1:], *norms.steps[wrong][-1:]])),
+                 causes=_nan_causes['first' if first else what],
                  layers=list(dict.fromkeys(o[2] for o in places if o[2])),
-                 caveats=[len(loss) and not bad and _by_design],
+                 caveats=[len(loss) and not bad and (_as_zero if lost else _by_design)],
                  chart=steps_chart('It ends where it is not finite', tracks))
 
 # %% ../nbs/50_rules.ipynb #f11fd637

@@ -454,6 +454,41 @@ def test_files_that_are_not_there_or_are_empty(tmp_path, capsys):
     assert code == 2 and 'no loss or metric' in out.err
 
 
+class Broken(Classifier):
+    "Its loss is NaN from a step on."
+    n, good = 0, 14
+
+    def forward(self, inputs, labels=None):
+        self.n += 1
+        found = super().forward(inputs, labels)
+        return found | dict(loss=found['loss']*(1 if self.n <= self.good else float('nan')))
+
+
+@pytest.mark.parametrize('steps', [1, 5])
+def test_nan_of_a_trainer_is_found_in_its_log(steps, tmp_path, capsys):
+    "Its log has 0, or a mean without it, in place of a loss that is NaN."
+    from transformers import TrainerCallback
+    trainer_run(TrainerCallback(), tmp_path, Broken(), eval_strategy='no', save_strategy='steps', save_steps=30,
+                logging_steps=steps, max_grad_norm=1)
+    folder = tmp_path/'checkpoint-30'
+    log = json.loads((folder/'trainer_state.json').read_text())['log_history']
+    assert np.isfinite([o['loss'] for o in log if 'loss' in o]).all()
+    capsys.readouterr()
+    code, out = command(capsys, folder, '--fail-on', 'warning', '--json')
+    first = json.loads(out.out)['findings'][0]
+    assert code == 1 and (first['rule'], first['level'], first['steps']) == ('not_finite', 'error', [15, 30])
+    assert 'in the gradient' in first['text']
+
+
+def test_a_gradient_that_a_scaler_leaves_out_is_a_note(tmp_path, capsys):
+    path = write_trainer_state(tmp_path, falling)
+    state = json.loads(path.read_text())
+    state['log_history'][7]['grad_norm'] = float('nan')
+    path.write_text(json.dumps(state))
+    code, out = command(capsys, path, '--fail-on', 'warning', '--json')
+    assert code == 0 and [o['level'] for o in json.loads(out.out)['findings'] if o['rule'] == 'not_finite'] == ['note']
+
+
 def test_a_record_of_a_trainer_has_both_losses_and_the_rate(tmp_path):
     evidence = diagnose(write_trainer_state(tmp_path, falling)).evidence
     assert np.allclose(evidence.loss().values, falling) and len(evidence.loss('valid')) == 6
