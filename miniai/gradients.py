@@ -56,6 +56,10 @@ class ChosenParameters(Recorder):
         self.tap.choose(o for o,has in zip(self.params, there)
                         if (has or o in known) and self._why(o) != 'other')
 
+    def _note_late(self):
+        "What has a gradient only after the step is moved in it, as by the second of two optimizers."
+        self.inside |= {o for o,there in zip(self.params, self._there or ()) if not there and o.p.grad is not None}
+
     def _why(self, o):
         return 'other' if id(o.p) not in self._held else 'unused' if o.p.requires_grad else 'frozen'
 
@@ -247,6 +251,7 @@ class GradientSteps(StepRows):
 
     def after_step(self, learn):
         if self.active and self._clipped: self.guarded(self._read_clipped)
+        if self.active: self._note_late()
 
     def _read_clipped(self):
         grads = [widen(o.p.grad) for o in self.tap.params if o.p.grad is not None]
@@ -341,6 +346,7 @@ class UpdateStats(UpdateViews, StepRows):
     def after_step(self, learn):
         moving, self._moving = self._moving, None
         if moving: self.guarded(self._add, learn, moving, True)
+        if self.active: self._note_late()
         if self.inside and self.active: self._choose(learn)   # those that keep their gradients
 
     def cleanup_batch(self, learn):

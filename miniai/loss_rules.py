@@ -450,6 +450,15 @@ def of_frequencies(evidence):
     known = np.mean(t.get('entropy', np.nan)) + ((n or 1)-1)/2/shape[0]
     return known if n and single and known < .97*np.log(n) else np.nan
 
+def answers_well(evidence, loss):
+    """Whether scores as far apart as these would lose more if the answers were by chance.
+
+    Of two normal scores of deviation s the larger one is .56 s above their mean, of more scores further."""
+    try: wide = np.median(entries(evidence, 'predictions')[0]['std'][-3:])
+    except Missing: return False
+    return bool(evidence.facts.n_classes and loss < .25*wide)
+
+# %% ../nbs/52_loss_rules.ipynb #b9426cab
 @rule(kind='not_learning', causes=['{decay}', 'targets that do not belong to their inputs (shuffled apart?)',
                                    'too high or too low a learning rate'],
       tries=['print inputs and targets of a batch', 'train on one batch: its loss must go to 0', '{find}'])
@@ -462,11 +471,13 @@ def at_chance(evidence,
     Source: CS231n, "Neural networks 3", sanity checks: the correct loss at chance performance."""
     loss, (chance, how), steps = needed_loss(evidence), of_guessing(evidence), evidence.n_steps()
     early, limit = steps < min_steps, float(chance*(1-min_gain))
+    well = answers_well(evidence, loss.late)
     if loss.late > limit: return found(
-        'note' if early or is_by_turns(evidence) else 'error',
+        'note' if early or is_by_turns(evidence) or well else 'error',
         f'The training loss ends at {loss.late:.3g}; {how} {chance:.3g}.', loss.late, limit, dict(loss=loss),
         chart='Training loss', caveats=[
             early and f'only {steps} steps so far',
+            well and 'most answers are right: it is the size of the scores that costs',
             evidence.facts.n_classes and 'with unequal classes guessing is better'])
     known, third = of_frequencies(evidence), max(1, len(loss)//3)
     falls = loss[-2*third:-third].usual - loss[-third:].usual > min_gain/2*loss.late   # it passes by
@@ -482,11 +493,12 @@ def metric_stuck(evidence, *, min_epochs=3): # with one and the same value
     """A metric that does not move while the loss does.
     Source: CS231n, "Neural networks 3": predictions that changed do not give the very same float."""
     if not evidence.metrics(): raise Missing('no metric was recorded (MetricsCB, or `push_metric`)')
+    solved = is_solved(evidence) or evidence.loss().late < .1*np.log(evidence.facts.n_classes or 1)   # before
     for nm,phase in ((nm, phase) for nm in evidence.metrics() for phase in ('valid', 'train')):
         track, loss = evidence.metric(nm, phase), evidence.epoch_loss(phase).values
         moves = len(loss) > 1 and np.ptp(loss) > .01*abs(np.mean(loss))
         if not moves or len(track) < min_epochs or track.values.ndim > 1 or np.ptp(track.values) > 0: continue
-        if track.values[-1] == 1 or is_solved(evidence) and not .2 < track.values[-1] < .6: continue
+        if track.values[-1] == 1 or solved and not .2 < track.values[-1] < .6: continue
         yield found('warning', f'{nm} ({phase}) is {track.values[-1]:.4g} after each of {len(track)} epochs; '
                     'the loss moves.', track.values[-1], steps=track.span(),
                     chart=steps_chart(f'{nm} ({phase})', {nm: track}))

@@ -286,8 +286,9 @@ def learning_rate_high(evidence,
     if noisy and usual: return
     deaths = tracks_of(evidence, evidence.sources('death_rate'), 'death_rate')
     died = [nm for nm,o in deaths.items() if o.first < .5 and o.late > .9]
-    lost = not np.isfinite(loss.values[-1]) or loss.late > first or bool(died)
-    harmless = high < np.log(evidence.facts.n_classes or 1) or not lost and is_solved(evidence, .35)
+    guess = np.log(evidence.facts.n_classes or 1)
+    lost = not np.isfinite(loss.values[-1]) or loss.late > first and not high < guess/2 or bool(died)
+    harmless = high < guess or not lost and is_solved(evidence, .35)
     level = levels[int(not lost) + int(harmless)]   # not above chance, or over
     last = loss.late if loss.values[-1] <= limit else loss.values[-1]
     ends = 'ends at' if lost or last > limit else 'comes back to'
@@ -375,7 +376,8 @@ def never_called(evidence):
     Source: PyTorch, "Modules": only a call of a module runs its hooks."""
     silent, known = evidence.facts.silent, evidence.facts.sampled
     if not silent and not known: raise Missing(f'no outputs of layers were recorded; watch with {doors}')
-    used = layers_of(nm for nm in evidence.sources('grad_norm') if evidence.track(nm, 'grad_norm').usual > 0)
+    used = layers_of(nm for stat in ('grad_norm', 'update_norm') for nm in evidence.sources(stat)
+                     if evidence.track(nm, stat).usual > 0)
     mine = layers_of(nm for nm,p in evidence.facts.params.items() if p.trained)
     owners = [o for o in silent if o in mine and o not in used]
     return at_layers('warning' if owners else 'note', 'Never called: {layer}.', owners or silent)

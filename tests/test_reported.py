@@ -219,6 +219,52 @@ class StepsOthers(TrainCB):
     def step(self, learn): learn.opt and learn.opt.step()
     def zero_grad(self, learn): learn.opt and learn.opt.zero_grad()
 
+class Adversaries(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gen = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+        self.dis = nn.Sequential(nn.Linear(2, 16), nn.LeakyReLU(.2), nn.Linear(16, 1))
+
+    def forward(self, x): return self.dis(x)
+
+def judged(scores, real): return F.binary_cross_entropy_with_logits(scores, torch.full_like(scores, float(real)))
+
+class GanCB(TrainCB):
+    "The discriminator by the parts of the loop, or with all else in `step`; the generator always there."
+    def __init__(self, all_in_step):
+        super().__init__()
+        self.all_in_step = all_in_step
+
+    def predict(self, learn):
+        self.fake = learn.model.gen(torch.randn(len(learn.batch[0]), 4))
+        learn.preds = learn.model(learn.batch[0]), learn.model(self.fake.detach())
+
+    def get_loss(self, learn): learn.loss = judged(learn.preds[0], 1) + judged(learn.preds[1], 0)
+
+    def backward(self, learn):
+        if not self.all_in_step: learn.loss.backward()
+
+    def step(self, learn):
+        if self.all_in_step: learn.loss.backward()
+        learn.opt['dis'].step()
+        learn.opt['gen'].zero_grad()
+        judged(learn.model(self.fake), 1).backward()
+        learn.opt['gen'].step()
+
+@pytest.mark.parametrize('all_in_step', [False, True])
+def test_6_gradients_that_come_in_the_step_are_no_fault(all_in_step):
+    model, data = Adversaries(), [(torch.randn(16, 2)*.3 + 1,) for _ in range(30)]
+    opts = lambda params, lr: dict(gen=optim.Adam(model.gen.parameters(), lr), dis=optim.Adam(model.dis.parameters(), lr))
+    learn = Learner(model, SimpleNamespace(train=data), lr=2e-3, cbs=GanCB(all_in_step), opt_func=opts)
+    watcher, start = learn.watch(every=1), model.gen[0].weight.detach().clone()
+    learn.fit(2, valid=False)
+    assert not learn.diagnose().of('error', 'warning'), learn.diagnose()
+    assert not watcher.gradients.unreached
+    moved = watcher.updates.rows('gen.0.weight', 'update_norm').values
+    assert len(moved) >= 59 and (moved > 0).all() and not torch.equal(start, model.gen[0].weight)
+
+
 @pytest.mark.parametrize('inside', ['', '0.'], ids=['all', 'a part'])
 def test_6_steps_inside_backward_are_seen(inside):
     plain, model = net(), net()
@@ -749,7 +795,30 @@ def test_8_shifted_labels_of_validation_are_no_overfitting(door):
 def test_8_a_step_that_is_never_made_is_no_low_rate(door):
     found = diagnosed(worker=NoStep, door=door)
     assert 'learning_rate_low' not in {o.rule for o in found}
-    if door == 'learner': assert 'opt.step' in found[0].causes[0] and found[0].rule == 'unchanged'
+    assert 'opt.step' in found[0].causes[0] and found[0].rule == 'unchanged'
+
+def test_8_large_scores_of_a_net_that_is_right_are_not_chance():
+    torch.manual_seed(0)
+    x = torch.randn(1500, 8)*1e3
+    data = [(a, (a[:, :3].sum(1) > 0).long()) for a in x.split(64)]
+    right = quiet(accuracy=lambda preds, y: (preds.argmax(1) == y).float().mean())
+    learn = Learner(nn.Linear(8, 2), SimpleNamespace(train=data[:-4], valid=data[-4:]), F.cross_entropy, .1, [TrainCB(), right])
+    learn.watch(every=1)
+    learn.fit(6)
+    found = learn.diagnose()
+    assert learn.history.series('epoch', 'accuracy').values[-1] > .95 and learn.history.series('batch', 'loss').values[-20:].mean() > 2
+    assert {o.rule for o in found.of('error', 'warning')} == {'input_scale'}, found
+
+def test_8_a_second_fit_of_a_solved_net_has_no_warning():
+    torch.manual_seed(2)
+    x = torch.randn(512, 4)*torch.tensor([20., 1, 1, 1])
+    data = [(a, (a[:, 0] > 0).long()) for a in x.split(16)]
+    wrong = quiet(err=lambda preds, y: (preds.argmax(1) != y).float().mean())
+    learn = Learner(nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2)), SimpleNamespace(train=data[:26], valid=data[26:]), F.cross_entropy, .05, [TrainCB()])
+    learn.fit(6)
+    learn.watch(every=1)
+    learn.fit(6, lr=.01, cbs=wrong)
+    assert not learn.diagnose().of('error', 'warning'), learn.diagnose()
 
 def test_8_clipping_that_eats_the_step_is_named():
     found, = diagnosed(GradClipCB(1e-5), opt=optim.SGD, lr=.05).of('error')[:1]
