@@ -58,7 +58,8 @@ class ChosenParameters(Recorder):
 
     def _note_late(self):
         "What has a gradient only after the step is moved in it, as by the second of two optimizers."
-        self.inside |= {o for o,there in zip(self.params, self._there or ()) if not there and o.p.grad is not None}
+        came = lambda o, there: not there and o.p.grad is not None
+        self.inside |= {o for o,there in zip(self.params, self._there or ()) if came(o, there)}
 
     def _why(self, o):
         return 'other' if id(o.p) not in self._held else 'unused' if o.p.requires_grad else 'frozen'

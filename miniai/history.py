@@ -353,8 +353,8 @@ def write_table(
         raise ValueError(f'write_table: path is {str(path)!r}; let it end in .parquet, .csv or .jsonl, or be '
                          "a folder's name for TensorBoard")
     if facts and Path(path).suffix == '.csv':
-        warnings.warn('write_table: a CSV file keeps the rows without the facts (parameters, optimizer, loss), '
-                      'which some rules need; take .parquet or .jsonl', stacklevel=3)
+        warnings.warn('write_table: a CSV file keeps the rows without the facts (parameters, optimizer, '
+                      'loss), which some rules need; take .parquet or .jsonl', stacklevel=3)
     write(frame, path, dict(facts or {}, thinned=frame.attrs.get('thinned', {})))
 
 # %% ../nbs/15_history.ipynb #907d4bfd

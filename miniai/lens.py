@@ -137,7 +137,8 @@ class Lens(ReadsAndDraws):
         self.bands = names_among(range_aggregation, ranges, f'{who}: range_aggregation')
         self.record_eval, self.evaluation_from_grad, self.inplace = record_eval, evaluation_from_grad, inplace
         self.functions = {nm: f for nm,f in stats.items() if callable(f)}
-        self.alias = self.alias | {nm: base_name(self.tap, o) or o for nm,o in stats.items() if not callable(o)}
+        named = {nm: o for nm,o in stats.items() if not callable(o)}
+        self.alias = self.alias | {nm: base_name(self.tap, o) or o for nm,o in named.items()}
         self.stats = self.stats + tuple(stats)
         if not self.stats and self.tap != 'loss':
             raise ValueError(f"{who}: no statistic; give one by name: Lens('output', peak=lambda a: a.max())")

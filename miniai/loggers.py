@@ -46,8 +46,8 @@ def _to_log(module, row, step):
 def _checked(f):
     try: signature(f).bind({}, 0)
     except ValueError: pass   # some of C have none
-    except TypeError: raise TypeError(f'LogCB: log is {f!r}, which cannot be called with (dict, step); give a '
-                                      'function of both. Of a list give the list itself') from None
+    except TypeError: raise TypeError(f'LogCB: log is {f!r}, which cannot be called with (dict, step); give '
+                                      'a function of both. Of a list give the list itself') from None
     return f
 
 def door(o):

@@ -123,7 +123,8 @@ def zero_gradient(evidence, *, min_steps=10): # in which it is exactly zero
 # %% ../nbs/51_step_rules.ipynb #f0f0badb
 def same_in_all_epochs(evidence):
     "Weights that are trained and have one norm in all epochs, of a run in which no step was seen."
-    if evidence.sources('update_ratio') or not (evidence.sources('param_norm') and len(evidence.loss())): return []
+    norms_only = evidence.sources('param_norm') and not evidence.sources('update_ratio')
+    if not (norms_only and len(evidence.loss())): return []
     of = evidence.facts.params
     norms = {nm: evidence.track(nm, 'param_norm').values for nm in weights_with(evidence, 'param_norm')}
     return [nm for nm,o in norms.items() if len(o) > 1 and not np.ptp(o)
@@ -139,7 +140,8 @@ def unchanged(evidence):
     Biases may stay as they are: before a BatchNorm they have no gradient that counts.
     Source: PyTorch, `torch.optim`: a step changes every parameter with a gradient."""
     if same := same_in_all_epochs(evidence): return at_layers(
-        'error', 'No epoch changes a weight of {layer}, and no step of the optimizer was seen.', layers_of(same))
+        'error', 'No epoch changes a weight of {layer}, and no step of the optimizer was seen.',
+        layers_of(same))
     names = weights_with(evidence, 'update_ratio')
     grads, params = evidence.sources('grad_norm'), evidence.facts.params
     moved = lambda nm: nm not in grads or evidence.track(nm, 'grad_norm').usual > 0
