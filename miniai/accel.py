@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
 from .augment import joined
-from .batches import counted, weight_of_batch
+from .batches import batch_parts, counted, is_of_entries, targets_in, weight_of_batch
 from .callback import Callback, Order
 from .device import batch_size, generators, to_device
 from .distributed import (batch_part, gather, is_divided, local, rank, start_processes, total_norm,
@@ -100,6 +100,14 @@ def is_last(learn):
     except TypeError: return False
 
 # %% ../nbs/35_accel.ipynb #6261995d
+def tell_unknown_mean(learn):
+    "Warn where a loss function of one's own may leave out some of the targets."
+    y = next(iter(targets_in(learn, batch_parts(learn))[-1:]), None)
+    unknown = callable(learn.loss_func) and counted(learn) is None and not is_of_entries(learn.loss_func)
+    if unknown and isinstance(y, torch.Tensor) and y.ndim > 1 and not y.is_floating_point(): warnings.warn(
+        f'AccumulateCB: nobody says what {learn.loss_func!r} is a mean over; batches are weighed by their '
+        'samples. Where it leaves out padding: weight_of=lambda batch: (batch[1] != -100).sum()', stacklevel=2)
+
 class Accumulation(Callback):
     "Holds batches, and weighs their gradients; needs `n`."
     order = Order.batches
@@ -110,7 +118,9 @@ class Accumulation(Callback):
     def after_loss(self, learn):
         if not learn.training: return
         size = getattr(learn.dl, 'n_now', None)   # in all processes together
-        if size is None: size = weight_of_batch(learn)
+        if size is None:
+            size = weight_of_batch(learn)
+            if self.first is None: tell_unknown_mean(learn)
         # as if all `n` were as large as the first
         if self.first is None: self.first = size.clamp(min=1) if hasattr(size, 'clamp') else max(size, 1)
         self.batches,self.samples,self._open = self.batches+1,self.samples+size,True

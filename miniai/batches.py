@@ -146,7 +146,17 @@ def mean_over(f, y, own=False, by_class=True):
     there,weight = y != said('ignore_index', -100),said('weight', None) if by_class else None
     return there.sum(dtype=torch.float) if weight is None else (weight[y.where(there, 0)]*there).sum()
 
+_of_entries = 'mse', 'l1', 'smoothl1', 'huber', 'bce', 'binarycrossentropy'
+
+def is_of_entries(f):
+    "Whether a loss function, or module, of PyTorch is a mean over all entries of the targets."
+    name = getattr(f.func if isinstance(f, partial) else f, '__name__', type(f).__name__)
+    return name.lower().replace('_', '').removesuffix('loss').removesuffix('withlogits') in _of_entries
+
 def weight_of_batch(learn, by_class=True):
-    "The same, or the number of samples."
+    "The same, or the number of samples, or of entries where they are what a loss is a mean over."
     weight = counted(learn, by_class)
-    return batch_size(learn.batch) if weight is None else weight
+    if weight is not None: return weight
+    y = next(iter(targets_in(learn, batch_parts(learn))[-1:]), None)
+    entries = isinstance(y, torch.Tensor) and y.ndim > 1 and is_of_entries(learn.loss_func)
+    return y.numel() if entries else batch_size(learn.batch)

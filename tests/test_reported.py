@@ -205,6 +205,26 @@ def test_9_accumulated_gradients_are_those_of_the_large_batch(loss_func, weight_
     assert torch.allclose(one, many, atol=1e-6*float(one.abs().max()) + 1e-7) and one.abs().max() > 1e-3
 
 
+def test_9_entries_are_what_most_losses_of_numbers_are_means_over():
+    torch.manual_seed(0)
+    model, data = nn.Linear(1, 1), [(torch.randn(4, n, 1), torch.randn(4, n, 1)) for n in (2, 9, 5, 30)]
+    learn = Learner(model, SimpleNamespace(train=data), F.mse_loss, .1, [TrainCB(), AccumulateCB(4)])
+    weight = model.weight.detach().clone()
+    errors = torch.cat([(model(x) - y).flatten() for x,y in data])
+    grad, = torch.autograd.grad(errors.square().mean(), model.weight)
+    learn.fit(1, valid=False)
+    assert torch.allclose(weight - .1*grad, model.weight, rtol=1e-5)
+
+def test_9_what_a_loss_of_ones_own_is_a_mean_over_is_asked():
+    x, y = torch.randn(4, 5, 3), torch.randint(0, 3, (4, 5))
+    def own(preds, y): return F.cross_entropy(preds.transpose(1, 2), y)
+    fit = lambda **kw: Learner(nn.Linear(3, 3), SimpleNamespace(train=[(x, y)]*2), own, .1, [TrainCB(), AccumulateCB(2, **kw)]).fit(valid=False)
+    with pytest.warns(UserWarning, match='nobody says what .*own.* is a mean over'): fit()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        fit(weight_of=lambda batch: (batch[1] != -100).sum())
+
+
 # --- 6: optimizers that step inside backward ---
 
 def steps_inside(model, names=''):
