@@ -106,7 +106,7 @@ def tell_unknown_mean(learn):
     unknown = callable(learn.loss_func) and counted(learn) is None and not is_of_entries(learn.loss_func)
     if unknown and isinstance(y, torch.Tensor) and y.ndim > 1 and not y.is_floating_point(): warnings.warn(
         f'AccumulateCB: nobody says what {learn.loss_func!r} is a mean over; batches are weighed by their '
-        'samples. Where it leaves out padding: weight_of=lambda batch: (batch[1] != -100).sum()', stacklevel=2)
+        'samples. If it leaves out padding: weight_of=lambda batch: (batch[1] != -100).sum()', stacklevel=2)
 
 class Accumulation(Callback):
     "Holds batches, and weighs their gradients; needs `n`."

@@ -17,13 +17,17 @@ from .device import batch_size
 # %% ../nbs/03_batches.ipynb #27a792cc
 def names_of(names): return [names] if isinstance(names, (str, int)) else list(names)
 
+def names_in(o):
+    "The keys or attributes of what has names; of a tensor none."
+    if isinstance(o, torch.Tensor): return []
+    return list(o) if isinstance(o, Mapping) else [*getattr(o, '__dict__', ())]
+
 def named(o, nm, what):
     "The part of `o` called `nm`: a key, an attribute, or a place; `what` is `o` in errors."
     if isinstance(nm, int): return o[nm]
     if isinstance(o, Mapping) and nm in o: return o[nm]
     if not isinstance(o, Mapping) and hasattr(o, nm): return getattr(o, nm)
-    has = list(o) if isinstance(o, Mapping) else [*getattr(o, '__dict__',
-            ())] or f'no names ({type(o).__name__})'
+    has = names_in(o) or f'no names ({type(o).__name__})'
     raise ValueError(f'{what} has no {nm!r}; it has {has}')
 
 # %% ../nbs/03_batches.ipynb #b73bb2c3
@@ -41,7 +45,7 @@ class Parts:
         n_inp=1,       # how many parts of a tuple are inputs of the model
         inp_nm=None,   # name of the input, or several in the order of the model's arguments
         lbl_nm=None,   # name of the target, or several, for the loss
-        preds_nm=None, # name of the predictions in what the model returns; default: all of it
+        preds_nm=None, # name of the predictions in what the model returns, or several; default: all of it
         loss_nm=None,  # name of the loss in it; the model is then called as model(**batch)
         weight_of=None # function of a batch: what its loss is a mean over; default: see `counted`
     ):
@@ -77,11 +81,19 @@ class Predicts(Parts):
             if not isinstance(batch, Mapping): raise TypeError(
                 f'predict: the batch is a {type(batch).__name__}; a model is called by keywords with a dict')
             chosen = list(batch) if self.inp_nm is None else names_of(self.inp_nm)
-            out = learn.model(**{o: named(batch, o, 'the batch') for o in chosen})
+            try: out = learn.model(**{o: named(batch, o, 'the batch') for o in chosen})
+            except TypeError as e:
+                if 'unexpected keyword' not in str(e): raise
+                raise TypeError(f'predict: {e}; the batch has {chosen}: name those that the model takes, '
+                                'KeywordCB(inp_nm=[...])') from e
             if learn.loss_func is not no_loss:
                 learn.loss = named(out, self.loss_nm, 'predict: what the model returned')
-        learn.preds = out if self.preds_nm is None else named(out, self.preds_nm,
-                'predict: what the model returned')
+        learn.preds = out if self.preds_nm is None else self.preds_of(out)
+
+    def preds_of(self, out):
+        "The part of what the model returned that is called `preds_nm`; of several names a tuple."
+        found = tuple(named(out, o, 'predict: what the model returned') for o in names_of(self.preds_nm))
+        return found[0] if isinstance(self.preds_nm, (str, int)) else found
 
     def compare_with(self, learn):
         "Set `loss`."
@@ -98,7 +110,12 @@ class Predicts(Parts):
         if not callable(learn.loss_func): raise TypeError(
             f'get_loss: loss_func is {learn.loss_func!r}; give a function of predictions and targets, such '
             'as F.cross_entropy, or override `get_loss`')
-        learn.loss = learn.loss_func(learn.preds, *self.targets_of(learn.batch))
+        try: learn.loss = learn.loss_func(learn.preds, *self.targets_of(learn.batch))
+        except (TypeError, AttributeError) as e:
+            parts = names_in(learn.preds)
+            if self.preds_nm is not None or not parts: raise
+            raise TypeError(f'get_loss: {e}; the model returned {parts}: say which of them are the predictions, '
+                            'preds_nm=...') from e
 
 # %% ../nbs/03_batches.ipynb #c0ef89b0
 def batch_parts(learn):

@@ -341,7 +341,7 @@ def _column(o, nm):
 
 def _samples(X, y):
     x,y = _column(X, 'X'),_column(y, 'y')
-    return Samples(x, y.long() if y.dtype is torch.uint8 else y)   # bytes are pictures, in inputs
+    return Samples(x, y if y.is_floating_point() or y.is_complex() else y.long())   # losses want classes so
 
 # %% ../nbs/26_datasets.ipynb #e56fdb9b
 class DataLoaders:
