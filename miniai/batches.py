@@ -114,8 +114,8 @@ class Predicts(Parts):
         except (TypeError, AttributeError) as e:
             parts = names_in(learn.preds)
             if self.preds_nm is not None or not parts: raise
-            raise TypeError(f'get_loss: {e}; the model returned {parts}: say which of them are the predictions, '
-                            'preds_nm=...') from e
+            raise TypeError(f'get_loss: {e}; the model returned {parts}: say which of them are the '
+                            'predictions, preds_nm=...') from e
 
 # %% ../nbs/03_batches.ipynb #c0ef89b0
 def batch_parts(learn):
