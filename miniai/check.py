@@ -18,17 +18,19 @@ from .evidence import Finding, Findings, levels
 from .history import History
 from .hooks import unwrap
 from .inspector import Inspector, plain_model, plain_optimizer
-from .learner import Learner, MetricsCB, ProgressCB, TrainCB
+from .learner import Learner, LRFinderCB, MetricsCB, ProgressCB, SingleBatchCB, TrainCB
 from .loss_rules import led_to
 from .loss_stats import first_tensor, loss_parts, parts_of
 from .lr_find import trial_of
 from .rules import rules
+from .watch import Watcher
 
 # %% ../nbs/57_check.ipynb #4310c1fd
 def copied(cb, memo):
-    "A copy of a callback; None of one that records, prints or saves, or that holds a file."
-    recording = not getattr(cb, 'in_trial', True) or isinstance(cb, (MetricsCB, ProgressCB))
-    try: return None if recording or getattr(cb, 'order', 0) >= Order.stop else copy.deepcopy(cb, memo)
+    "A copy of a callback; None of one that records, prints, saves or ends a fit, or that holds a file."
+    aside = isinstance(cb, (MetricsCB, ProgressCB, Watcher, SingleBatchCB, LRFinderCB))
+    aside |= not getattr(cb, 'in_trial', True) or getattr(cb, 'order', 0) >= Order.stop
+    try: return None if aside else copy.deepcopy(cb, memo)
     except Exception: return None
 
 def copy_of(learn, dls, memo):
@@ -38,7 +40,8 @@ def copy_of(learn, dls, memo):
     known = {nm: copy.deepcopy(o, memo) for nm,o in vars(new).items() if nm not in apart}
     cbs = [(type(cb).__name__, copied(cb, memo)) for cb in learn.cbs]
     vars(new).clear()
-    vars(new).update(known | dict(dls=dls, history=History(), cbs=[cb for _,cb in cbs if cb]))
+    anew = dict(dls=dls, history=History(), cbs=[cb for _,cb in cbs if cb], n_steps=0, epoch_sz=None)
+    vars(new).update(known | anew)
     return new, [nm for nm,cb in cbs if not cb]
 
 def first_batch(dl):
@@ -55,9 +58,9 @@ class Trial(Callback):
         for o in getattr(learn.opt, 'param_groups', ()):
             o['params'][:] = copy.deepcopy([*o['params']], self.memo)
 
-    def before_batch(self, learn): learn.batch = copy.deepcopy(learn.batch)   # a model may write to its input
-    def after_batch(self, learn):
-        if time.perf_counter() > self.end: raise CancelFitException()
+    def before_batch(self, learn):
+        if (learn.iter or learn.epoch) and time.perf_counter() > self.end: raise CancelFitException()
+        learn.batch = copy.deepcopy(learn.batch)   # a model may write to its input
 
 # %% ../nbs/57_check.ipynb #08080ed0
 def fails(learn, parts, error):
@@ -83,15 +86,15 @@ def guesses(facts, targets):
 
 def judged_losses(loss, costs, max_first=2., min_fall=.1):
     "Findings about the first loss, in units of what guessing costs, and about a loss that does not fall."
-    first, steps = loss.first, loss.span()
+    first, steps, n = loss.first, loss.span(), len({*loss.steps})   # some steps have several batches
     for how,chance in [*costs.items()][:1]:
         if chance > 0 and not 1/max_first < first/chance < max_first: yield Finding(
             'first_loss', 'note', '', steps[:1]*2, float(first/chance), max_first, kind=('init',),
             text=f'The first loss is {first:.3g}; {how} gives {chance:.3g}.')
     fall = (first - loss.late)/abs(first) if first else 0.
-    if len(loss) > 9 and fall < min_fall: yield Finding(
+    if n > 9 and fall < min_fall: yield Finding(
         'one_batch_not_learned', 'error' if fall < min_fall/10 else 'note', '', steps, float(fall), min_fall,
-        f'In {len(loss)} steps with one batch the loss goes from {first:.3g} to {loss.late:.3g}.',
+        f'In {n} steps with one batch the loss goes from {first:.3g} to {loss.late:.3g}.',
         ['too low or too high a learning rate'], kind=('not_learning', 'lr_low'))
 
 # %% ../nbs/57_check.ipynb #f9ad0514
@@ -146,19 +149,21 @@ def check(self:Learner,
     """Fit a copy on one batch, with every layer watched, and say what is wrong: before the fit.
 
     It costs that many steps, and two more copies of the parameters and the optimizer's state. Learner, random
-    states and loaders are then what they were. Callbacks that record, print or save are left out."""
+    states and loaders are then what they were. Callbacks that record, print, save or end a fit are left out."""
     if 'fit' in vars(self).get('_levels', ()): raise RuntimeError('check: this learner is in a fit')
     memo, error, began = {}, None, time.perf_counter()
     with trial_of(self):
         if batch is None: batch = first_batch(getattr(self.dls, 'train', None))
         new, others = copy_of(self, SimpleNamespace(train=[batch]*steps), memo)
         new.watch(every=1)
-        try: new.fit(1, valid=False, cbs=Trial(memo, seconds), lr=lr)
+        try: new.fit(max_steps=steps, valid=False, cbs=Trial(memo, seconds), lr=lr)
         except Exception as e:
             if 'batch' not in vars(new): raise   # nothing was tried: the learner itself lacks something
             error = e
-        size, seconds = 2e-6*sum(p.nbytes for p in new.model.parameters()), time.perf_counter() - began
-        return judged(new, error, f'{seconds:.1f} s, {size:.3g} MB of parameters', others)
+        size, spent = 2e-6*sum(p.nbytes for p in new.model.parameters()), time.perf_counter() - began
+        why = 'the time was over' if spent > seconds else 'a callback ended the fit'
+        early = f'; {steps} were asked for, but {why}'*(new.n_steps < steps and not error)
+        return judged(new, error, f'{spent:.1f} s, {size:.3g} MB of parameters{early}', others)
 
 @patch
 def check(self:Inspector,

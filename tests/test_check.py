@@ -10,11 +10,18 @@ from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
 import miniai.check  # noqa: F401  (gives the doors `check`)
-from miniai.callback import Callback
+from miniai.accel import AccumulateCB
+from miniai.callback import Callback, CancelEpochException, CancelFitException
+from miniai.checkpoint import CheckpointCB
 from miniai.device import set_seed
 from miniai.hooks import count_hooks
-from miniai.inspector import Inspector
-from miniai.learner import Learner, MetricsCB, ProgressCB, TrainCB, TrainLearner
+from miniai.inspector import Inspector, InspectorCB
+from miniai.learner import Learner, LRFinderCB, MetricsCB, ProgressCB, SingleBatchCB, TrainCB, TrainLearner
+from miniai.loggers import LogCB
+from miniai.report import ReportCB
+from miniai.sgd import EMACB, BatchSchedCB, EpochSchedCB, OneCycleCB
+from miniai.shortcuts import CSVLogCB, ShortEpochCB
+from miniai.stopping import EarlyStoppingCB, SaveBestCB
 from shared import ClosureCB
 
 x = torch.randn(256, 20, generator=torch.Generator().manual_seed(0))
@@ -169,6 +176,124 @@ def test_nothing_is_changed():
     assert 'Left out: MetricsCB, ProgressCB' in str(found) and len(found.ledger) == 6
 
 
+class Dies(Callback):
+    def after_batch(self, learn):
+        if learn.n_steps == 6: raise KeyboardInterrupt
+
+
+class EndsEpochs(Callback):
+    "As one might write a short epoch."
+    def before_batch(self, learn):
+        if learn.iter == 3: raise CancelEpochException()
+
+
+def interrupted(learn, folder):
+    with pytest.raises(KeyboardInterrupt): learn.fit(2, valid=False, cbs=Dies())
+
+
+def resumed(learn, folder):
+    learn.fit(2, valid=False, cbs=[save := CheckpointCB(folder, every=2)])
+    learn.cbs.append(save)
+    learn.fit(3, valid=False, resume=folder)
+
+
+def held(*cbs): return lambda learn, folder: learn.cbs.extend(cbs)
+def with_files(make):
+    def before(learn, folder):
+        learn.cbs.append(make(folder))
+        learn.fit(1)
+    return before
+
+
+before = dict(
+    watched=lambda learn, folder: learn.watch(),
+    watched_each_step=lambda learn, folder: learn.watch(every=1),
+    watched_and_fitted=lambda learn, folder: (learn.watch(every=1, ranks=True), learn.fit(2, valid=False)),
+    no_more_watched=lambda learn, folder: (learn.watch(every=1), learn.fit(1, valid=False), learn.unwatch()),
+    fitted=lambda learn, folder: learn.fit(3, valid=False),
+    fitted_so_many_steps=lambda learn, folder: learn.fit(max_steps=3, valid=False),
+    checked=lambda learn, folder: learn.check(steps=3),
+    interrupted=interrupted, resumed=resumed,
+    epochs_of_a_size=lambda learn, folder: setattr(learn, 'epoch_sz', 3),
+    epochs_of_a_size_fitted=lambda learn, folder: (setattr(learn, 'epoch_sz', 3), learn.fit(2, valid=False)),
+    short_epochs=held(ShortEpochCB(.1)), epochs_of_two=held(ShortEpochCB(2)), epochs_that_end=held(EndsEpochs()),
+    accumulated=held(AccumulateCB(3)), one_batch=held(SingleBatchCB()), finder=held(LRFinderCB(plot=False)),
+    stopping=held(EarlyStoppingCB(patience=1), SaveBestCB()), averaged=held(EMACB()),
+    schedules=held(BatchSchedCB(partial(optim.lr_scheduler.StepLR, step_size=1, gamma=0.)), EpochSchedCB(partial(optim.lr_scheduler.StepLR, step_size=1)), OneCycleCB()),
+    inspected=held(InspectorCB()), inspected_and_fitted=lambda learn, folder: (learn.cbs.append(InspectorCB()), learn.fit(1, valid=False)),
+    logs_of_dicts=held(LogCB(print)), metrics=held(MetricsCB(), ProgressCB()),
+    reports=with_files(lambda folder: ReportCB(folder/'report.html')), checkpoints=with_files(lambda folder: CheckpointCB(folder, every=1)),
+    logs=with_files(lambda folder: CSVLogCB(folder/'log.csv')))
+
+
+def told(found):
+    lines = [o for o in found.tried if not o.startswith('Left out')]
+    return [lines[0].split(',')[0], *lines[1:]], [(o.rule, o.level, o.layers, o.text) for o in found], found.checked, found.ledger.values.tolist()
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('name', before)
+def test_it_does_not_count_what_was_before_or_how_long_an_epoch_is(name, tmp_path, capsys):
+    "All of it, and the right numbers where it does not learn."
+    def make():
+        set_seed(0)
+        return learner(mlp(), x, corner, lr=1e-9, opt=optim.SGD)
+    learn, fresh = make(), make()
+    before[name](learn, tmp_path)
+    fresh.model.load_state_dict(learn.model.state_dict())
+    files, rows, attrs, opt = {o: o.read_bytes() for o in tmp_path.rglob('*') if o.is_file()}, len(learn.history), dict(vars(learn)), copy.deepcopy(learn.opt and learn.opt.state_dict())
+    weights, tables, cbs = state_of_model(learn), {nm: len(o) for nm, o in learn.histories.items()}, list(learn.cbs)
+    capsys.readouterr()
+    found, wanted = learn.check(steps=40), fresh.check(steps=40)
+    assert told(found) == told(wanted) and found.tried[0].startswith('40 steps with one batch') and 'asked for' not in found.tried[0]
+    assert {'unchanged', 'weights_barely_moved', 'one_batch_not_learned', 'learning_rate_low'} & {o.rule for o in found} and len(found.checked) > 40
+    assert {o: o.read_bytes() for o in tmp_path.rglob('*') if o.is_file()} == files and not capsys.readouterr().out
+    assert vars(learn).keys() == attrs.keys() and all(o is attrs[nm] for nm, o in vars(learn).items()) and len(learn.history) == rows
+    assert {nm: len(o) for nm, o in learn.histories.items()} == tables and list(learn.cbs) == cbs and (learn.opt and learn.opt.state_dict()) == opt
+    assert all(torch.equal(a, b) for a, b in zip(weights, state_of_model(learn), strict=True)) and count_hooks(learn.model) == 0
+
+
+def state_of_model(learn): return [o.clone() for o in learn.model.state_dict().values()]
+
+
+def test_a_learner_that_learns_learns_while_it_is_watched_in_short_epochs():
+    set_seed(0)
+    learn = learner(mlp(), x, corner, cbs=[ShortEpochCB(.1)])
+    learn.watch(every=1)
+    learn.fit(2)
+    found = learn.check()
+    assert not found.of('error', 'warning') and set(found.ledger.changed) == {True} and set(found.ledger.gradient) == {'non-zero'}
+    assert found.tried[0].startswith('100 steps') and found.evidence.loss().steps.tolist() == list(range(100))
+
+
+def test_accumulation_is_part_of_it():
+    learn = learner(mlp(), x, corner, cbs=[AccumulateCB(3)])
+    found = learn.check(steps=21)
+    assert found.tried[0].startswith('21 steps') and len(found.evidence.loss()) == 63
+
+
+@pytest.mark.parametrize('event', ['before_batch', 'after_batch'])
+def test_a_callback_that_ends_the_fit_is_told(event):
+    def ends(learn):
+        if learn.n_steps == 5: raise CancelFitException()
+    cb = Callback()
+    setattr(cb, event, ends)
+    found = learner(mlp(), x, corner, cbs=[cb]).check(steps=20)
+    assert '20 were asked for, but a callback ended the fit' in found.tried[0] and found.tried[0].startswith(f'{5 + (event == "after_batch")} steps')
+
+
+def test_an_inspector_that_is_attached_is_left_alone():
+    model, inspector = mlp(), Inspector()
+    inspector.attach(model)
+    opt = optim.SGD(model.parameters(), .1)
+    F.cross_entropy(model(x), corner).backward()
+    opt.step()
+    step, rows = inspector.step, len(inspector.history)
+    assert told(inspector.check(model, (x, corner), F.cross_entropy, opt, steps=20)) == told(Inspector().check(model, (x, corner), F.cross_entropy, opt, steps=20))
+    assert (inspector.step, len(inspector.history)) == (step, rows) and inspector.attached
+    inspector.detach()
+
+
 def test_an_optimizer_that_knows_the_model_steps_the_copy_only():
     "Its function ignores the parameters it is given."
     model = mlp()
@@ -206,7 +331,7 @@ def test_a_callback_that_cannot_be_copied_is_left_out():
 
 def test_its_time_is_bounded():
     found = learner(mlp(), x, corner).check(steps=10**6, seconds=.2)
-    assert 1 <= len(found.evidence.loss()) < 10**4
+    assert 1 <= len(found.evidence.loss()) < 10**4 and '1000000 were asked for, but the time was over' in found.tried[0]
 
 
 def test_a_batch_that_is_changed_in_place_is_whole_in_each_step():
