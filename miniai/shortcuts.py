@@ -7,6 +7,7 @@ __all__ = ['ShortEpochCB', 'MixUpCB', 'ClosureCB', 'CSVLogCB']
 
 # %% ../nbs/37_shortcuts.ipynb #3cc47845
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +15,10 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
+from .accel import ProcessesCB
 from .augment import own_history
 from .batches import batch_parts, no_loss
-from .callback import Callback, Order, as_cbs
+from .callback import Callback, Order, as_cbs, events, run_cbs
 from .checkpoint import CheckpointError, load_opt, load_state, opt_of, opt_state, same_form, save_state
 from .device import batch_size
 from .distributed import is_main
@@ -135,10 +137,10 @@ class MixUpCB(Callback):
         n,self.weight = batch_parts(learn).n_inp,float(np.random.beta(self.alpha, self.alpha))
         self.places = torch.randperm(batch_size(learn.batch), device=learn.batch[0].device)
         learn.batch = (*(o[self.places].lerp(o, self.weight) for o in learn.batch[:n]), *learn.batch[n:])
-        self._of,learn.loss_func = learn.loss_func,self._mixed
+        self._of,learn.loss_func = learn.loss_func,partial(self._mixed, learn.loss_func)
 
-    def _mixed(self, preds, *targets):
-        one,other = self._of(preds, *targets),self._of(preds, *(o[self.places] for o in targets))
+    def _mixed(self, of, preds, *targets):
+        one,other = of(preds, *targets),of(preds, *(o[self.places] for o in targets))
         return self.weight*one + (1-self.weight)*other
 
     def after_loss(self, learn):
@@ -149,16 +151,28 @@ class MixUpCB(Callback):
 # %% ../nbs/37_shortcuts.ipynb #f1a4609f
 class ClosureCB(TrainCB):
     "Instead of `TrainCB`: gives the optimizer a function that computes loss and gradients of the batch anew."
+    def get_loss(self, learn):
+        self.loss_func = learn.loss_func   # which may be of this batch only
+        super().get_loss(learn)
+
+    def backward(self, learn):
+        holds = [type(o).__name__ for o in learn.cbs if hasattr(o, 'batches_per_step')]
+        if holds or learn.hold: raise ValueError(
+            f'ClosureCB: {", ".join(holds) or "a callback"} holds batches, and what is computed anew is the '
+            'last one only; leave it out and load larger batches, or train with TrainCB')
+        super().backward(learn)
+
     def step(self, learn):
-        first = learn.preds,learn.loss
         def closure():
             learn.opt.zero_grad()
-            self.predict(learn)
-            self.get_loss(learn)
-            self.backward(learn)
-            return learn.loss
-        learn.opt.step(closure)
-        learn.preds,learn.loss = first   # what is recorded is the loss that the batch found
+            learn.loss_func = self.loss_func
+            for event in events[events.index('predict'):events.index('step')]:
+                run_cbs(learn.cbs, event, learn)   # as clipping
+            run_cbs([o for o in learn.cbs if isinstance(o, ProcessesCB)], 'after_batch', learn)
+            return learn.loss   # of all processes, which must decide alike
+        with own_history(learn):   # what is recorded is the loss that the batch found
+            learn.trial = True
+            learn.opt.step(closure)
 
 # %% ../nbs/37_shortcuts.ipynb #1c01fcd9
 class CSVLogCB(Callback):
