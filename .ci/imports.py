@@ -1,6 +1,6 @@
-"""Write into nbs/contributing.ipynb which room imports which; nothing beside Python's own library is needed.
+"""Write into nbs/contributing.ipynb which room imports which, and which numbers are free; Python's own library is all it needs.
 
-`python .ci/imports.py` writes it; `--check` only says whether it is right.
+`python .ci/imports.py` writes it and prints the free numbers; `--check` only says whether it is right.
 """
 import ast, json, sys
 from pathlib import Path
@@ -12,6 +12,12 @@ page, mark = root/'nbs'/'contributing.ipynb', '<!-- Made by .ci/imports.py -->'
 def rooms():
     "Notebook names of the rooms, in order."
     return sorted(o.stem for o in (root/'nbs').glob('[0-9][0-9]_*.ipynb'))
+
+
+def free():
+    "Numbers that no room has, of those that have a place in the contents of the site."
+    taken = {o[:2] for o in rooms()}
+    return [o for o in map('{:02}'.format, range(70)) if o not in taken]
 
 
 def imported(room):
@@ -37,7 +43,7 @@ def picture():
     return '\n'.join(lines)
 
 
-def cell_text(): return f'{mark}\n```\n{picture()}\n```'
+def cell_text(): return f'{mark}\n```\n{picture()}\n```\nNumbers that no room has yet: {", ".join(free())}.'
 
 
 def notebook(): return json.loads(page.read_text(encoding='utf-8'))
@@ -55,4 +61,4 @@ if __name__ == '__main__':
         sys.exit(0 if ''.join(cell['source']) == cell_text() else 'contributing.ipynb does not show the imports that there are. Run .ci/imports.py')
     cell['source'] = cell_text().splitlines(keepends=True)
     page.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n', encoding='utf-8')
-    print(f'{page.name}: {len(rooms())} rooms')
+    print(f'{page.name}: {len(rooms())} rooms; free numbers: {" ".join(free())}')

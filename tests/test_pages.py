@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from notebooks import by_page, by_room, cells, code, markdown, outputs, pages, root, rooms
+from notebooks import by_page, by_room, cells, code, markdown, outputs, pages, root, rooms, script
 
 tutorials = [o for o in pages if o.parent.name == 'tutorials']
 chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
@@ -137,10 +137,18 @@ def sh(tmp_path):
     return run
 
 
-def test_hooks_a_changed_page_and_the_template(sh):
-    """What the hooks write is not the project's; of a changed page the module has the change; the template exports and passes.
+def rewrite(path, old, new):
+    "Change what stands once in a file."
+    text = path.read_text(encoding='utf-8')
+    assert text.count(old) == 1, f'{old!r} in {path.name}'
+    path.write_text(text.replace(old, new), encoding='utf-8')
 
-    Only the pages, their modules and the index differ afterwards."""
+
+def uncommitted(out): return {o for o in out.splitlines() if re.match('( M|[?]{2}) ', o)}
+
+
+def test_hooks_and_a_changed_page(sh):
+    "What the hooks write is not the project's; of a changed page the module has the change; nothing else differs afterwards."
     assert 'nbdev_install_hooks' in commands('Set up')
     sh('nbdev_install_hooks')
     assert 'nbdev_merge' in sh('git config --get merge.nbdev-merge.driver') and sh('git status --short') == ''
@@ -150,15 +158,56 @@ def test_hooks_a_changed_page_and_the_template(sh):
     nb.metadata['something'] = 'an editor wrote'
     nbformat.write(nb, path)
     steps = 'nbdev_export', 'nbdev_test', 'nbdev_clean', 'git status --short'
-    for title in ('Change something', 'A callback'):
-        assert tuple(o for line in commands(title).splitlines() for o in steps if line.startswith(o)) == steps
-    out = sh(commands('A callback').replace('nbdev_test ', 'nbdev_test --n_workers 0 '))   # in this process: its own take longer to start
-    assert re.search(r'\d+ passed', out) and 'failed' not in out
-    assert {o for o in out.splitlines() if re.match('( M|[?]{2}) ', o)} == {
-        ' M miniai/_modidx.py', ' M miniai/conv.py', ' M nbs/27_conv.ipynb', ' M nbs/sidebar.yml', ' M nbs/contributing.ipynb',
-        '?? miniai/my_callback.py', '?? nbs/29_my_callback.ipynb'}
+    assert tuple(o for line in commands('Change something').splitlines() for o in steps if line.startswith(o)) == steps
+    # in this process: its own take longer to start
+    out = sh('nbdev_export\nnbdev_test --n_workers 0 --path nbs/27_conv.ipynb\nnbdev_clean --fname nbs/27_conv.ipynb\ngit status --short')
+    assert uncommitted(out) == {' M miniai/_modidx.py', ' M miniai/conv.py', ' M nbs/27_conv.ipynb'}
     assert 'def _twice' in (sh.copy/'miniai'/'conv.py').read_text(encoding='utf-8')
     assert 'an editor wrote' not in path.read_text(encoding='utf-8')
+
+
+templates = dict(callback='28_my_callback', statistic='17_my_statistic', rule='59_my_rule', lens='62_my_lens')   # -> a free number
+
+
+def test_there_is_a_template_of_each():
+    found = {o.stem: max(len(c['source'].splitlines()) for c in code(o)) for o in pages if o.parent.name == 'templates'}
+    assert set(found) == {f'_{o}' for o in templates} and max(found.values()) <= 40
+
+
+def test_the_numbers_of_the_recipe_are_free():
+    "Those in its table, and that of its command."
+    free, table = script('imports').free(), re.search(r'^\| template .*?\n\n', contributing, re.M | re.S)[0]
+    named = [o.split('|')[-2] for o in re.findall(r'`_\w+.ipynb`.*', table)] + [commands('A room of your own')]
+    assert len(named) == len(templates) + 1
+    taken = set(re.findall(r'\b\d\d(?=\b|_my)', ' '.join([*named, *templates.values()]))) - set(free)
+    assert not taken, f'rooms have {taken}; name numbers that are free in nbs/contributing.ipynb, and in `templates` here: {free}'
+
+
+def test_the_templates_become_rooms(sh):
+    """By the command of the recipe, all at once: it wants a row in the index, and `held` raised; then it makes what is made, and tests.
+
+    Only the new pages, what is made of all pages and the two edited files differ afterwards."""
+    recipe = commands('A room of your own')
+    assert 'cp nbs/templates/_callback.ipynb nbs/28_my_callback.ipynb\n.ci/room 28_my_callback\n' in recipe
+    for nm, room in templates.items(): shutil.copy(sh.copy/'nbs'/'templates'/f'_{nm}.ipynb', sh.copy/'nbs'/f'{room}.ipynb')
+    every = recipe.replace('.ci/room 28_my_callback', f'.ci/room {" ".join(templates.values())}')
+    assert 'add to its table: | [28_my_callback](28_my_callback.ipynb)' in sh(f'({every}) 2>&1 || true')
+    first = '"| [00_device](00_device.ipynb)'
+    rows = ''.join(f'"| [{o}]({o}.ipynb) | of a template |\\n",\n    ' for o in templates.values())
+    rewrite(sh.copy/'nbs'/'index.ipynb', first, rows + first)
+    rewrite(sh.copy/'tests'/'test_project.py', 'held = dict(total=', 'held = dict(total=1_000+')
+    rewrite(sh.copy/'tests'/'test_project.py', 'cell=40, names=', 'cell=1_000, names=10+')   # of cells elsewhere others tell
+    out = sh(every)
+    assert re.search(r'\d+ passed', out) and 'failed' not in out
+    made = 'README.md', 'miniai/_modidx.py', 'nbs/contributing.ipynb', 'nbs/index.ipynb', 'nbs/sidebar.yml', 'tests/test_project.py'
+    assert uncommitted(out) == {f' M {o}' for o in made} | {f'?? {o}' for room in templates.values()
+                                                           for o in (f'miniai/{room[3:]}.py', f'nbs/{room}.ipynb')}
+    assert '| `MyCB` | Records the largest' in (sh.copy/'README.md').read_text(encoding='utf-8')
+
+
+def test_the_command_for_a_room_says_what_is_wrong(sh):
+    assert 'there is no nbs/28_none.ipynb; give the name of a page' in sh('.ci/room 28_none 2>&1 || true')
+    assert 'give the names of pages' in sh('.ci/room 2>&1 || true')
 
 
 def test_everything_it_names_is_there():
