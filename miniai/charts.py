@@ -181,9 +181,13 @@ def is_line(track):
     "Say whether a track has one number a row."
     return len(track) > 0 and track.values.dtype != object and track.values.ndim == 1
 
+def has_epochs(track):
+    "Say whether its rows are means of epochs, one of each."
+    return track.per == 'epoch' and (np.diff(track.epochs) > 0).all()
+
 def by_step(track):
     "Give the positions of a track's rows, and what they are."
-    if track.per == 'epoch': return track.epochs, 'epoch'
+    if has_epochs(track): return track.epochs, 'epoch'
     rising = (np.diff(track.steps) > 0).all()
     return (track.steps, 'step') if rising else (np.arange(len(track)), 'recorded batch')
 
@@ -315,7 +319,7 @@ def loss_lines(evidence):
     "Give the lines of the loss, and what their positions are."
     found = {'training': evidence.loss(), 'validation': evidence.epoch_loss('valid')}
     found = {nm: o for nm,o in found.items() if len(o)}
-    per = 'epoch' if 'epoch' == next(iter(found.values()), evidence.loss()).per else 'step'
+    per = 'epoch' if has_epochs(next(iter(found.values()), evidence.loss())) else 'step'
     return {nm: (getattr(o, f'{per}s'), o.values) for nm,o in found.items()}, per
 
 def loop_charts(run, most):

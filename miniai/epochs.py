@@ -34,7 +34,7 @@ class Seen:
         self.batches = {'train': Counter(), 'valid': Counter()}   # size -> how many of them
 
     def numbers(self):
-        "{(phase, number of the lens, statistic, source): (values, weights)}"
+        "{(phase, number of the lens, statistic, source): (values, weights, steps)}"
         found = {}
         for phase,source,name in self.values.keys():
             if name.endswith(' #'): continue
@@ -43,7 +43,7 @@ class Seen:
             over = self.values.series(source, n, phase).values if self.values.has(phase, source, n) else ()
             weights = over if len(over) == len(s) else s.samples
             there = weights > 0 if weights.any() else slice(None)   # an empty batch has no mean
-            found[phase, int(i), stat, source] = s.values[there].astype(float), weights[there]
+            found[phase, int(i), stat, source] = s.values[there].astype(float), weights[there], s.steps[there]
         return found
 
 # %% ../nbs/46_epochs.ipynb #0dc73194
@@ -227,6 +227,20 @@ class CountsEpochs:
         if self.steps.moment is Moment.STEPPING: self.steps.moment = Moment.STEPPED   # its step has failed
         if self.layers and not self.active: self.layers.each('listen', False)
 
+# %% ../nbs/46_epochs.ipynb #e5a0c1f2
+def ends_of(values, i, phase, last):
+    "Steps that end the parts of an epoch: of its validations, by the loss of lens `i`, and the `last`."
+    steps = {step for key,o in values.items() if key[:3] == ('valid', i, 'loss') for step in o[2].tolist()}
+    return [last] if phase == 'train' and len(steps) < 2 else sorted({*steps, last})
+
+def by_end(values, i, phase, ends):
+    "[(end, numbers of lens `i` in one phase)] of the parts of an epoch; training goes on from an end."
+    own = {key[2:]: o for key,o in values.items() if key[:2] == (phase, i)}
+    part = lambda o: np.searchsorted(ends[:-1], o[2], 'left' if phase == 'valid' else 'right')
+    parts = {k: {key: [a[part(o) == k] for a in o[:2]] for key,o in own.items() if (part(o) == k).any()}
+             for k in range(len(ends))}
+    return [(ends[k], o) for k,o in parts.items() if o or len(ends) == 1]
+
 # %% ../nbs/46_epochs.ipynb #b71e2312
 class Epochs(CountsEpochs):
     "Makes rows of what an epoch had, in this process and in others."
@@ -236,7 +250,9 @@ class Epochs(CountsEpochs):
         if everywhere and world_size() > 1: values = self._gather(values)
         self.history.flush()   # waits for the device
         for i,lens in enumerate(self.lenses):
-            for phase in ('train', 'valid'): self._summarize(i, lens, phase, values, done)
+            for phase in ('train', 'valid'):
+                ends = ends_of(values, i, phase, self.step) if lens.tap == 'loss' else [self.step]
+                for o in by_end(values, i, phase, ends): self._summarize(lens, phase, *o, done)
         for o in self.tables: o.end_epoch(self.history.run, self.seen.number, self.epoch)
         if self.attached: self._guard('the parameters', self._read_parameters)
         for phase,sizes in self.seen.batches.items():
@@ -264,23 +280,23 @@ class Epochs(CountsEpochs):
 # %% ../nbs/46_epochs.ipynb #48ff7e6b
 class Summaries:
     "Computes the aggregates of an epoch."
-    def _record(self, source, stat, value, phase):
-        self.history.record(source, stat, float(value), step=self.step, epoch=self.epoch, phase=phase)
+    def _record(self, source, stat, value, phase, step=None):
+        step = self.step if step is None else step
+        self.history.record(source, stat, float(value), step=step, epoch=self.epoch, phase=phase)
 
-    def _summarize(self, i, lens, phase, values, done):
+    def _summarize(self, lens, phase, step, values, done):
         "Record the aggregates of one lens in one phase, but for what another lens had already."
         found, means, which = {}, {}, (self.history.run, self.seen.number, self.seen.first)
         for rows in self.tables:
             if lens in rows.lenses: found = rows.read(lens, phase, *which)
-        for (p,n,stat,source),o in values.items():
-            if (p, n) == (phase, i): found.setdefault(stat, {})[source] = o
+        for (stat,source),o in values.items(): found.setdefault(stat, {})[source] = o
         for stat,of in found.items():
             table = np.stack([summary(o, weights*self.weighted) for o,weights in of.values()], 1)
             means[stat] = table[0]
-            new = [(k, source) for k,source in enumerate(of) if (phase, source, stat) not in done]
+            new = [(k, source) for k,source in enumerate(of) if (phase, source, stat, step) not in done]
             for (how,row),(k,source) in product(zip(aggregates, table), new):
-                self._record(source, row_stat(stat, how), row[k], phase)
-            done |= {(phase, source, stat) for source in of}
+                self._record(source, row_stat(stat, how), row[k], phase, step)
+            done |= {(phase, source, stat, step) for source in of}
         read = [means[o] for o in lens.named if o in means]
         worst = lens.over_all(read) if read else {}
         for name,value in worst.items(): self._record('all', name, value, phase)

@@ -176,9 +176,10 @@ class RunLosses(RunTables):
         return self._loss_of(phase, 'batch', 'loss', 'epoch')
 
     def epoch_loss(self, phase:str='train') -> Track:
-        "The loss of every epoch; from the batches, where only those are known."
+        "The loss of every epoch, or validation; from the batches, where only those are known."
         found = self._loss_of(phase, 'epoch', 'loss')
-        if found.per == 'epoch': return found
+        if found.per == 'step': found = self._rows(phase, 'loss', row_stat('loss', 'mean'), 'epoch')
+        if len(found): return found
         found = self.loss(phase)
         epochs = [np.flatnonzero(found.epochs == o) for o in np.unique(found.epochs)]
         means = np.array([found.values[o].mean() for o in epochs])

@@ -509,11 +509,13 @@ def metric_stuck(evidence, *, min_epochs=3): # with one and the same value
 def overfitting(evidence,
     *, max_worse=.25, # by which the validation loss may exceed its best (fraction); 2/5 of it: a note
     min_rise=.1,      # by which it must have risen, in units of the first loss
+    max_noise=.25,    # by which ten and more may change from one to the next, in units of that rise
     patience=3): # epochs in a row: a single one may be chance, or BatchNorm's running values
     """A validation loss that rises and stays up while the training loss goes on falling.
     Source: Prechelt, "Early stopping, but when?" (1998): the generalization loss."""
     train, valid = evidence.epoch_loss('train'), evidence.epoch_loss('valid')
-    n = min(len(train), len(valid))
+    n = len(valid) if len(train) else 0
+    if n: train = train[np.maximum(np.searchsorted(train.steps, valid.steps, 'right') - 1, 0)]   # of its time
     if not n: raise Missing('no loss of validation, or none of training, was recorded')
     if n <= patience: raise Missing(f'{n} epochs are too few to tell; it takes {patience+1}')
     at = int(np.argmin(np.where(np.isfinite(valid.values[:n]), valid.values[:n], np.inf)))
@@ -522,11 +524,14 @@ def overfitting(evidence,
     best = valid.values[at]
     if best > chance: return   # it has never learned anything of it: `learned_by_heart`
     worse = float(valid.values[n-patience:n].min()/best) - 1   # in all of the last epochs
-    risen = worse*best > min_rise*max(valid.values[0], evidence.loss().first)
+    noise = np.median(np.abs(np.diff(valid.values, 2)))/2 if n > 9 else 0.   # around a straight line
+    risen = worse*best > max(min_rise*max(valid.values[0], evidence.loss().first), noise/max_noise)
+    often = len(np.unique(valid.epochs)) < n
+    where = f'at step {valid.steps[at]}' if often else f'in epoch {valid.epochs[at]}'
     if risen and worse > max_worse*.4 and train.values[n-1] < train.values[at]: return found(
-        'warning' if worse > max_worse else 'note', f'The validation loss was lowest, {best:.3g}, in epoch '
-        f'{valid.epochs[at]}; it is {worse:.0%} higher or more in the last epochs, while that of training '
-        'went on falling.', worse, max_worse, steps=valid.span([at, n-1]),
+        'warning' if worse > max_worse else 'note', f'The validation loss was lowest, {best:.3g}, '
+        f'{where}; it is {worse:.0%} higher or more in the last {patience}, while that of training went '
+        'on falling.', worse, max_worse, steps=valid.span([at, n-1]),
         caveats=['accuracy may still rise: the loss also counts how sure the answers are'],
         chart=steps_chart('Loss, by epoch', dict(train=train, valid=valid)))
 

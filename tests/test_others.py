@@ -454,6 +454,85 @@ def test_files_that_are_not_there_or_are_empty(tmp_path, capsys):
     assert code == 2 and 'no loss or metric' in out.err
 
 
+# --- several validations in one epoch ---
+
+def by_hand(inspector, tmp_path, model=None):
+    "A loop of one's own, one epoch that validates after each five of its steps."
+    model = small_net()
+    opt = torch.optim.SGD(model.parameters(), .1, momentum=.9)
+    inspector.attach(model)
+    for _ in inspector.range(1):
+        for i, (xb, yb) in enumerate(batches, 1):
+            loss = F.cross_entropy(model(xb), yb)
+            inspector.push_loss(loss.detach(), train=True)
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            if i % 5: continue
+            with torch.no_grad():
+                for xb, yb in batches: inspector.push_loss(F.cross_entropy(model(xb), yb), train=False)
+            inspector.push_metric('half', i/2, train=False)
+    inspector.detach()
+    return inspector
+
+
+def by_trainer(inspector, tmp_path):
+    from miniai.others import TrainerInspector
+    callback = TrainerInspector(inspector.lenses)
+    trainer_run(callback, tmp_path, eval_strategy='steps', eval_steps=5, max_steps=15)
+    return callback.inspector
+
+
+def by_lightning(inspector, tmp_path):
+    pytest.importorskip('lightning', reason='the package lightning is not installed')
+    from miniai.others import LightningInspector
+    callback = LightningInspector(inspector.lenses)
+    lightning_run(callback, tmp_path, epochs=1, val_check_interval=5)
+    return callback.inspector
+
+
+@pytest.mark.parametrize('kept', [True, False], ids=['each step is kept', 'aggregates only'])
+@pytest.mark.parametrize('run', [by_hand, by_trainer, by_lightning], ids=lambda o: o.__name__)
+def test_each_validation_of_an_epoch_has_a_row(run, kept, tmp_path):
+    seen = run(Inspector([OutputStats(), LossMetrics(loss_fn_inplace=not kept)], visualizer=None), tmp_path)
+    every = by_hand(Inspector([LossMetrics(loss_fn_inplace=False)], visualizer=None), tmp_path).history.series('loss', 'loss').values
+    train, valid = (seen.history.series('loss', 'loss mean', o) for o in ('train', 'valid'))
+    assert train.steps.tolist() == valid.steps.tolist() == [5, 10, 15] and not train.epochs.any() and not valid.epochs.any()
+    assert np.allclose(train.values, every.reshape(3, 5).mean(1), atol=1e-6)
+    assert valid.values[0] > valid.values[1] > valid.values[2]   # each is of its own
+    assert np.allclose(diagnose(seen).evidence.epoch_loss('valid').values, valid.values)
+    if run is by_hand:
+        assert seen.history.series('half', 'half mean', 'valid').values.tolist() == [2.5, 5, 7.5]
+
+
+def rising(losses, each):
+    "An inspector of one epoch, with a validation after each of some steps."
+    inspector = Inspector([LossMetrics()], visualizer=None).attach(nn.Linear(1, 1))
+    for i, o in enumerate(losses):
+        for step in range(each*i, each*(i+1)):
+            inspector.set_step('train', step)
+            inspector.push_loss(1/(1+step), train=True)
+        inspector.set_step('valid', each*(i+1))
+        inspector.push_loss(o, train=False)
+    return inspector.detach()
+
+
+def test_overfitting_within_one_epoch_is_found_and_drawn():
+    from miniai.charts import loss_lines
+    inspector = rising([.9, .7, .5, *np.linspace(.6, 1.8, 21)], 20)
+    first = next(o for o in diagnose(inspector) if o.rule == 'overfitting')
+    assert first.level == 'warning' and first.steps == (60, 480) and 'at step 60' in first.text
+    lines, per = loss_lines(diagnose(inspector).evidence)
+    assert per == 'step' and lines['validation'][0].tolist() == list(range(20, 481, 20))
+
+
+def test_validations_of_one_batch_each_are_noise_and_no_overfitting():
+    "The lowest of a hundred is low, and the last ones are higher, by chance."
+    rng = np.random.default_rng(0)
+    noisy = [diagnose(rising(1 + .2*rng.standard_normal(100), 1)) for _ in range(10)]
+    assert not [o for found in noisy for o in found if o.rule == 'overfitting']
+
+
 class Broken(Classifier):
     "Its loss is NaN from a step on."
     n, good = 0, 14
