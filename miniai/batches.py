@@ -69,8 +69,8 @@ def no_loss(*parts):
     "Stands in for a loss where only predictions are wanted."
     return torch.zeros(())
 
-class Predicts(Parts):
-    "Calls model and loss function of a learner with these parts."
+class CallsModel(Parts):
+    "Calls the model of a learner with these parts."
     def predict_with(self, learn):
         "Set `preds`, and `loss` if the model gives it."
         batch = learn.batch
@@ -95,6 +95,9 @@ class Predicts(Parts):
         found = tuple(named(out, o, 'predict: what the model returned') for o in names_of(self.preds_nm))
         return found[0] if isinstance(self.preds_nm, (str, int)) else found
 
+# %% ../nbs/03_batches.ipynb #06051bd6
+class Predicts(CallsModel):
+    "Calls model and loss function of a learner with these parts."
     def compare_with(self, learn):
         "Set `loss`."
         if learn.loss_func is no_loss:

@@ -81,7 +81,8 @@ class ReadsAndDraws:
 
     @property
     def named(self): return tuple(nm for nm in self.stats if nm not in self.functions)   # read from rows
-    def base(self, stat): return self.alias.get(stat) or base_name(self.tap, stat)   # as in `statistics`
+    def base(self, stat): # as in `statistics`; in the table of a tap names have a prefix
+        return base_name(self.tap, self.alias.get(stat, stat)) or self.alias.get(stat)
     def values(self, stat, sums): return statistics[self.base(stat)](sums)   # [n, ...]
     def compute(self, stat, a, axis):
         "Call the function `stat` of a tensor `a`, whose units are on `axis`."
@@ -137,8 +138,7 @@ class Lens(ReadsAndDraws):
         self.bands = names_among(range_aggregation, ranges, f'{who}: range_aggregation')
         self.record_eval, self.evaluation_from_grad, self.inplace = record_eval, evaluation_from_grad, inplace
         self.functions = {nm: f for nm,f in stats.items() if callable(f)}
-        named = {nm: o for nm,o in stats.items() if not callable(o)}
-        self.alias = self.alias | {nm: base_name(self.tap, o) or o for nm,o in named.items()}
+        self.alias = self.alias | {nm: o for nm,o in stats.items() if not callable(o)}
         self.stats = self.stats + tuple(stats)
         if not self.stats and self.tap != 'loss':
             raise ValueError(f"{who}: no statistic; give one by name: Lens('output', peak=lambda a: a.max())")
