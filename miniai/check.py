@@ -149,7 +149,8 @@ def check(self:Learner,
     """Fit a copy on one batch, with every layer watched, and say what is wrong: before the fit.
 
     It costs that many steps, and two more copies of the parameters and the optimizer's state. Learner, random
-    states and loaders are then what they were. Callbacks that record, print, save or end a fit are left out."""
+    states and loaders are then what they were. Callbacks that record, print, save or end a fit are left
+    out."""
     if 'fit' in vars(self).get('_levels', ()): raise RuntimeError('check: this learner is in a fit')
     memo, error, began = {}, None, time.perf_counter()
     with trial_of(self):
