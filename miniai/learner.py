@@ -20,7 +20,7 @@ from torch import nn, optim
 
 from .batches import Predicts
 from .callback import (Callback, CancelBatchException, CancelEpochException, CancelFitException,
-                             HasCallbacks, Later, Order, as_cbs, check_workers, run_cbs, show_loop,
+                             HasCallbacks, Later, Order, as_cbs, check_workers, explained, run_cbs, show_loop,
                              warn_misspelt, with_cbs, work_events)
 from .device import batch_size, def_device, detached, rng_state, to_cpu, to_device
 from .history import History
@@ -54,7 +54,9 @@ class _Batches(HasCallbacks):
             self._stepped = True
             self.callback('after_step')
             self.zero_grad()
-        except BaseException:
+        except BaseException as e:
+            if not any(p.requires_grad for p in self.model.parameters()): explained(
+                e, "every parameter of the model is frozen; train some of them: `learn.unfreeze('head.*')`")
             self._drop_grads()   # gradients of a batch that was cut short are not the next one's
             raise
 
