@@ -195,10 +195,10 @@ def _n_steps(learn):
     "Count the training steps of the fit that has begun."
     if learn.max_steps is not None: return learn.max_steps
     batches = max([getattr(cb, 'batches_per_step', 1) for cb in learn.cbs])
-    try: return learn.n_epochs*math.ceil((learn.epoch_sz or len(learn.dls.train))/batches)
+    try: return learn.n_epochs*math.ceil(len(learn.dl)/batches)   # of an epoch that may be short
     except TypeError as e:
         raise ValueError(f'OneCycleCB: the training loader ({type(learn.dls.train).__name__}) does not know '
-                         'its length; give total_steps') from e
+                         'its length; give max_steps to fit, epoch_sz to the Learner, or total_steps') from e
 
 # %% ../nbs/31_sgd.ipynb #089fd303
 def averaged(model):
