@@ -6,7 +6,7 @@
 __all__ = ['ShortEpochCB', 'MixUpCB', 'ClosureCB', 'CSVLogCB']
 
 # %% ../nbs/37_shortcuts.ipynb #3cc47845
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +31,12 @@ from .sgd import OneCycleCB, epoch_value
 class QuietMetrics(MetricsCB):
     def _log(self, d): pass
 
+class Bare(Callback):
+    "Takes a batch that is one tensor for an input."
+    order = Order.weights   # before others look at it
+    def before_batch(self, learn):
+        if isinstance(learn.batch, torch.Tensor): learn.batch = learn.batch,
+
 @contextmanager
 def validating(learn, dl):
     "Inside, `dl` is what is validated, if it is given; afterwards the learner is as it was."
@@ -54,11 +60,12 @@ def validate(self:Learner, dl=None, cbs=None) -> dict: # 'loss' and the metrics 
 def get_preds(self:Learner, dl=None, cbs=None, inps=False):
     """Predict for `dl`, whose batches need no targets, or the learner's own loader; `cbs` are callbacks more.
 
-    Returned are predictions and targets, with `inps` inputs too, on the CPU."""
+    A batch that is one tensor is an input. Returned are predictions and targets, with `inps` inputs too, on
+    the CPU."""
     with validating(self, dl):
         self.loss_func = no_loss
         self.cbs = [o for o in self.cbs if not isinstance(o, (MetricsCB, ProgressCB))]
-        return self.capture_preds(cbs, inps)
+        return self.capture_preds([Bare(), *as_cbs(cbs)], inps)
 
 # %% ../nbs/37_shortcuts.ipynb #281a8773
 @patch
@@ -116,8 +123,12 @@ class ShortEpochCB(Callback):
         self.size = size
 
     def before_epoch(self, learn):
-        n = self.size if isinstance(self.size, int) else max(1, round(self.size*len(learn.dl)))
-        with suppress(TypeError): n = min(n, len(learn.dl))   # a stream has no length
+        n,whole = self.size,isinstance(self.size, int)
+        try: n = min(n, len(learn.dl)) if whole else max(1, round(n*len(learn.dl)))
+        except TypeError as e:   # of a stream
+            if not whole: raise ValueError(
+                f'ShortEpochCB: size is {n}, and the loader ({type(learn.dl).__name__}) does not know its '
+                'length; give a number of batches, as ShortEpochCB(20)') from e
         learn.dl = EpochsOf(learn, learn.dl, n, again=False)
 
 # %% ../nbs/37_shortcuts.ipynb #27d891ce

@@ -13,9 +13,10 @@ from miniai.callback import Callback
 from miniai.datasets import DataLoaders
 from miniai.device import set_seed
 from miniai.inspector import InspectorCB
-from miniai.learner import Learner, TrainCB
+from miniai.learner import Learner, TrainCB, TrainLearner
 from miniai.lens import ParameterGradientGeometry
-from miniai.shortcuts import ClosureCB, MixUpCB
+from miniai.sgd import OneCycleCB, RecorderCB
+from miniai.shortcuts import ClosureCB, MixUpCB, ShortEpochCB
 
 x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
 y = (x.sum(1) > 0).long()
@@ -151,3 +152,51 @@ def test_two_processes_search_the_same_line(tmp_path):
     for nm, w in one.items():
         assert torch.equal(two[0][nm], two[1][nm])
         torch.testing.assert_close(w, two[0][nm], rtol=0, atol=1e-4)
+
+
+class Stream:
+    "Does not know its length."
+    def __iter__(self): return iter(batches)
+
+
+def test_a_fraction_of_a_stream_is_refused_in_words():
+    with pytest.raises(ValueError, match='size is 0.5.*Stream.*its length; give a number of batches'):
+        learner(TrainCB(), ShortEpochCB(.5), dls=DataLoaders(Stream(), Stream())).fit(1)
+    learn = learner(TrainCB(), ShortEpochCB(3), dls=DataLoaders(Stream(), Stream()))
+    learn.fit(2)
+    assert learn.n_steps == 6
+
+
+def test_one_cycle_of_a_stream_says_what_works():
+    make = lambda **kw: learner(TrainCB(), dls=DataLoaders(Stream(), Stream()), **kw)
+    with pytest.raises(ValueError, match='Stream.*give max_steps to fit, epoch_sz to the Learner'): make().fit_one_cycle(1)
+    make().fit_one_cycle(max_steps=6)
+    make(epoch_sz=3).fit_one_cycle(2)
+    make().fit(2, cbs=OneCycleCB(total_steps=8))
+
+
+@pytest.mark.parametrize('size,cbs,steps', [(.5, [], 16), (2, [], 16), (.5, [AccumulateCB(2)], 8)])
+def test_a_cycle_is_of_the_short_epochs(size, cbs, steps):
+    rates = RecorderCB(lr=lambda cb: cb.pg['lr'])
+    learn = learner(TrainCB(), ShortEpochCB(size), rates, *cbs)
+    learn.fit_one_cycle(8, .2)
+    assert learn.n_steps == steps and max(rates.recs['lr']) == pytest.approx(.2, rel=.05) and rates.recs['lr'][-1] < 1e-4
+
+
+@pytest.mark.parametrize('make', [TrainLearner, lambda *a: Learner(*a, cbs=TrainCB())])
+def test_bare_tensors_are_predicted_for(make):
+    learn = make(net(), None, F.cross_entropy)
+    found, targets, inputs = learn.get_preds(torch.utils.data.DataLoader(x, 16), inps=True)
+    assert torch.equal(inputs, x) and not len(targets)
+    torch.testing.assert_close(found, learn.model(x).detach())
+    with pytest.raises(TypeError, match='the batch is a dict'): learn.get_preds([dict(x=x)])
+
+
+@pytest.mark.parametrize('make', [TrainLearner, partial(Learner, cbs=TrainCB())])
+def test_a_model_that_is_frozen_says_so(make):
+    learn = make(net(), DataLoaders(batches, batches), F.cross_entropy)
+    learn.freeze()
+    with pytest.raises(RuntimeError) as e: learn.fit(1)
+    assert any('every parameter of the model is frozen' in o and 'unfreeze' in o for o in e.value.__notes__)
+    learn.unfreeze('2.*')
+    learn.fit(1)
