@@ -408,6 +408,7 @@ class Hooking:
             closure = any(map(callable, args[1:])) or 'closure' in kwargs
             call_weakly(me, '_before_step', 'the gradients', optimizer, closure)
         def _after(optimizer, args, kwargs): call_weakly(me, '_after_step', 'the updates', optimizer)
+        _before, _after = map(torch.compiler.disable, (_before, _after))   # a compiled step leaves its code for them
         self.handles = [torch_optimizer.register_optimizer_step_pre_hook(_before),
                         torch_optimizer.register_optimizer_step_post_hook(_after)]
         weakref.finalize(self, let_go, self.handles).atexit = False

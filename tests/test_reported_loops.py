@@ -533,3 +533,29 @@ def test_what_is_no_activation_has_no_rows(name, door):
         names, values = list(inspector.facts()['sources']), table(inspector, wanted[-1], 'mean').values
         assert {source for _,source,_ in inspector.history.keys()} == {*wanted, 'batches'}
     assert names == wanted and np.allclose(values, seen, atol=1e-6)
+
+
+# --- 19: a step that the user has compiled ---
+
+def steps_compiled(watched, every=1):
+    "Weights and frames compiled of a loop whose steps are compiled, and how many updates were recorded."
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = net()
+    opt, loss_fn = optim.Adam(model.parameters(), 1e-2), nn.CrossEntropyLoss()
+    inspector = Inspector(visualizer=None, every=every).attach(model, opt, loss_fn) if watched else None
+    step = torch.compile(lambda: opt.step(), backend='eager')
+    for x,y in batches(24):
+        loss_fn(model(x), y).backward()
+        step()
+        opt.zero_grad()
+    frames = torch._dynamo.utils.counters['frames']['ok']
+    n = len(table(inspector.detach(), '0.weight', 'update_ratio')) if watched else 0
+    return [o.detach() for o in model.parameters()], frames, n
+
+@pytest.mark.parametrize('every', [1, 6])
+def test_a_compiled_step_stays_compiled_and_is_measured(every):
+    plain, compiled, _ = steps_compiled(False)
+    weights, frames, n = steps_compiled(True, every)
+    assert all(map(torch.equal, plain, weights))
+    assert n == 24//every and frames <= compiled + 4, (n, frames, compiled)
