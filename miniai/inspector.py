@@ -408,15 +408,14 @@ class Hooking:
             closure = any(map(callable, args[1:])) or 'closure' in kwargs
             call_weakly(me, '_before_step', 'the gradients', optimizer, closure)
         def _after(optimizer, args, kwargs): call_weakly(me, '_after_step', 'the updates', optimizer)
-        _before, _after = map(torch.compiler.disable, (_before, _after))   # a compiled step leaves its code for them
-        self.handles = [torch_optimizer.register_optimizer_step_pre_hook(_before),
-                        torch_optimizer.register_optimizer_step_post_hook(_after)]
+        # a compiled step leaves its code for them
+        self.handles = [torch_optimizer.register_optimizer_step_pre_hook(torch.compiler.disable(_before)),
+                        torch_optimizer.register_optimizer_step_post_hook(torch.compiler.disable(_after))]
         weakref.finalize(self, let_go, self.handles).atexit = False
 
     def _held_by(self, optimizer):
         "What is read around this optimizer's steps; nothing if it is not one to watch."
-        held = self.held.get(id(optimizer))
-        if held is None or not held.is_of(optimizer):
+        if (held := self.held.get(id(optimizer))) is None or not held.is_of(optimizer):
             params = self.params if self.optimizer in (None, optimizer) else []
             held = self.held[id(optimizer)] = OptimizerTaps(optimizer, params, self.tables, self.warn)
             if held.params: self.opts = [o for o in self.opts if o() not in (None, optimizer)] + [held.ref]
