@@ -144,7 +144,7 @@ def inputs_and_targets(learn):
 def loss_func_of(learn):
     "The loss function; None if the loss is the model's, or nobody says that it is the default one."
     found = [getattr(type(o), 'get_loss', None) for o in (learn, *learn.cbs)]
-    own = any(o is not None and not o.__module__.startswith('miniai.') for o in found)
+    own = any(o is not None and not str(o.__module__).startswith('miniai.') for o in found)
     if batch_parts(learn).loss_nm is None and not (own and learn.loss_func is F.mse_loss):
             return learn.loss_func
 
