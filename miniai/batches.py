@@ -170,8 +170,9 @@ _of_entries = 'mse', 'l1', 'smoothl1', 'huber', 'bce', 'binarycrossentropy'
 
 def is_of_entries(f):
     "Whether a loss function, or module, of PyTorch is a mean over all entries of the targets."
-    name = getattr(f.func if isinstance(f, partial) else f, '__name__', type(f).__name__)
-    return name.lower().replace('_', '').removesuffix('loss').removesuffix('withlogits') in _of_entries
+    f = f.func if isinstance(f, partial) else f
+    name = getattr(f, '__name__', type(f).__name__)
+    return str(f.__module__).startswith('torch.') and name.lower().replace('_', '').removesuffix('loss').removesuffix('withlogits') in _of_entries
 
 def weight_of_batch(learn, by_class=True):
     "The same, or the number of samples, or of entries where they are what a loss is a mean over."

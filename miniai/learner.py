@@ -55,7 +55,8 @@ class _Batches(HasCallbacks):
             self.callback('after_step')
             self.zero_grad()
         except BaseException as e:
-            if not any(p.requires_grad for p in self.model.parameters()): explained(
+            trained = [p.requires_grad for p in self.model.parameters()]
+            if trained and not any(trained): explained(
                 e, "every parameter of the model is frozen; train some of them: `learn.unfreeze('head.*')`")
             self._drop_grads()   # gradients of a batch that was cut short are not the next one's
             raise

@@ -312,7 +312,8 @@ def bad_places(evidence):
         step = first_bad(track)
         if step is not None: yield step, *place
     inputs = evidence.track('inputs', 'entries')   # of a few steps; their smallest and largest come first
-    bad = np.array([not np.isfinite(o[:2]).all() for o in inputs.values], bool)
+    lost = not np.isfinite(evidence.loss().values).all()   # else they are so by design, as masks of -inf
+    bad = np.array([lost and not np.isfinite(o[:2]).all() for o in inputs.values], bool)
     yield from ((step, -2, '', 'input') for step in inputs.steps[bad].tolist()[:1])
     step = first_bad(evidence.track('all', 'grad_norm'))   # NaN for one parameter may be a gap
     if step is not None: yield step, 10**8+1, '', 'gradient'   # a log may have only that of all
@@ -346,7 +347,7 @@ def not_finite(evidence):
     if not places: return
     (step, _, layer, what), bad = places[0], loss.steps[~np.isfinite(loss.values)].tolist()
     wrong = ~np.isfinite(norms.values.astype(float)) & (norms.per == 'step')
-    lost = len(norms) > 0 and wrong[-2:].all() or not len(loss) or not np.isfinite(loss.values[-1])
+    lost = len(norms) > 2 and wrong[-2:].all() or not len(loss) or not np.isfinite(loss.values[-1])
     level = 'error' if lost else 'warning' if bad or wrong[-1:].any() else 'note'
     stat = dict(gradient='grad_norm', output='std').get(what)
     tracks = tracks_of(evidence, [layer or 'all'], stat) if stat else dict(loss=loss)

@@ -166,6 +166,7 @@ class ClosureCB(TrainCB):
         self.loss_func = learn.loss_func   # which may be of this batch only
         super().get_loss(learn)
 
+    def cleanup_fit(self, learn): self.loss_func = None
     def backward(self, learn):
         holds = [type(o).__name__ for o in learn.cbs if hasattr(o, 'batches_per_step')]
         if holds or learn.hold: raise ValueError(

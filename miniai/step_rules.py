@@ -124,7 +124,7 @@ def zero_gradient(evidence, *, min_steps=10): # in which it is exactly zero
 def same_in_all_epochs(evidence):
     "Weights that are trained and have one norm in all epochs, of a run in which no step was seen."
     norms_only = evidence.sources('param_norm') and not evidence.sources('update_ratio')
-    if not (norms_only and len(evidence.loss())): return []
+    if not norms_only or not len(evidence.loss()) or evidence.facts.ledger.get('steps'): return []
     of = evidence.facts.params
     norms = {nm: evidence.track(nm, 'param_norm').values for nm in weights_with(evidence, 'param_norm')}
     return [nm for nm,o in norms.items() if len(o) > 1 and not np.ptp(o)
