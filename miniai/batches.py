@@ -171,8 +171,9 @@ _of_entries = 'mse', 'l1', 'smoothl1', 'huber', 'bce', 'binarycrossentropy'
 def is_of_entries(f):
     "Whether a loss function, or module, of PyTorch is a mean over all entries of the targets."
     f = f.func if isinstance(f, partial) else f
+    if not str(f.__module__).startswith('torch.'): return False
     name = getattr(f, '__name__', type(f).__name__)
-    return str(f.__module__).startswith('torch.') and name.lower().replace('_', '').removesuffix('loss').removesuffix('withlogits') in _of_entries
+    return name.lower().replace('_', '').removesuffix('loss').removesuffix('withlogits') in _of_entries
 
 def weight_of_batch(learn, by_class=True):
     "The same, or the number of samples, or of entries where they are what a loss is a mean over."

@@ -335,7 +335,8 @@ def _column(o, nm):
     "An array as a tensor; 64-bit floats become those that models have."
     try: o = o if isinstance(o, torch.Tensor) else torch.as_tensor(np.asarray(o))
     except (TypeError, ValueError) as e:
-        raise TypeError(f'from_arrays: {nm} holds {next(iter(np.asarray(o, object).flat), None)!r} among others; it must be '
+        first = next(iter(np.asarray(o, object).flat), None)
+        raise TypeError(f'from_arrays: {nm} holds {first!r} among others; it must be '
                         'numbers; classes are 0, 1, 2, ... (`numpy.unique(y, return_inverse=True)`)') from e
     return o.to(torch.get_default_dtype()) if o.dtype is torch.float64 else o
 

@@ -200,9 +200,8 @@ class GradientViews(ParameterViews):
 
     def plot_norm(self, figsize=(6, 3)): # the figure
         "Draw the norm of all gradients together, before and after clipping."
-        found = [(f'{nm} clipping', self.rows('all', stat))
-                 for nm,stat in (('before', 'grad_norm'), ('after', 'grad_norm_clipped'))
-                 if self.history.flush().has('train', 'all', stat)]
+        stats, has = dict(before='grad_norm', after='grad_norm_clipped'), self.history.flush().has
+        found = [(f'{nm} clipping', self.rows('all', o)) for nm,o in stats.items() if has('train', 'all', o)]
         text = 'L2 norm over all parameters the optimizer has.'
         return self.draw_one([(nm, s) for nm,s in found if len(s)], text, figsize, yscale='log',
                              title='Norm of the gradient', ylabel='norm')
