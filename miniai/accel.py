@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
 from .augment import joined
-from .batches import batch_parts, counted, is_of_entries, targets_in, weight_of_batch
+from .batches import counted, is_of_entries, last_target, weight_of_batch
 from .callback import Callback, Order
 from .device import batch_size, generators, to_device
 from .distributed import (batch_part, gather, is_divided, local, rank, start_processes, total_norm,
@@ -102,10 +102,10 @@ def is_last(learn):
 # %% ../nbs/35_accel.ipynb #6261995d
 def tell_unknown_mean(learn):
     "Warn where a loss function of one's own may leave out some of the targets."
-    y = next(iter(targets_in(learn, batch_parts(learn))[-1:]), None)
+    y = last_target(learn)
     unknown = callable(learn.loss_func) and counted(learn) is None and not is_of_entries(learn.loss_func)
     if unknown and isinstance(y, torch.Tensor) and y.ndim > 1 and not y.is_floating_point(): warnings.warn(
-        f'AccumulateCB: nobody says what {learn.loss_func!r} is a mean over; batches are weighed by their '
+        f'AccumulateCB: what {learn.loss_func!r} is a mean over is not known; batches are weighed by their '
         'samples. If it leaves out padding: weight_of=lambda batch: (batch[1] != -100).sum()', stacklevel=2)
 
 class Accumulation(Callback):

@@ -149,13 +149,15 @@ def loss_func_of(learn):
             return learn.loss_func
 
 # %% ../nbs/03_batches.ipynb #41c4352d
+def last_target(learn):
+    "The last target of the batch, which says what the loss is a mean over; None where it has none."
+    return next(iter(targets_in(learn, batch_parts(learn))[-1:]), None)
+
 def counted(learn, by_class=True):
     "What the loss of this batch is a mean over, on its device; None if over samples."
     weight_of = next((o.weight_of for o in (*learn.cbs, learn) if getattr(o, 'weight_of', None)), None)
     if weight_of: return weight_of(learn.batch)
-    parts = batch_parts(learn)
-    y = next(iter(targets_in(learn, parts)[-1:]), None)
-    return mean_over(learn.loss_func, y, parts.loss_nm is not None, by_class)
+    return mean_over(learn.loss_func, last_target(learn), batch_parts(learn).loss_nm is not None, by_class)
 
 def mean_over(f, y, own=False, by_class=True):
     "What a loss function is a mean over with these targets; `own`: the model has computed the loss."
@@ -170,8 +172,9 @@ _of_entries = 'mse', 'l1', 'smoothl1', 'huber', 'bce', 'binarycrossentropy'
 
 def is_of_entries(f):
     "Whether a loss function, or module, of PyTorch is a mean over all entries of the targets."
-    f = f.func if isinstance(f, partial) else f
-    if not str(f.__module__).startswith('torch.'): return False
+    f,given = (f.func, f.keywords) if isinstance(f, partial) else (f, {})
+    mean = given.get('reduction', getattr(f, 'reduction', 'mean')) == 'mean'
+    if not (mean and str(f.__module__).startswith('torch.')): return False
     name = getattr(f, '__name__', type(f).__name__)
     return name.lower().replace('_', '').removesuffix('loss').removesuffix('withlogits') in _of_entries
 
@@ -179,6 +182,6 @@ def weight_of_batch(learn, by_class=True):
     "The same, or the number of samples, or of entries where they are what a loss is a mean over."
     weight = counted(learn, by_class)
     if weight is not None: return weight
-    y = next(iter(targets_in(learn, batch_parts(learn))[-1:]), None)
+    y = last_target(learn)
     entries = isinstance(y, torch.Tensor) and y.ndim > 1 and is_of_entries(learn.loss_func)
     return y.numel() if entries else batch_size(learn.batch)

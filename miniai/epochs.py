@@ -235,11 +235,14 @@ def ends_of(values, i, phase, last):
 
 def by_end(values, i, phase, ends):
     "[(end, numbers of lens `i` in one phase)] of the parts of an epoch; training goes on from an end."
-    own = {key[2:]: o for key,o in values.items() if key[:2] == (phase, i)}
-    part = lambda o: np.searchsorted(ends[:-1], o[2], 'left' if phase == 'valid' else 'right')
-    parts = {k: {key: [a[part(o) == k] for a in o[:2]] for key,o in own.items() if (part(o) == k).any()}
-             for k in range(len(ends))}
-    return [(ends[k], o) for k,o in parts.items() if o or len(ends) == 1]
+    parts = [{} for _ in ends]
+    for (*own,stat,source),(found, weights, steps) in values.items():
+        if own != [phase, i]: continue
+        at = np.searchsorted(ends[:-1], steps, 'left' if phase == 'valid' else 'right')
+        order = np.argsort(at, kind='stable')   # of several processes they come one after the other
+        for o,rows in zip(parts, np.split(order, np.searchsorted(at[order], range(1, len(ends))))):
+            if len(rows): o[stat, source] = found[rows], weights[rows]
+    return [(end, o) for end,o in zip(ends, parts) if o or len(ends) == 1]
 
 # %% ../nbs/46_epochs.ipynb #b71e2312
 class Epochs(CountsEpochs):

@@ -204,7 +204,7 @@ class _Named(_Bounded):
         for known, (what, nm) in zip([*zip(*self.keys())][1:], names.items()):
             if nm not in known: warnings.warn(
                 f'History.series: no {what} is called {nm!r} in this table; there are '
-                f'{", ".join(dict.fromkeys(known))}. `learn.histories` has all tables', stacklevel=3)
+                f'{", ".join([*dict.fromkeys(known)][:20])}. `learn.histories` has all tables', stacklevel=3)
 
     def keys(self) -> list: # (phase, source, stat) of every series, in order of first appearance
         "Name what there is in the table."

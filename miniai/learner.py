@@ -56,7 +56,7 @@ class _Batches(HasCallbacks):
             self.zero_grad()
         except BaseException as e:
             trained = [p.requires_grad for p in self.model.parameters()]
-            if trained and not any(trained): explained(
+            if isinstance(e, RuntimeError) and trained and not any(trained): explained(
                 e, "every parameter of the model is frozen; train some of them: `learn.unfreeze('head.*')`")
             self._drop_grads()   # gradients of a batch that was cut short are not the next one's
             raise

@@ -450,13 +450,14 @@ def of_frequencies(evidence):
     known = np.mean(t.get('entropy', np.nan)) + ((n or 1)-1)/2/shape[0]
     return known if n and single and known < .97*np.log(n) else np.nan
 
-def answers_well(evidence, loss):
-    """Whether scores as far apart as these would lose more if the answers were by chance.
+def answers_well(evidence, loss, part):
+    """Whether the loss is below this `part` of the deviation of the scores.
 
-    Of two normal scores of deviation s the larger one is .56 s above their mean, of more scores further."""
+    Answers by chance lose more: of two normal scores of deviation s the larger one is .56 s above their mean,
+    of more scores further."""
     try: wide = np.median(entries(evidence, 'predictions')[0]['std'][-3:])
     except Missing: return False
-    return bool(evidence.facts.n_classes and loss < .25*wide)
+    return bool(evidence.facts.n_classes and loss < part*wide)
 
 # %% ../nbs/52_loss_rules.ipynb #b9426cab
 @rule(kind='not_learning', causes=['{decay}', 'targets that do not belong to their inputs (shuffled apart?)',
@@ -464,6 +465,7 @@ def answers_well(evidence, loss):
       tries=['print inputs and targets of a batch', 'train on one batch: its loss must go to 0', '{find}'])
 def at_chance(evidence,
     *, min_gain=.03, # by which fraction the loss must be below that of guessing
+    max_part=.25,    # of the scores' deviation, below which a loss is that of answers that are mostly right
     min_steps=50): # before that it is only a note
     """A training loss that is no better than guessing: log(C) for C classes, the variance of numbers.
 
@@ -471,7 +473,7 @@ def at_chance(evidence,
     Source: CS231n, "Neural networks 3", sanity checks: the correct loss at chance performance."""
     loss, (chance, how), steps = needed_loss(evidence), of_guessing(evidence), evidence.n_steps()
     early, limit = steps < min_steps, float(chance*(1-min_gain))
-    well = answers_well(evidence, loss.late)
+    well = answers_well(evidence, loss.late, max_part)
     if loss.late > limit: return found(
         'note' if early or is_by_turns(evidence) or well else 'error',
         f'The training loss ends at {loss.late:.3g}; {how} {chance:.3g}.', loss.late, limit, dict(loss=loss),

@@ -312,9 +312,10 @@ def bad_places(evidence):
         step = first_bad(track)
         if step is not None: yield step, *place
     inputs = evidence.track('inputs', 'entries')   # of a few steps; their smallest and largest come first
-    lost = not np.isfinite(evidence.loss().values).all()   # else they are so by design, as masks of -inf
-    bad = np.array([lost and not np.isfinite(o[:2]).all() for o in inputs.values], bool)
-    yield from ((step, -2, '', 'input') for step in inputs.steps[bad].tolist()[:1])
+    bad = inputs.steps[np.array([not np.isfinite(o[:2]).all() for o in inputs.values], bool)]
+    loss = evidence.loss()
+    by_design = np.isin(bad, loss.steps[np.isfinite(loss.values)])   # as masks of -inf
+    yield from ((step, -2, '', 'input') for step in bad[:1].tolist() if not by_design.any())
     step = first_bad(evidence.track('all', 'grad_norm'))   # NaN for one parameter may be a gap
     if step is not None: yield step, 10**8+1, '', 'gradient'   # a log may have only that of all
     for i,nm in enumerate(evidence.sources('grad_norm')):

@@ -219,7 +219,7 @@ def test_9_what_a_loss_of_ones_own_is_a_mean_over_is_asked():
     x, y = torch.randn(4, 5, 3), torch.randint(0, 3, (4, 5))
     def own(preds, y): return F.cross_entropy(preds.transpose(1, 2), y)
     fit = lambda **kw: Learner(nn.Linear(3, 3), SimpleNamespace(train=[(x, y)]*2), own, .1, [TrainCB(), AccumulateCB(2, **kw)]).fit(valid=False)
-    with pytest.warns(UserWarning, match='nobody says what .*own.* is a mean over'): fit()
+    with pytest.warns(UserWarning, match='what .*own.* is a mean over is not known'): fit()
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         fit(weight_of=lambda batch: (batch[1] != -100).sum())
