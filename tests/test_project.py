@@ -130,12 +130,12 @@ def test_sizes():
 
 
 def test_readme_says_how_large_it_is():
-    "To a twentieth, so that a room may come without a word here."
+    "To a tenth, so that a few rooms may come without a word here."
     rooms = [*script('sizes').rooms()]
     loop = [o for o in rooms if 20 <= int(o.name[:2]) <= 24]
     said = re.search(r'All of it is ([\d,]+) lines in (\d+) rooms, of which the loop \(20 to 24\) is ([\d,]+)', (root/'README.md').read_text())
     held = sum(o.lines for o in rooms), len(rooms), sum(o.lines for o in loop)
-    assert all(abs(int(a.replace(',', ''))/b - 1) < .05 for a,b in zip(said.groups(), held)), held
+    assert all(abs(int(a.replace(',', ''))/b - 1) < .1 for a,b in zip(said.groups(), held)), held
 
 
 def test_sizes_says_what_is_exceeded():
