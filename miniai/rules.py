@@ -261,17 +261,18 @@ def _collapse(evidence, loss, limit):
     before, late = loss.values[loss.steps < first].min(), loss.late
     fine = is_solved(evidence, .1 if late > before else .35)
     level = 'note' if fine else 'error' if late > before else 'warning'
-    own = {nm: tracks[nm] for nm in tracks if nm in {event[1] for event in events}}
+    names = {event[1] for event in events}
+    own = {nm: tracks[nm] for nm in dict.fromkeys([layer, *tracks]) if nm in names}
     return found(
-        level, f'At step {first} the output of {layer} collapses and the loss jumps from {before:.3g}; it '
-        f'ends at {late:.3g}.', max(o[2] for o in events), limit, own, layer=layer, steps=(first, last),
+        level, f'At step {first} the output of layer {layer} collapses and the loss jumps from '
+        f'{before:.3g}; it ends at {late:.3g}.', max(o[2] for o in events), limit, own, layer=layer, steps=(first, last),
         chart=steps_chart('Deviation of outputs', own),
         causes=['too high a learning rate{rate}', 'no warm-up', 'weights that began small'],
-        tries=['a third of it', '{find}', 'Kaiming initialisation', *_clip])
+        tries=['a third of this learning rate', '{find}', 'Kaiming initialisation', *_clip])
 
 # %% ../nbs/50_rules.ipynb #4a3d246a
 @rule(kind='lr_high', causes=['too high a learning rate{rate}', 'no warm-up', 'inputs that are not scaled'],
-      tries=['a tenth of it', '{find}', *_clip])
+      tries=['a tenth of this learning rate', '{find}', *_clip])
 def learning_rate_high(evidence,
     *, max_rise=3., # largest loss, in units of the first
     max_fall=8.): # by which factor an output may shrink within three rows while the loss jumps

@@ -180,7 +180,7 @@ def _pull(evidence, name, decay):
 
 # %% ../nbs/51_step_rules.ipynb #fba5abda
 @rule(kind='regularisation', before='learning_rate_low', causes=['weight decay that is too strong'],
-      tries=['a hundredth of it'])
+      tries=['a hundredth of this decay'])
 def weight_decay_high(evidence,
     *, max_part=1., # of the decay, in units of the gradient; half of it where weights shrink
     min_size=.7): # of weights in the end, in units of their first
