@@ -265,7 +265,8 @@ def _collapse(evidence, loss, limit):
     own = {nm: tracks[nm] for nm in dict.fromkeys([layer, *tracks]) if nm in names}
     return found(
         level, f'At step {first} the output of layer {layer} collapses and the loss jumps from '
-        f'{before:.3g}; it ends at {late:.3g}.', max(o[2] for o in events), limit, own, layer=layer, steps=(first, last),
+        f'{before:.3g}; it ends at {late:.3g}.',
+        max(o[2] for o in events), limit, own, layer=layer, steps=(first, last),
         chart=steps_chart('Deviation of outputs', own),
         causes=['too high a learning rate{rate}', 'no warm-up', 'weights that began small'],
         tries=['a third of this learning rate', '{find}', 'Kaiming initialisation', *_clip])
