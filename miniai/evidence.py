@@ -64,6 +64,7 @@ class Facts:
     written:tuple = ()                            # steps before which something else had changed weights
     rates:tuple = ()                              # (step, learning rate) of some steps
     norms:dict = field(default_factory=dict)      # BatchNorm -> fraction of its values that is from the start
+    door:str = ''             # what would have recorded more, where that is not `learn.watch()`
 
     def kind(self, source):
         "The type of the layer that `source` belongs to; '' if that is not known."
@@ -206,6 +207,10 @@ class Evidence(RunLosses):
                  if p == phase and what in stats and nm not in loop_sources}
         order = {nm: i for i,nm in enumerate([*facts.sources, *facts.layers, *facts.params])}
         return sorted(found, key=lambda nm: order.get(nm, len(order)))
+
+    def way(self, otherwise='watch with `learn.watch()`, or an Inspector'):
+        "How to record more: by what there is for the tool that wrote the record, or `otherwise`."
+        return f'watch with {self.facts.door}' if self.facts.door else otherwise
 
     def n_steps(self) -> int:
         "Training steps that the run took, as far as the tables show."

@@ -46,7 +46,8 @@ def softmax_before_loss(evidence):
     PyTorch, `CrossEntropyLoss` and `BCEWithLogitsLoss`: the input is expected to be unnormalized logits."""
     facts, last = evidence.facts, last_called(evidence.facts)
     if not facts.loss or not (facts.answers or facts.layers):
-        raise Missing('the loss function, or how the model ends, is not known; diagnose the Learner')
+        way = evidence.way('diagnose the Learner')
+        raise Missing(f'the loss function, or how the model ends, is not known; {way}')
     logits, logs = loss_kind(evidence) in ('classes', 'binary'), loss_name(evidence) == 'nll'
     ends = facts.kind(last) in ('Softmax', 'Softmax2d', 'Sigmoid') and facts.answers != 'number'
     seen = facts.answers == 'distribution' and not facts.loss.lower().startswith('b')
@@ -69,9 +70,9 @@ def entries(evidence, source, phase='train'):
     "Name of a number -> its values [n] in the steps that were taken, and the shape of a batch."
     values = evidence.track(source, 'entries', phase).values
     shape = evidence.facts.shapes.get(source, ((), ''))[0]
-    if not len(values) or not shape: raise Missing(
-        'what enters the loss is not known; use `learn.watch()`, or give the loss to '
-        '`Inspector.attach(model, optimizer, loss_fn)`')
+    way = evidence.way('use `learn.watch()`, or give the loss to '
+                             '`Inspector.attach(model, optimizer, loss_fn)`')
+    if not len(values) or not shape: raise Missing('what enters the loss is not known; ' + way)
     return dict(zip(entry_stats, values.astype(float).T)), shape
 
 def spread(t):
@@ -494,7 +495,8 @@ def at_chance(evidence,
 def metric_stuck(evidence, *, min_epochs=3): # with one and the same value
     """A metric that does not move while the loss does.
     Source: CS231n, "Neural networks 3": predictions that changed do not give the very same float."""
-    if not evidence.metrics(): raise Missing('no metric was recorded (MetricsCB, or `push_metric`)')
+    if not evidence.metrics(): raise Missing(
+        'no metric was recorded' + ' (MetricsCB, or `push_metric`)'*(not evidence.facts.door))
     solved = is_solved(evidence) or evidence.loss().late < .1*np.log(evidence.facts.n_classes or 1)   # before
     for nm,phase in ((nm, phase) for nm in evidence.metrics() for phase in ('valid', 'train')):
         track, loss = evidence.metric(nm, phase), evidence.epoch_loss(phase).values

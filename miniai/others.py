@@ -6,8 +6,8 @@
 __all__ = ['TrainerInspector', 'LightningInspector']
 
 # %% ../nbs/58_others.ipynb #59328e03
-import argparse, json, sys
-from functools import cache
+import argparse, json, sys, textwrap
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 
@@ -187,6 +187,15 @@ def as_json(findings):
     found['findings'] = [{nm: spell(v) for nm,v in o.items()} for o in found['findings']]
     return json.dumps(found, indent=1, allow_nan=False, default=lambda o: o.item())
 
+def not_asked(findings):
+    "What could not be asked of a run, rules with one reason together."
+    reasons, way = {}, findings.evidence.way('')
+    for nm,why in findings.unchecked.items():
+        reasons.setdefault(why.removesuffix(way).rstrip('; '), []).append(nm)
+    wrap = partial(textwrap.fill, width=100, initial_indent='  ', subsequent_indent=' '*9)
+    texts = [wrap(f'{why} ({", ".join(names)})') for why,names in reasons.items()]
+    return '\n'.join([f'Not asked{way and "; "}{way}:', *texts])
+
 def main_diagnose(argv=None):
     "Run the console command `miniai_diagnose`."
     p = argparse.ArgumentParser(prog='miniai_diagnose', description='Say what is wrong with a recorded run.')
@@ -196,6 +205,8 @@ def main_diagnose(argv=None):
     p.add_argument('--json', action='store_true', help='print JSON')
     args = p.parse_args(argv)
     try: found = diagnose(args.file)
-    except (OSError, ValueError, ImportError) as e: p.exit(2, f'miniai_diagnose: {e}\n')
+    except (OSError, ValueError, ImportError) as e:
+        p.exit(2, f'miniai_diagnose: {str(e).removeprefix("diagnose: ")}\n')
     print(as_json(found) if args.json else found)
+    if found.unchecked and not args.json: print(f'\n{not_asked(found)}')
     p.exit(args.fail_on != 'never' and bool(found.of(*levels[:levels.index(args.fail_on)+1])))

@@ -33,8 +33,12 @@ def place_of(name):
     return phase, 'epoch', '_'.join(rest)
 
 # %% ../nbs/48_records.ipynb #501956ea
-def _of_trainer(path):   # the last line has means over the run
-    return [o for o in json.loads(path.read_text('utf-8'))['log_history'] if 'train_runtime' not in o]
+def _of_trainer(path):
+    state = json.loads(path.read_text('utf-8'))
+    log = state.get('log_history') if isinstance(state, dict) else None
+    if not isinstance(log, list) or not all(isinstance(o, dict) for o in log):
+        raise ValueError('it has no list `log_history` of dictionaries')
+    return [o for o in log if 'train_runtime' not in o]   # the last line has means over the run
 
 def _number(text):
     try: return float(text)
@@ -56,7 +60,10 @@ def _of_events(path):
     events = EventAccumulator(str(path), size_guidance=dict(scalars=0)).Reload()
     return [dict(step=o.step) | {nm: o.value} for nm in events.Tags()['scalars'] for o in events.Scalars(nm)]
 
-_readers = {'.json': _of_trainer, '.csv': _of_csv, '': _of_events}
+_by_hand = '`Inspector().attach(model, optimizer, loss_fn)` in the loop'
+_readers = {'.json': (_of_trainer, "`TrainerInspector()` among the Trainer's callbacks"),
+            'metrics.csv': (_of_csv, "`LightningInspector()` among the Trainer's callbacks"),
+            '.csv': (_of_csv, _by_hand), '': (_of_events, _by_hand)}   # and what else one may watch with
 
 # %% ../nbs/48_records.ipynb #74550cf3
 _steps = 'step', '_step', 'Step', 'global_step', 'trainer/global_step', 'iteration'
@@ -88,17 +95,30 @@ def _is_own(path):
     with open(path, encoding='utf-8') as f: head = f.readline().strip().split(',')
     return {'phase', 'source', 'stat'} <= {*head}
 
+def _read(path):
+    if _is_own(path):
+        history, facts = read_table(path)
+        if not len(history): raise ValueError('it has no rows')
+        kept = "`learn.watch()` or an Inspector, and save by `learn.diagnose().evidence.save('run.parquet')`"
+        return history, facts | dict(door=kept) if path.suffix == '.csv' else facts
+    kind = path.name if path.name in _readers else '' if path.is_dir() else path.suffix or '?'
+    if kind not in _readers: raise ValueError(f'it ends in {kind!r}')
+    read, door = _readers[kind]
+    history, facts = table_of(read(path))
+    return history, facts | dict(door=door)
+
+
+
 def read_record(path):
     "The table of a run and its facts, from our file or that of another tool."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'diagnose: no file or folder is called {path}')
     within = [path/nm for nm in ('trainer_state.json', 'metrics.csv')]
     path = next((o for o in within if o.exists()), path)
-    try:
-        if _is_own(path): return read_table(path)
-        read = _readers.get('' if path.is_dir() else path.suffix or '?')
-        if read: return table_of(read(path))
+    try: return _read(path)
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error, EOFError) as e:
-        raise ValueError(f'diagnose: {path} cannot be read ({type(e).__name__}: {e})') from e
-    raise ValueError(f'diagnose: path is {str(path)!r}; it reads .parquet, .csv and .jsonl files, a '
-                     'trainer_state.json, and a folder of TensorBoard events')
+        said = f'a row has no {e}' if isinstance(e, KeyError) else str(e).rstrip('.')
+        if isinstance(e, json.JSONDecodeError): said = f'it is no JSON, or cut off, at line {e.lineno}'
+        raise ValueError(f'diagnose: {path} cannot be read: {said}. It reads a table of miniai (.parquet, '
+                         ".csv, .jsonl), trainer_state.json, Lightning's metrics.csv, a CSV export of W&B, "
+                         'a folder of TensorBoard events') from e

@@ -51,7 +51,7 @@ def rule(
 decays = 'SGD', 'Adam', 'Adagrad', 'RMSprop', 'AdamW'   # how these decay is known
 
 def filled(evidence, texts):
-    "Texts with {rate}, {find}, {decay} and {measured} filled in; without those that are empty then."
+    "Texts with {rate}, {find}, {trace}, {decay} and {measured} filled in; without those that are empty then."
     o, (measured, seen) = evidence.facts, evidence.facts.sampled.get('train', (0, 0))
     strong = o.weight_decay and o.optimizer in decays and (
         o.weight_decay*(o.lr or 0) >= 1e-3   # of a weight in a step
@@ -59,20 +59,21 @@ def filled(evidence, texts):
     known = f'{measured} of {seen} steps were measured: it may have begun before the step named'
     words = {'{rate}': f' (it was {o.lr:g})' if o.lr else '',
              '{decay}': f'weight decay that is too strong (it was {o.weight_decay:g})' if strong else '',
+             '{trace}': evidence.way('`learn.watch()`, which traces it'),
              '{find}': '`learn.lr_find()`' if o.optimizer else 'a few steps at each of several rates',
              '{measured}': known if measured < seen else ''}
     for nm,word in words.items(): texts = [o.replace(nm, word) for o in texts if o]
     return [o for o in texts if o]
 
 # %% ../nbs/50_rules.ipynb #76abecd2
-doors = '`learn.watch()`, or an Inspector'
 _recorders = dict(grad='GradientStats', update='UpdateStats', param='UpdateStats')   # first word of a name
 
 def needed(evidence, stat):
     "Sources that have `stat`; `Missing` where none has."
     found = evidence.sources(stat)
     watcher = _recorders.get(stat.partition('_')[0], 'ActivationStats')
-    if not found: raise Missing(f'no {stat} was recorded; watch with {watcher}, {doors}')
+    way = evidence.way(f'watch with {watcher}, `learn.watch()`, or an Inspector')
+    if not found: raise Missing(f'no {stat} was recorded; {way}')
     return found
 
 def needed_loss(evidence):
@@ -340,7 +341,7 @@ _nan_causes = dict(
 _by_design = 'the loss was finite at every recorded step: a mask by design, or gradients left out by a scaler'
 _as_zero = 'the loss was finite at every recorded step: some logs have 0 in place of NaN'
 
-@rule(kind='nan', tries=['print the batch of that step', '`learn.watch()`, which traces it',
+@rule(kind='nan', tries=['print the batch of that step', '{trace}',
                          'a small number inside log, root or division', *_clip])
 def not_finite(evidence):
     """NaN or infinity: the first step at which it was seen, and at that step the first layer.
@@ -379,7 +380,7 @@ def never_called(evidence):
     """Layers that were watched and never ran: a warning if they are to be trained and get no gradient.
     Source: PyTorch, "Modules": only a call of a module runs its hooks."""
     silent, known = evidence.facts.silent, evidence.facts.sampled
-    if not silent and not known: raise Missing(f'no outputs of layers were recorded; watch with {doors}')
+    if not silent and not known: raise Missing(f'no outputs of layers were recorded; {evidence.way()}')
     used = layers_of(nm for stat in ('grad_norm', 'update_norm') for nm in evidence.sources(stat)
                      if evidence.track(nm, stat).usual > 0)
     mine = layers_of(nm for nm,p in evidence.facts.params.items() if p.trained)
@@ -394,8 +395,7 @@ def no_gradient(evidence):
     """Parameters that are to be trained, and to which no gradient ever came.
     Source: PyTorch, "Autograd mechanics": what comes out of `.detach()` or `no_grad` is not in the graph."""
     facts = evidence.facts
-    if facts.unreached is None:
-        raise Missing(f'no gradients were recorded; watch with GradientStats, {doors}')
+    if facts.unreached is None: raise Missing(f'no gradients were recorded; {evidence.way()}')
     known = [nm for nm,p in facts.params.items() if p.held is False]   # said elsewhere
     layers = [o for o in layers_of(nm for nm in facts.unreached if nm not in known) if o not in facts.silent]
     return at_layers('error', 'No gradient ever comes to {layer}, though it is to be trained.', layers)
@@ -406,7 +406,7 @@ def not_trained(evidence):
     """Layers whose weights are frozen (most: a note), or are missing from the optimizer (all: an error).
     Source: PyTorch, `torch.optim`. Fine-tuning freezes most of a model on purpose."""
     params = evidence.facts.params
-    if not params: raise Missing('the parameters are not known; diagnose the Learner or the Inspector')
+    if not params: raise Missing(f'the parameters are not known; {evidence.way("diagnose the Learner")}')
     frozen = layers_of(nm for nm,p in params.items() if not p.trained and len(p.shape) > 1)
     missing = layers_of(nm for nm,p in params.items() if p.trained and p.held is False)
     sizes = {nm: np.prod(p.shape) for nm,p in params.items()}
@@ -430,7 +430,7 @@ def identical_units(evidence, *, max_copies=.5): # fraction of a layer's units t
     """Units of a layer with the same weights: they get the same gradient, and stay the same for ever.
     Source: Goodfellow, Bengio, Courville, "Deep Learning" (2016), 8.4: break the symmetry between units."""
     copies = evidence.facts.copies
-    if not copies: raise Missing('the weights are not known; diagnose the Learner')
+    if not copies: raise Missing(f'the weights are not known; {evidence.way("diagnose the Learner")}')
     layers = [nm for nm,fraction in copies.items() if fraction >= max_copies]
     chart = depth_chart('Fraction of units that are copies', copies, False, fraction=[*copies.values()])
     if layers: return found(
@@ -490,7 +490,7 @@ def saturated(evidence, *, min_slope=.1): # mean slope of the activation, in uni
     """Sigmoid or tanh layers that work at the flat ends of their range.
     Source: Glorot and Bengio (2010), figures 2 and 3; LeCun and others, "Efficient backprop" (1998), 4.4."""
     facts = evidence.facts
-    if not facts.layers: raise Missing('the types of the layers are not known; diagnose the Learner')
+    if not facts.layers: raise Missing(f'no types of layers known; {evidence.way("diagnose the Learner")}')
     slopes = {o: mean_slope(evidence, o) for o in needed(evidence, 'std')[:-1] if facts.kind(o) in _slopes}
     flat = {nm: slopes[nm] for late,nm in sorted((o.late, nm) for nm,o in slopes.items()) if late < min_slope}
     if not flat or is_solved(evidence): return

@@ -12,12 +12,12 @@ import numpy as np
 
 from .evidence import Chart
 from .rules import (Missing, at_layers, decays, found, is_solved, layers_of, needed_loss, rule,
-                          tracks_of, doors, weights_with)
+                          tracks_of, weights_with)
 
 # %% ../nbs/51_step_rules.ipynb #303b8477
 def counted(evidence):
     "What was counted of the steps: name -> number, 0 where there was none."
-    if not evidence.facts.ledger.get('steps'): raise Missing(f'no steps were counted; watch with {doors}')
+    if not evidence.facts.ledger.get('steps'): raise Missing(f'no steps were counted; {evidence.way()}')
     return Counter(evidence.facts.ledger)
 
 @rule(kind='zero_grad', before='exploding_activations')
@@ -163,7 +163,7 @@ def unchanged(evidence):
 def rate_falls_early(evidence, *, min_rate=.01): # median rate of the run, in units of its highest
     """A learning rate that is next to nothing for most of a run.
     Source: PyTorch, `torch.optim.lr_scheduler`: most of them are meant to be stepped once an epoch."""
-    if not evidence.facts.rates: raise Missing(f'the learning rate was not recorded; watch with {doors}')
+    if not evidence.facts.rates: raise Missing(f'the learning rate was not recorded; {evidence.way()}')
     steps, rates = np.array(evidence.facts.rates).T
     high, middle = rates.max(), np.interp(steps[-1]/2, steps, rates)
     if len(rates) > 7 and middle < min_rate*high: return found(
@@ -188,7 +188,8 @@ def weight_decay_high(evidence,
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization" (2017), section 2."""
     decay = evidence.facts.weight_decay
     names = weights_with(evidence, 'param_norm') if evidence.sources('param_norm') else []
-    if decay is None or not names: raise Missing(f'weight decay or sizes of weights are not known; {doors}')
+    if decay is None or not names: raise Missing(
+        f'weight decay or sizes of weights are not known; {evidence.way()}')
     if evidence.facts.optimizer not in decays: raise Missing(f'decay is known of {", ".join(decays)} only')
     if not decay or is_solved(evidence, .5): return
     part = np.median([_pull(evidence, nm, decay) for nm in names])

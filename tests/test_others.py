@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from miniai.all import (DataLoaders, Inspector, Learner, LogCB, LossMetrics, MetricsCB, OutputStats, ParameterGradientGeometry,
-                        ParameterUpdateGeometry, TrainCB, diagnose, set_seed)
+                        ParameterUpdateGeometry, TrainCB, diagnose, rules, set_seed)
 
 torch.manual_seed(0)
 x = torch.randn(120, 10)
@@ -436,15 +436,41 @@ def test_command_on_files_of_six_kinds(write, tmp_path, capsys):
     assert code == 0 and 'not_finite' in out.out
 
 
+ways = {write_trainer_state: '`TrainerInspector()`', write_lightning: '`LightningInspector()`', write_tensorboard: '`Inspector().attach(',
+        write_wandb: '`Inspector().attach(', write_ours: '`learn.watch()`', write_our_csv: "evidence.save('run.parquet')`"}
+
+
+@pytest.mark.parametrize('write', writers, ids=lambda o: o.__name__)
+def test_command_says_what_it_could_not_see(write, tmp_path, capsys):
+    "And with what the user of that tool may record it; nothing of ours that there is not in another library."
+    _, out = command(capsys, write(tmp_path, broken))
+    first, _, rest = out.out.partition('\n\n')
+    assert f'of {len(rules)} rules could not be asked' in first and ways[write] in first + rest
+    asked = ' '.join(rest.partition('Not asked')[2].split())
+    assert 'no grad_norm was recorded' in asked and 'dead_units' in asked and 'what enters the loss is not known' in asked
+    if 'our' not in write.__name__: assert 'learn.' not in out.out and 'the Learner' not in out.out and asked.count('watch with') == 1
+
+
+def test_command_on_a_run_that_could_be_asked_all(tmp_path, capsys):
+    learn = fitted(LogCB([]), 5)
+    learn.diagnose().evidence.save(tmp_path/'run.parquet')
+    _, out = command(capsys, tmp_path/'run.parquet')
+    asked = out.out.partition('Not asked:')[2]
+    assert 'could not be asked' not in out.out and len(asked.splitlines()) == len(set(learn.diagnose().unchecked.values())) + 1
+
+
 @pytest.mark.parametrize('name, text, said', [
-    ('trainer_state.json', '{"log_history": [', 'cannot be read'), ('trainer_state.json', '{"a": 1}', 'log_history'),
+    ('trainer_state.json', '{"log_history": [', 'it is no JSON, or cut off, at line 1'), ('trainer_state.json', '{"a": 1}', 'no list `log_history`'),
+    ('trainer_state.json', '[1, 2]', 'no list `log_history`'), ('trainer_state.json', '{"log_history": ["a"]}', 'no list `log_history`'),
+    ('run.jsonl', '{"phase": "train"}', "a row has no 'source'"), ('run.jsonl', '', 'it has no rows'),
     ('metrics.csv', '', 'no loss or metric'), ('metrics.csv', 'wall_time,runtime\n1,2\n', 'but wall_time, runtime'),
     ('export.csv', '"Step","a - loss","b - loss"\n1,2,3\n', 'several runs'), ('run.parquet', 'no parquet', 'cannot be read'),
-    ('notes.txt', 'loss 3', 'it reads .parquet'), ('run.jsonl', '{"phase": ', 'cannot be read')])
+    ('notes.txt', 'loss 3', "it ends in '.txt'"), ('run.jsonl', '{"phase": ', 'cannot be read')])
 def test_damaged_files_are_refused(name, text, said, tmp_path, capsys):
     (tmp_path/name).write_text(text)
     code, out = command(capsys, tmp_path/name, '--json')
     assert code == 2 and said in out.err and name in out.err and not out.out
+    assert 'Error' not in out.err and out.err.count('diagnose') == 1 and 'It reads a table of miniai (.parquet, .csv, .jsonl)' in out.err
 
 
 def test_files_that_are_not_there_or_are_empty(tmp_path, capsys):
