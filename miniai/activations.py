@@ -351,7 +351,7 @@ class Recorder(Kept, SampledCallback):
 
 # %% ../nbs/40_activations.ipynb #4d731e06
 why_silent = ('was never called. Forward does not run it, or not by a call (`layer.forward(x)`, `F.relu`), '
-              'or the model (or another of its class) was compiled before the hooks were there')
+              'or the model was not called in `predict`, or compiled (or another of its class) before')
 
 # %% ../nbs/40_activations.ipynb #6a56b439
 class OutputSteps(Recorder, HooksCallback):

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/38_ledger.ipynb #62df8ab5
 from collections import Counter
+from functools import partial
 from operator import attrgetter
 
 import torch
@@ -29,6 +30,15 @@ def head(a):
     "The first entries of a tensor."
     return a.detach().reshape(-1)[:64]
 
+def heads(params):
+    "[(parameter, its first entries now)] of plain ones that are there; a sharded one's copy is freed."
+    return [(p, head(p).clone()) for p in params if type(p) is nn.Parameter and p.untyped_storage().size()]
+
+def is_still(p, start):
+    "Whether the first entries of a parameter are what they were; not if its memory is gone."
+    try: return torch.equal(head(p), start)
+    except Exception: return False
+
 # %% ../nbs/38_ledger.ipynb #45dc42cd
 def is_due(n, often=4):
     "Whether step `n` of a phase is one of the first, or of `often` in every doubling."
@@ -38,7 +48,7 @@ def is_due(n, often=4):
 class FollowsGradient:
     "Chooses a parameter, and compares its gradient with that of the last step as each backward pass comes."
     def __init__(self):
-        self.p, self.handle, self.at_step, self.backwards, self.stepping = None, None, None, 0, False
+        self.p, self.handles, self.at_step, self.backwards, self.stepping = None, [], None, 0, False
         self.counts, self.kept, self.dropped, self.old, self.some = Counter(), 0, 0, False, False
         self.known, self.failed = {}, False   # id of an optimizer -> whether it has the parameter
 
@@ -50,15 +60,18 @@ class FollowsGradient:
         plain = lambda g: type(g) is torch.Tensor and g.layout is torch.strided
         self.p = next((p for p in params if plain(p.grad)), None)
 
-    def _before(self, grad):
+    def _tried(self, f, a):
         # of an optimizer that asks for several, or of a step that has none to compare with
         if self.stepping or self.at_step is None: return
-        try: self._compare(grad, None if self.p.grad is None else head(self.p.grad))
+        try: f(a)
         except Exception:   # nothing is raised into a backward pass
             self.failed = True
             self.remove()
 
-    def _compare(self, grad, now):
+    def _before(self, grad): self.last = [None if o is None else head(o).clone() for o in (grad, self.p.grad)]
+
+    def _added(self, p):
+        grad, now = self.last
         self.backwards += 1
         if self.backwards == 1:
             self.old = False if now is None else (now == self.at_step).all() & (now != 0).any()
@@ -66,11 +79,11 @@ class FollowsGradient:
             self.counts['added'] += 1
             self.dropped = self.dropped + (self.some if now is None else (now == 0).all() & self.some)
             self.old = False if now is None else self.old & (now != 0).any()
-        self.some = (head(grad) != 0).any()
+        self.some = (grad != 0).any()
 
     def remove(self):
-        if self.handle is not None: self.handle.remove()
-        self.handle = self.p = None
+        for o in self.handles: o.remove()
+        self.handles, self.p = [], None
 
 # %% ../nbs/38_ledger.ipynb #0bf536f3
 class GradientWatch(FollowsGradient):
@@ -94,8 +107,10 @@ class GradientWatch(FollowsGradient):
         self.stepping, self.at_step, self.backwards = False, None, 0
         known = sampled and self.p is not None and self.p.grad is not None
         if known: self.at_step = head(self.p.grad).clone()
-        if known == (self.handle is not None): return
-        self.handle = self.p.register_hook(self._before) if known else self.handle.remove()
+        if known == bool(self.handles): return
+        for o in self.handles: o.remove()
+        ways = (self.p.register_hook, self._before), (self.p.register_post_accumulate_grad_hook, self._added)
+        self.handles = [register(partial(self._tried, f)) for register,f in ways if known]
 
 # %% ../nbs/38_ledger.ipynb #b87228a3
 version = attrgetter('_version')   # rises with each change of a tensor in place
@@ -136,7 +151,7 @@ class Forwards(StepCounts):
     "Counts what forwards find, besides."
     def __init__(self):
         super().__init__()
-        self.strangers, self.attached, self.unregistered = None, False, 0
+        self.strangers, self.frozen, self.attached, self.unregistered, self.averaged = None, None, False, 0, 0
 
     def forward(self, training, grad, attached=False):
         "Note the mode of a forward, of the model and of grad, and whether its input has a graph of its own."
@@ -145,11 +160,13 @@ class Forwards(StepCounts):
         else: self.counts.update({'forwards without grad': 1, 'of these in train mode': int(training)})
 
     def output(self, a, params):
-        "Note the parameters, other than these, that the first output with a graph was computed from."
+        """Note the parameters, other than these, that the first output with a graph was computed from.
+
+        And what those of these are that are frozen: averages of others move all the same."""
+        if self.frozen is None: self.frozen = heads(o for o in params if not o.requires_grad)
         if self.strangers is not None or a is None or a.grad_fn is None or self.attached: return
         mine = {id(p) for p in params}
-        there = lambda p: id(p) not in mine and p.untyped_storage().size()   # a sharded one's copy is freed
-        self.strangers = [(p, head(p).clone()) for p in leaves_of(a) if there(p)]
+        self.strangers = heads(p for p in leaves_of(a) if id(p) not in mine)
 
 # %% ../nbs/38_ledger.ipynb #6fa30fc7
 class Ledger(Forwards):
@@ -157,23 +174,21 @@ class Ledger(Forwards):
     def end(self):
         "Let go of the model; waits for the device."
         self.grads.remove()
-        self.unregistered, self.strangers = self._n_still(), None
-
-    def _n_still(self):
-        "How many of the strangers are what they were."
-        def is_still(p, start):
-            try: return torch.equal(head(p), start)
-            except Exception: return False   # memory that is gone, as under sharding
-        return sum(is_still(*o) for o in self.strangers or ()) or self.unregistered
+        found = self.facts()['ledger']
+        self.unregistered, self.averaged = found['unregistered'], found['averaged']
+        self.strangers, self.frozen = None, ()
 
     def facts(self) -> dict: # ledger: name -> number; written: steps before which weights changed; rates
         "Give what was counted, as plain numbers; waits for the device."
-        found = dict(self.counts + self.grads.counts, kept=int(self.grads.kept),
-                     dropped=int(self.grads.dropped), unregistered=self._n_still())
+        grads = self.grads
+        found = dict(self.counts + grads.counts, kept=int(grads.kept), dropped=int(grads.dropped))
+        found['unregistered'] = sum(is_still(*o) for o in self.strangers or ()) or self.unregistered
+        moved = [not is_still(*o) for o in self.frozen or ()]   # by something else than an optimizer
+        found['averaged'] = int(2*sum(moved) > len(moved)) or self.averaged
         return dict(ledger=found, written=tuple(self.written), rates=tuple(self.rates))
 
     def load_state_dict(self, ledger, written=(), rates=()):
         "Go on counting from what `facts` gave."
         self.counts, self.written, self.rates = Counter(ledger), list(written), [tuple(o) for o in rates]
-        self.grads.kept, self.grads.dropped, self.unregistered = (
-            self.counts.pop(nm, 0) for nm in ('kept', 'dropped', 'unregistered'))
+        self.grads.kept, self.grads.dropped, self.unregistered, self.averaged = (
+            self.counts.pop(nm, 0) for nm in ('kept', 'dropped', 'unregistered', 'averaged'))

@@ -29,7 +29,8 @@ def loss_name(evidence): return evidence.facts.loss.lower().replace('_', '').rem
 
 def loss_kind(evidence):
     "'classes', 'binary' (of logits), 'probabilities' (binary), 'numbers'; '' of other losses."
-    return _kinds.get(loss_name(evidence), '')
+    name, kind = loss_name(evidence), evidence.facts.shapes.get('targets', ('', ''))[1]
+    return '' if name == 'nll' and 'float' in kind else _kinds.get(name, '')   # it may be of a density
 
 # %% ../nbs/52_loss_rules.ipynb #b30b1dda
 def always_within(evidence, few=10, width=.5):
@@ -189,7 +190,7 @@ def loss_input(evidence):
         'ignores by how much they are beyond 0 and 1.', causes=['logits for a loss of probabilities'],
         tries=['a Sigmoid or Softmax at the end of the model', 'BCEWithLogitsLoss, or CrossEntropyLoss'])
     off = np.abs([p.get('lse_min', 0.), p.get('lse_max', 0.)]).max()   # of log-probabilities it is 0
-    if facts.loss.lower().startswith('nll') and off > .1: return found(
+    if loss_name(evidence) == 'nll' and kind == 'classes' and off > .1: return found(
         'error', f'{facts.loss} wants log-probabilities, but those of a sample do not add up to 1.', off, .1,
         causes=['no LogSoftmax, or one over another axis than that of the classes'],
         tries=['LogSoftmax over axis 1, or CrossEntropyLoss of what comes before it'])

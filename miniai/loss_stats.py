@@ -178,7 +178,9 @@ def is_blind(loss_func, preds, targets):
 @torch.no_grad()
 def is_clipped(loss_func, preds, targets):
     "Whether the loss stays when predictions outside of 0 to 1 move away from it; None where none are."
-    high, low = preds > 1, preds < 0
-    if targets is None or not preds.is_floating_point() or not (high | low).any(): return None
-    moved = torch.where(high | low, 2*preds, preds)   # not all by the same amount, which a softmax ignores
-    return bool(loss_func(preds, targets) == loss_func(moved, targets) != 0)
+    beyond = lambda a: (a > 1) | (a < 0)
+    if targets is None or not preds.is_floating_point() or not beyond(preds).any(): return None
+    # not all by the same amount, which a softmax ignores; answers of others cost under any margin
+    moved = lambda a: torch.where(beyond(a), 2*a, a)
+    stays = lambda a: bool(loss_func(a, targets) == loss_func(moved(a), targets) != 0)
+    return stays(preds) and stays(preds.roll(1, 0))

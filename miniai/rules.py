@@ -282,7 +282,7 @@ def learning_rate_high(evidence,
     Source: Smith, "Cyclical learning rates for training neural networks" (2017)."""
     loss = needed_loss(evidence)
     first, high, end = loss.first, highest_of_two(loss.values), loss[loss.end]
-    limit = first + (max_rise-1)*abs(first)
+    limit = first + (max_rise-1)*max(abs(first), -loss.finite.min(initial=0.))   # scores may have both signs
     noisy = 0 < np.median(loss.samples) < 16   # losses and deviations over so few samples vary by themselves
     if not high > limit: return [] if noisy else _collapse(evidence, loss, max_fall)
     usual = len(end.finite) > 1 and end.finite.min() <= first and high <= max_rise*end.finite.max()
@@ -405,9 +405,9 @@ def no_gradient(evidence):
 def not_trained(evidence):
     """Layers whose weights are frozen (most: a note), or are missing from the optimizer (all: an error).
     Source: PyTorch, `torch.optim`. Fine-tuning freezes most of a model on purpose."""
-    params = evidence.facts.params
+    params, averaged = evidence.facts.params, evidence.facts.ledger.get('averaged')
     if not params: raise Missing(f'the parameters are not known; {evidence.way("diagnose the Learner")}')
-    frozen = layers_of(nm for nm,p in params.items() if not p.trained and len(p.shape) > 1)
+    frozen = layers_of(nm for nm,p in params.items() if not (p.trained or averaged) and len(p.shape) > 1)
     missing = layers_of(nm for nm,p in params.items() if p.trained and p.held is False)
     sizes = {nm: np.prod(p.shape) for nm,p in params.items()}
     most = sum(o for nm,o in sizes.items() if not params[nm].trained) >= sum(sizes.values())/2

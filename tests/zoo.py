@@ -988,6 +988,79 @@ def mean_teacher():
     return pushed(model, images(), loss_of, optim.Adam(model.student.parameters(), 2e-3), end=follow)
 
 
+@run
+def momentum_teacher_of_a_part():
+    "Two views of a sample agree (BYOL): the targets are those of an average of the encoder, which is in the model and less than half of it."
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.head = mlp(16, 64, 16), mlp(16, 32, 16)
+            self.target = copy.deepcopy(self.encoder).requires_grad_(False)
+        def forward(self, one, other): return self.head(self.encoder(one)), self.target(other)
+    model = Pair()
+    def loss_of(model, batch): return 2 - 2*F.cosine_similarity(*model(views(batch[0]), views(batch[0]))).mean()
+    def follow():
+        for p, q in zip(model.target.parameters(), model.encoder.parameters()): p.data.mul_(.98).add_(q.data, alpha=.02)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return pushed(model, batches(gaussian(768, 16), bs=64), loss_of, optim.SGD(trained, .1, .9), epochs=5, end=follow)
+
+
+@run
+def meta_learning():
+    "A step inside the loss for each of four tasks (MAML), whose gradients are asked for and not added."
+    model = mlp(1, 32, 32, 1, act=nn.Tanh)
+    def loss_of(model, batch):
+        losses = []
+        for size, shift in batch[0]:
+            x, weights = torch.rand(20, 1)*6 - 3, dict(model.named_parameters())
+            y, answer = (size + .5)*torch.sin(x + 3*shift), lambda weights, x: torch.func.functional_call(model, weights, x)
+            grads = torch.autograd.grad(F.mse_loss(answer(weights, x[:10]), y[:10]), weights.values(), create_graph=True)
+            inner = {nm: p - .05*g for (nm, p), g in zip(weights.items(), grads)}
+            losses.append(F.mse_loss(answer(inner, x[10:]), y[10:]))
+        return sum(losses)/4
+    opt = optim.Adam(model.parameters(), 3e-3)
+    return pushed(model, [(torch.rand(4, 2),) for _ in range(40)], loss_of, opt, epochs=5, end=opt.zero_grad)
+
+
+@run
+def clipped_policy():
+    "Four steps with each batch of actions (PPO): a loss of both signs, which begins near zero and means little."
+    torch.manual_seed(1)
+    model, rewards = nn.ModuleDict(dict(body=nn.Sequential(nn.Linear(4, 32), nn.Tanh()), act=nn.Linear(32, 3), value=nn.Linear(32, 1))), []
+    opt = optim.Adam(model.parameters(), 3e-3)
+    inspector = Inspector().attach(model, optimizer=opt)
+    for _ in inspector.range(5):
+        for x, in batches(torch.randn(20*64, 4), bs=64):
+            with torch.no_grad():
+                dist = torch.distributions.Categorical(logits=model.act(model.body(x)))
+                a, value = dist.sample(), model.value(model.body(x))[:, 0]
+                old, r = dist.log_prob(a), bandit_rewards(x, a)
+            for _ in range(4):
+                h = model.body(x)
+                now = torch.distributions.Categorical(logits=model.act(h))
+                ratio = (now.log_prob(a) - old).exp()
+                gain = torch.minimum(ratio*(r - value), ratio.clamp(.8, 1.2)*(r - value)).mean()
+                loss = .5*F.mse_loss(model.value(h)[:, 0], r) - gain - .01*now.entropy().mean()
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
+                inspector.push_loss(loss.detach(), train=True)
+            rewards.append(r.mean())
+    return Run(inspector.detach(), 1 - mean(rewards[:5]), 1 - mean(rewards[-10:]))
+
+
+@run
+def mixture_density():
+    "A loss of one's own that is called as one of PyTorch's, of a density."
+    class NLL(nn.Module):
+        def forward(self, out, y):
+            weight, center, log_width = out.chunk(3, 1)
+            return -torch.logsumexp(weight.log_softmax(1) - log_width - .5*((y - center)/log_width.exp())**2, 1).mean()
+    x = 2*torch.rand(960, 1) - 1
+    y = x*(1 - 2*integers(2, 960, 1)) + .05*gaussian(960, 1)
+    return fitted(mlp(1, 32, 32, 12, act=nn.Tanh), batches(x, y), NLL(), 5e-3, optim.Adam, epochs=8)
+
+
 class LoRA(nn.Module):
     def __init__(self, base, r=4):
         super().__init__()
