@@ -28,6 +28,7 @@ from .files import atomic_write
 from .hooks import select_modules, unwrap, warn_if_compiled
 from .init import undisturbed
 from .kernels import add_to_row
+from .plots import caption, get_grid, plot_lines, subplots
 from .stats import Sums, empty_row, measure, output_bins, statistics, unit_axis, unit_view
 
 # %% ../nbs/60_actfns.ipynb #254e2d3a
@@ -115,7 +116,6 @@ def get_grads(act_fn, x:torch.Tensor) -> torch.Tensor: # of the shape of `x`; Na
 # %% ../nbs/60_actfns.ipynb #41556f8f
 def plot_act_fns(act_fns=six_act_fns, x_range=(-5, 5)): # the figure
     "Draw values and derivatives over `x_range`; `act_fns` are one or several, each as for `get_act_fn`."
-    from miniai.plots import get_grid, plot_lines
     act_fns, x = _as_list(act_fns), torch.linspace(*x_range, 1001)
     fig, axs = get_grid(len(act_fns), ncols=min(3, len(act_fns)), imsize=2.4)
     for act_fn,ax in zip(map(get_act_fn, act_fns), axs.flat):
@@ -395,7 +395,6 @@ def _draw_distribution(ax, values, color, bins=40):
 
 def _draw_distributions(rows, color, title, outputs, text):
     "Draw a plot for each row; the functions of `outputs` are named in the title if they are few."
-    from miniai.plots import caption, get_grid
     fig, axs = get_grid(len(rows), ncols=min(len(rows), 5), imsize=2.2)
     named = list(dict.fromkeys(o['function'] for o in outputs))
     fig.suptitle(', '.join([title, *(named if len(named) < 4 else [])]))
@@ -460,7 +459,6 @@ _curves = (('signal: std', 'log', {'std': 'C0'}), ('gradient: norm', 'log', {'gr
 
 def _draw_by_depth(tables):
     "Draw a column for each table: signal, gradient, dead and saturated, one under the other."
-    from miniai.plots import caption, plot_lines, subplots
     n = len(tables)
     fig, axs = subplots(3, n, figsize=(1+1.45*n, 5.4), sharex=True, sharey='row', squeeze=False)
     for row,(label,scale,lines) in zip(axs, _curves):

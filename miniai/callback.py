@@ -98,9 +98,7 @@ class CancelBatchException(Exception):
     "Raised in a callback: go on with the next batch."
 
 # %% ../nbs/20_callback.ipynb #6156006a
-def cancels(
-    e:BaseException
-) -> str: # 'fit', 'epoch', 'batch', ...; None if `e` is an error like any other
+def cancels(e:BaseException) -> str: # 'fit', 'epoch', 'batch', ...; None if `e` is an error like any other
     "The level that `e` cancels."
     for cls in type(e).__mro__:
         found = re.fullmatch(r'Cancel(\w+)Exception', cls.__name__)
@@ -245,9 +243,7 @@ def check_workers(
                              f'{" and ".join(set(unused.values()))} are not called', stacklevel=4)
 
 # %% ../nbs/20_callback.ipynb #b8cc9b5a
-def show_loop(
-    learn:HasCallbacks
-):
+def show_loop(learn:HasCallbacks):
     "Print every event at which something runs, in the order of a fit, and what it is (with its `order`)."
     for event in events:
         depth = 0 if event.endswith('_fit') else 1 if event.endswith('_epoch') else 2

@@ -59,6 +59,9 @@ class TakenValues(MergedTable):
         waiting.append((facts, kind, copy))
         return len(waiting)
 
+    @property
+    def waits(self): return bool(self.waiting)
+
     def _copy(self, key, value):
         value = torch.as_tensor(value).detach()
         if value.is_complex():
@@ -70,8 +73,8 @@ class TakenValues(MergedTable):
         return kind, value.to(wide, copy=True)
 
 # %% ../nbs/15_history.ipynb #e7ca2252
-class WaitingValues(TakenValues):
-    "Values on their way from a device to series."
+class Values(TakenValues):
+    "Recorded values, with a series for each (phase, source, name)."
     def flush(self):
         groups = [(key, *like, *zip(*rows)) for key,waiting in self.waiting.items()
                   for like,rows in groupby(waiting, _like)]
@@ -86,14 +89,9 @@ class WaitingValues(TakenValues):
         return self
 
     @property
-    def waits(self): return bool(self.waiting)
-    @property
     def nbytes(self):
         return self.kept_bytes() + sum(o.nbytes for rows in self.waiting.values() for *_,o in rows)
 
-# %% ../nbs/15_history.ipynb #1913cc3f
-class Values(WaitingValues):
-    "Recorded values, with a series for each (phase, source, name)."
     def keys(self): return list(self.chunks)
     def has(self, *key): return key in self.chunks
     def read_chunk(self, key, chunk): yield *key, chunk.arrays[0]

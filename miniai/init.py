@@ -232,13 +232,12 @@ def output_stats(model, modules, xb):
     "Measure mean and deviation of what each of `modules` puts out at its first call in one pass."
     def keep(hook, mod, inp, outp):
         # waits for the device; this is no training step
-        if hook.stats is None: hook.stats = mean_std(_tensors(outp)[0]).tolist()
-    with Hooks(modules, keep) as hooks:
-        for hook in hooks: hook.stats = None
-        run_once(model, xb)
+        if not hasattr(hook, 'stats'): hook.stats = mean_std(_tensors(outp)[0]).tolist()
+    with Hooks(modules, keep) as hooks: run_once(model, xb)
     for o in hooks:
-        if o.stats is None: raise ValueError(f'lsuv_init: {type(o.m).__name__} was not called when the model '
-                                             'ran; pass a module that its forward calls')
+        if not hasattr(o, 'stats'): raise ValueError(
+            f'lsuv_init: {type(o.m).__name__} was not called when the model ran; pass a module that its '
+            'forward calls')
     return [o.stats for o in hooks]
 
 def is_centred(m):

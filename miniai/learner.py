@@ -35,7 +35,14 @@ _all_ = ['Callback', 'CancelFitException', 'CancelBatchException', 'CancelEpochE
 
 # %% ../nbs/24_learner.ipynb #c3b955cb
 class _Batches(HasCallbacks):
-    "One batch: its five parts are events, most of them with an `after_`."
+    "The batches of a pass: the five parts of each are events, most of them with an `after_`."
+    def _numbered(self):
+        "The batches of this pass with their numbers; after a resume, those that were done are left out."
+        resume,self._resume = self._resume,None
+        if resume and self.training: return resume.batches(self)
+        if self.training and self.epoch_sz is None: self._rng = rng_state(self.dls)
+        return enumerate(self.dl)
+
     @with_cbs('batch')
     def _one_batch(self):
         self.predict()
@@ -67,8 +74,8 @@ class _Batches(HasCallbacks):
             for p in group['params']: p.grad = None
 
 # %% ../nbs/24_learner.ipynb #e6d999d0
-class _Passes(_Batches):
-    "A pass over the data, for training or validation."
+class _Epochs(_Batches):
+    "Passes over the data, for training or validation, and the fit that they make."
     @with_cbs('epoch')
     def _one_epoch(self):
         for self.iter,self.batch in self._numbered():
@@ -77,13 +84,6 @@ class _Passes(_Batches):
             finally: self.n_steps += self._stepped
             if self.training and self._is_over(): break
         if self.iter is None: raise ValueError(_no_batches(self))
-
-    def _numbered(self):
-        "The batches of this pass with their numbers; after a resume, those that were done are left out."
-        resume,self._resume = self._resume,None
-        if resume and self.training: return resume.batches(self)
-        if self.training and self.epoch_sz is None: self._rng = rng_state(self.dls)
-        return enumerate(self.dl)
 
     def _is_over(self): return self.max_steps is not None and self.n_steps-self.first_step >= self.max_steps
 
@@ -98,9 +98,6 @@ class _Passes(_Batches):
             self._stream = self.dl = self._stream or EpochsOf(self, self.dl, self.epoch_sz)
         self._one_epoch()
 
-# %% ../nbs/24_learner.ipynb #4a28e685
-class _Epochs(_Passes):
-    "The fit that the passes make."
     @with_cbs('fit')
     def _fit(self, train, valid):
         if self._resume and not self.epochs: self._resume.load(self)   # it had come to its end

@@ -104,11 +104,6 @@ def _html(rows):
     return f'<table>{tr(names, "th")}{"".join(body)}</table>'
 
 # %% ../nbs/22_progress.ipynb #cfa80f21
-def _last_run(history, phase):
-    s = history.series('batch', 'loss', phase)
-    last = s.runs == history.run
-    return type(s)(**{k: v[last] for k,v in vars(s).items()})
-
 def _epoch_means(s):
     "Last step and mean over samples of each epoch in the series `s`."
     parts = [s.epochs == e for e in np.unique(s.epochs)]
@@ -124,7 +119,8 @@ def draw_losses(
     plt.close(fig)   # it is shown where it is returned, and nobody has to close it
     ax = fig.subplots()
     ax.set(xlabel='training steps', ylabel='loss', title='Loss')
-    train,valid = ([], []) if history is None else (_last_run(history, o) for o in ('train', 'valid'))
+    last_run = lambda phase: [] if history is None else history.series('batch', 'loss', phase, history.run)
+    train,valid = last_run('train'),last_run('valid')
     if len(train):
         keep = slice(None, None, len(train)//2000+1)   # a picture has no room for more points
         ax.plot(train.steps[keep], train.values[keep], alpha=0.3, color='C0')

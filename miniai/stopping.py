@@ -16,7 +16,10 @@ class MonitorCB(Callback):
     order,in_trial = Order.show,False
     best,best_epoch,waited = None,None,0
 
-    def __init__(self, monitor='loss', mode=None):
+    def __init__(self,
+        monitor='loss', # name of a metric, or 'loss'
+        mode=None       # 'min' or 'max'; default 'min' if `monitor` has loss or error in its name
+    ):
         if mode not in (None, 'min', 'max'):
             raise ValueError(f"{type(self).__name__}: mode is {mode!r}; it is 'min' or 'max'")
         lower = any(o in (monitor or '').lower() for o in ('loss', 'error'))
@@ -59,11 +62,6 @@ class EarlyStoppingCB(MonitorCB):
 class SaveBestCB(MonitorCB):
     "Keeps the weights of the best validation epoch, and puts them into the model when the fit ends."
     _weights = None
-
-    def __init__(self,
-        monitor='loss', # name of a metric, or 'loss'
-        mode=None       # 'min' or 'max'; default 'min' if `monitor` has loss or error in its name
-    ): super().__init__(monitor, mode)
 
     def before_fit(self, learn):
         super().before_fit(learn)
