@@ -281,12 +281,12 @@ def learning_rate_high(evidence,
     """A loss that rises far above where it began, or jumps while outputs collapse; a warning if it recovers.
     Source: Smith, "Cyclical learning rates for training neural networks" (2017)."""
     loss = needed_loss(evidence)
-    first, high, end = loss.first, highest_of_two(loss.values), loss[loss.end]
-    limit = first + (max_rise-1)*max(abs(first), -loss.finite.min(initial=0.))   # scores may have both signs
+    first, high, end = loss.first, highest_of_two(loss.values), loss[loss.end].finite
+    wide = 5*np.nanmedian(np.abs(loss.values[:len(loss)//2+1]))*(loss.finite.min(initial=0.) < 0)   # scores
+    limit = first + (max_rise-1)*max(abs(first), wide)
     noisy = 0 < np.median(loss.samples) < 16   # losses and deviations over so few samples vary by themselves
     if not high > limit: return [] if noisy else _collapse(evidence, loss, max_fall)
-    usual = len(end.finite) > 1 and end.finite.min() <= first and high <= max_rise*end.finite.max()
-    if noisy and usual: return
+    if noisy and len(end) > 1 and end.min() <= first and high <= max_rise*end.max(): return
     deaths = tracks_of(evidence, evidence.sources('death_rate'), 'death_rate')
     died = [nm for nm,o in deaths.items() if o.first < .5 and o.late > .9]
     guess = np.log(evidence.facts.n_classes or 1)
