@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
 from .augment import joined
-from .batches import counted, is_of_entries, last_target, weight_of_batch
+from .batches import counted, is_sum, last_target, weight_of_batch
 from .callback import Callback, Order
 from .device import batch_size, generators, to_device
 from .distributed import (batch_part, gather, is_divided, local, rank, start_processes, total_norm,
@@ -78,12 +78,6 @@ class MixedPrecision(TrainCB):
     def load_state_dict(self, state):
         if state and self.scaler is not None: self.scaler.load_state_dict(state)
 
-# %% ../nbs/35_accel.ipynb #e69e260c
-def is_sum(loss_func):
-    "Whether a loss adds up instead of taking a mean."
-    said = getattr(loss_func, 'keywords', {}).get('reduction', getattr(loss_func, 'reduction', 'mean'))
-    return said == 'sum'
-
 # %% ../nbs/35_accel.ipynb #4b168d4e
 def weight_gradients(learn, weight):
     "The gradients of this batch times `weight`; the loss keeps its value."
@@ -103,7 +97,7 @@ def is_last(learn):
 def tell_unknown_mean(learn):
     "Warn where a loss function of one's own may leave out some of the targets."
     y = last_target(learn)
-    unknown = callable(learn.loss_func) and counted(learn) is None and not is_of_entries(learn.loss_func)
+    unknown = callable(learn.loss_func) and counted(learn) is None
     if unknown and isinstance(y, torch.Tensor) and y.ndim > 1 and not y.is_floating_point(): warnings.warn(
         f'AccumulateCB: what {learn.loss_func!r} is a mean over is not known; batches are weighed by their '
         'samples. If it leaves out padding: weight_of=lambda batch: (batch[1] != -100).sum()', stacklevel=2)

@@ -153,12 +153,6 @@ def last_target(learn):
     "The last target of the batch, which says what the loss is a mean over; None where it has none."
     return next(iter(targets_in(learn, batch_parts(learn))[-1:]), None)
 
-def counted(learn, by_class=True):
-    "What the loss of this batch is a mean over, on its device; None if over samples."
-    weight_of = next((o.weight_of for o in (*learn.cbs, learn) if getattr(o, 'weight_of', None)), None)
-    if weight_of: return weight_of(learn.batch)
-    return mean_over(learn.loss_func, last_target(learn), batch_parts(learn).loss_nm is not None, by_class)
-
 def mean_over(f, y, own=False, by_class=True):
     "What a loss function is a mean over with these targets; `own`: the model has computed the loss."
     if not isinstance(y, torch.Tensor) or y.is_floating_point(): return
@@ -167,6 +161,11 @@ def mean_over(f, y, own=False, by_class=True):
     if not (own or f in (F.cross_entropy, F.nll_loss) or hasattr(f, 'ignore_index')): return
     there,weight = y != said('ignore_index', -100),said('weight', None) if by_class else None
     return there.sum(dtype=torch.float) if weight is None else (weight[y.where(there, 0)]*there).sum()
+
+def is_sum(loss_func):
+    "Whether a loss adds up instead of taking a mean."
+    said = getattr(loss_func, 'keywords', {}).get('reduction', getattr(loss_func, 'reduction', 'mean'))
+    return said == 'sum'
 
 _of_entries = 'mse', 'l1', 'smoothl1', 'huber', 'bce', 'binarycrossentropy'
 
@@ -178,10 +177,32 @@ def is_of_entries(f):
     name = getattr(f, '__name__', type(f).__name__)
     return name.lower().replace('_', '').removesuffix('loss').removesuffix('withlogits') in _of_entries
 
-def weight_of_batch(learn, by_class=True):
-    "The same, or the number of samples, or of entries where they are what a loss is a mean over."
-    weight = counted(learn, by_class)
-    if weight is not None: return weight
-    y = last_target(learn)
+# %% ../nbs/03_batches.ipynb #0650f5a4
+def predicted(learn, y):
+    """The targets `y` that the model's own loss is of; the first of each row is -100 if it predicts the next.
+
+    The first batch says which: its loss is one of the two."""
+    p,loss = learn.preds,learn.loss
+    tensors = all(isinstance(o, torch.Tensor) for o in (p, y, loss))
+    if not tensors or p.shape[:-1] != y.shape or y.ndim != 2: return y
+    if getattr(learn, '_ahead', None) is None:
+        with torch.no_grad():
+            found = [F.cross_entropy(p[:, :n].flatten(0, 1).float(), o.flatten()) - loss
+                     for n,o in ((None, y), (-1, y[:, 1:]))]
+        learn._ahead = found[1].abs() < found[0].abs()   # stays on the device
+    return torch.cat([y[:, :1].where(~learn._ahead, -100), y[:, 1:]], 1)
+
+def counted(learn, by_class=True):
+    "What the loss of this batch is a mean over, on its device; None if over samples."
+    weight_of = next((o.weight_of for o in (*learn.cbs, learn) if getattr(o, 'weight_of', None)), None)
+    if weight_of: return weight_of(learn.batch)
+    y,own = last_target(learn),batch_parts(learn).loss_nm is not None
+    found = mean_over(learn.loss_func, predicted(learn, y) if own else y, own, by_class)
     entries = isinstance(y, torch.Tensor) and y.ndim > 1 and is_of_entries(learn.loss_func)
-    return y.numel() if entries else batch_size(learn.batch)
+    return y.numel() if found is None and entries else found
+
+def weight_of_batch(learn, by_class=True):
+    "The same, or the number of samples; of losses that are sums each batch counts as one."
+    if by_class and is_sum(learn.loss_func): return 1
+    weight = counted(learn, by_class)
+    return batch_size(learn.batch) if weight is None else weight

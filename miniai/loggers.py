@@ -36,7 +36,8 @@ def _to_numbers(log, row, step):   # for what takes nothing else
     if row: log(row, step)
 
 def _to_log(module, row, step):
-    make = getattr(module, 'Histogram', None)   # of wandb
+    owner = sys.modules.get(type(module).__module__.partition('.')[0])   # of a run, the library
+    make = getattr(module, 'Histogram', None) or getattr(owner, 'Histogram', None)
     drawn = {nm: make(np_histogram=tuple(map(np.ndarray.tolist, o))) for nm,o in row.items()
              if make and isinstance(o, tuple)}
     row = {nm: o for nm,o in row.items() if not isinstance(o, tuple)} | drawn

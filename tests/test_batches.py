@@ -601,3 +601,54 @@ def test_dropout_of_a_sum_of_embeddings_leaves_enough():
     found = learn.diagnose()
     loss = found.evidence.loss()
     assert loss.late > .5*loss.first and 'dropout_of_most' in found.checked and 'dropout_of_most' not in [o.rule for o in found]
+
+
+# --- what a loss is a mean over, where nobody says ---
+
+class Words(nn.Module):
+    "A language model: its loss is that of the next word, or of the word itself."
+    def __init__(self, ahead):
+        super().__init__()
+        self.ahead, self.net = ahead, nn.Sequential(nn.Embedding(12, 8), nn.Linear(8, 12))
+    def forward(self, ids, labels):
+        logits = self.net(ids)
+        p, y = (logits[:, :-1], labels[:, 1:]) if self.ahead else (logits, labels)
+        return Output(logits, F.cross_entropy(p.flatten(0, 1), y.flatten()))
+
+
+def rows_of_words(n=40, bs=8):
+    "Rows of several lengths; in some the first word counts for nothing."
+    set_seed(2)
+    ids = torch.randint(12, (n, 9))
+    labels = ids.where(torch.arange(9) < torch.randint(1, 10, (n, 1)), -100)
+    labels[::3, 0] = -100
+    return [dict(ids=ids[i:i+bs], labels=labels[i:i+bs]) for i in range(0, n, bs)], dict(ids=ids, labels=labels)
+
+
+@pytest.mark.parametrize('ahead', [True, False], ids=['next word', 'same word'])
+def test_the_first_batch_says_whether_the_loss_is_of_the_next_word(ahead):
+    batches, whole = rows_of_words()
+    model = Words(ahead)
+    learn = Learner(model, DataLoaders(batches, batches), cbs=[KeywordCB(), MetricsCB(), AccumulateCB(5)], lr=0.)
+    expected = model(**whole).loss
+    assert abs(learn.validate()['loss'] - expected.item()) < 1e-6
+    expected.backward()
+    grad = model.net[1].weight.grad.clone()
+    seen = []
+    learn.cbs[0].step = lambda learn: seen.append(model.net[1].weight.grad.clone())
+    model.zero_grad()
+    learn.fit(1)
+    assert len(seen) == 1 and torch.allclose(seen[0], grad, atol=1e-7)
+
+
+def test_batches_of_a_loss_that_is_a_sum_count_alike():
+    "A last batch of few samples has a small sum; the mean over the epoch is that of the batches."
+    x, y = torch.randn(20, 3), torch.randn(20, 1)
+    batches = [(x[i:i+8], y[i:i+8]) for i in range(0, 20, 8)]
+    model = nn.Linear(3, 1)
+    for f in partial(F.mse_loss, reduction='sum'), nn.MSELoss(reduction='sum'):
+        learn = Learner(model, DataLoaders(batches, batches), f, lr=0., cbs=[TrainCB(), MetricsCB(off=lambda p, y: (p - y).abs().mean())])
+        found = learn.validate()
+        sums = [F.mse_loss(model(xb), yb, reduction='sum').item() for xb,yb in batches]
+        assert abs(found['loss'] - sum(sums)/3) < 1e-5
+        assert abs(found['off'] - (model(x) - y).abs().mean().item()) < 1e-6   # a metric is of samples, as ever

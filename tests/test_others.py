@@ -194,6 +194,23 @@ def test_accelerator_as_a_logger(tmp_path):
     assert len(diagnose(str(tmp_path/'run')).evidence.loss()) == 15
 
 
+def test_a_run_of_wandb_gets_histograms_as_the_module_does(monkeypatch):
+    "The real ones, wandb and trackio, are not installed for the tests; this has their form."
+    import types
+    module, rows = types.ModuleType('wandbish'), []
+    class Histogram:
+        def __init__(self, np_histogram): self.counts, self.edges = np_histogram
+    class Run:
+        def log(self, row, step=None): rows.append((step, row))
+    Run.__module__, module.Histogram, module.log = 'wandbish.sdk.run', Histogram, Run().log
+    monkeypatch.setitem(sys.modules, 'wandbish', module)
+    for o in module, Run():
+        rows.clear()
+        fitted(LogCB(o, only=['train/hist/0', 'train/loss/*']), 1)
+        found = [row['train/hist/0'] for _, row in rows if 'train/hist/0' in row]
+        assert len(found) == 15 and sum(found[0].counts) == 8*16 and [step for step, _ in rows[:15]] == list(range(15))
+
+
 def test_what_is_no_logger_is_refused():
     with pytest.raises(TypeError, match='give a function of'): LogCB(3)
     with pytest.raises(ValueError, match='every is 0'): LogCB(print, every=0)

@@ -47,7 +47,7 @@ if world > 1: dist.barrier(); dist.destroy_process_group()
 open(f'{sys.argv[1]}/{world}_{rank}.json', 'w').write(json.dumps(rows))
 '''
 
-def run(folder, *command):
+def run(folder, *command, worker=worker):
     root = Path(__file__).resolve().parent.parent
     (folder/'worker.py').write_text(worker)
     env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'}
@@ -68,3 +68,31 @@ def test_two_processes_give_the_statistics_of_one(tmp_path):
         if key.split()[-1] in ('min', 'std', 'max', 'Q1', 'Q3', 'median') and 'rank' in key: continue
         if key.startswith('valid loss') and not key.endswith('mean') or 'valid batches' in key: continue   # of the two halves
         np.testing.assert_allclose(np.array(two[0][key])/factor, values, rtol=1e-3, atol=1e-5, err_msg=key)
+
+
+ragged = """
+import json, os, sys, torch
+import torch.nn.functional as F
+from torch import nn
+from miniai.accel import AccumulateCB, DDPCB
+from miniai.datasets import DataLoaders
+from miniai.learner import Learner, TrainCB
+torch.set_num_threads(1)
+world = int(os.environ.get('WORLD_SIZE', 1))
+torch.manual_seed(0)
+batches = [(torch.randn(4, n, 3), torch.randn(4, n, 2)) for n in (1, 7, 5, 2, 3, 9, 8, 8)]
+model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+learn = Learner(model, DataLoaders(batches, batches), F.mse_loss, lr=.3, cbs=[TrainCB(), DDPCB() if world > 1 else AccumulateCB(2)])
+learn.fit(2)
+if int(os.environ.get('RANK', 0)) == 0:
+    open(f'{sys.argv[1]}/ragged_{world}.json', 'w').write(json.dumps([w.tolist() for w in model.parameters()]))
+"""
+
+def test_processes_with_rows_of_several_lengths_weigh_by_entries(tmp_path):
+    "Each process has as many samples, and one of them up to seven times the entries of which the loss is a mean."
+    torch = pytest.importorskip('torch')
+    if not torch.distributed.is_available(): pytest.skip('torch was built without distributed')
+    run(tmp_path, worker=ragged)
+    run(tmp_path, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', worker=ragged)
+    one, two = (json.loads((tmp_path/f'ragged_{n}.json').read_text()) for n in (1, 2))
+    for a,b in zip(one, two): np.testing.assert_allclose(b, a, atol=1e-6)
