@@ -7,6 +7,7 @@ __all__ = ['HooksCallback', 'append_stats', 'get_hist', 'get_min', 'ActivationSt
 
 # %% ../nbs/40_activations.ipynb #abb212df
 import warnings, weakref
+from dataclasses import replace
 from inspect import signature
 
 import numpy as np
@@ -192,24 +193,29 @@ def draw_series(ax, found, **about):
     lines = [(nm, positions(s.steps)[0], s.values) for nm,s in found]
     draw_lines(ax, lines, xlabel=positions(found[-1][1].steps)[1], **about)
 
-def draw_hist(ax, s, ends, title):
+def draw_hist(ax, s, limits, title, log=False):
     "Draw histograms: a column is a step, a row a bin, the colour log(1 + count); name what is outside."
+    (lo, hi), ends = limits, tuple(np.log10(limits)) if log else limits
     x, xlabel = positions(s.steps)
     counts = s.values[:, :-len(outside)].T if len(s) else np.zeros((0, 0))
     logs = np.where(counts.sum(0) > 0, np.log1p(counts), np.nan)
     heatmap(ax, logs, x=x, xlabel=xlabel, yrange=ends)
     parts = s.values.T[-len(outside):]/s.values.sum(1) if len(s) else ()
-    found = [(what, o.max(), s.steps[np.flatnonzero(o)[0]]) for what,o in zip(outside, parts) if o.any()]
-    words = [f'{"<1%" if most < .01 else f"{most:.0%}"} {what}, first at {step}' for what,most,step in found]
-    ax.set_title('\n'.join(filter(None, [title, '; '.join(words)])), fontsize=9)
+    names = f'below {lo:g}', f'above {hi:g}', 'infinite', 'NaN'   # as `outside`
+    found = [(what, o.max(), s.steps[np.flatnonzero(o)[0]]) for what,o in zip(names, parts) if o.any()]
+    words = [f'{"<1%" if most < .01 else f"up to {most:.0%}"} {what}, first at step {step}'
+             for what,most,step in found]
+    ax.set_title('\n'.join([title, *words]), fontsize=9)
 
 # %% ../nbs/40_activations.ipynb #c1ec197d
 def matrix_of(found):
-    "Where the columns of series are, what that is called, and values [n, steps], NaN where there is no row."
+    "Where the columns of series are, what that is called, and values [n, steps, ...], NaN where no row is."
     places = [list(zip(o.runs.tolist(), o.steps.tolist())) for o in found]
     order = {at: i for i,at in enumerate(sorted(set().union(*places)))}
-    values = np.full((len(found), len(order)), np.nan)
-    for row,at,o in zip(values, places, found): row[[order[k] for k in at]] = o.values
+    size = next((o.values.shape[1:] for o in found if len(o)), ())
+    values = np.full((len(found), len(order), *size), np.nan)
+    for row,at,o in zip(values, places, found):
+        if at: row[[order[k] for k in at]] = o.values
     return *positions(np.array([step for _,step in order])), values
 
 def draw_map(ax, found, label='', **kw):
@@ -218,7 +224,42 @@ def draw_map(ax, found, label='', **kw):
     heatmap(ax, values[::-1], x=x, xlabel=xlabel, **kw)
     names, every = [short_name(nm) for nm,_ in found], -(-len(found)//40)
     ax.set_yticks(np.arange(len(names))[::-1][::every], names[::every], fontsize=7)
-    for o in [*ax.get_images(), *ax.collections][:1]: ax.figure.colorbar(o, ax=ax, label=label)
+    for o in [*ax.get_images(), *ax.collections][:1]:
+        ax.figure.colorbar(o, ax=ax, label=label, aspect=20 + len(found)//4)   # as high as the map
+
+# %% ../nbs/40_activations.ipynb #f4a453bb
+def draw_strips(ax, names, among, edges):
+    "Draw histograms of `names` as strips, the first at the top: of bins those that any of `among` uses."
+    x, xlabel, counts = matrix_of([among[nm] for nm in names])
+    if counts.ndim < 3: return heatmap(ax, counts, x=x)   # no rows at all
+    total = sum(s.values.sum(0) for s in among.values() if len(s))
+    places = np.flatnonzero(total[:-len(outside)])
+    a, b = (places[0], places[-1]+1) if len(places) else (0, 1)
+    below, above, inf, nan = np.split(counts[..., -len(outside):], len(outside), -1)
+    wide = max(1, (b-a)//8)   # or it would be lost between two strips
+    ends = [below.repeat(wide*(total[-4] > 0), -1), above.repeat(wide*(total[-3] > 0), -1)]
+    logs = np.log1p(np.concatenate([ends[0], counts[..., a:b], ends[1]], -1))
+    logs /= np.nan_to_num(logs).max((1, 2), keepdims=True, initial=1e-9)
+    logs[(inf + nan)[..., 0] > 0] = np.inf
+    n, steps, bins = logs.shape
+    rows = logs[::-1].transpose(0, 2, 1).reshape(n*bins, steps)
+    heatmap(ax, rows, x=x, xlabel=xlabel, yrange=(0, n), vmin=0, vmax=1)
+    for i in range(1, n): ax.axhline(i, color='w', lw=.8)
+    ax.set_yticks(np.arange(n)[::-1] + .5, [short_name(nm) for nm in names], fontsize=6)
+    ax.set_title(f'each from {edges[a]:.2g} to {edges[b]:.2g}', fontsize=8)
+
+words = (' A strip for each, the first at the top; in it only bins that any of them uses, and at its edges '
+         'what is outside of all bins. Red: NaN or infinite.')
+
+def hist_cells(stats, names, stat, title, log=False): # function, cells, their rows, words for a caption
+    "Give what `Views.draw` takes to draw histograms: a picture for each of `names`, or columns of strips."
+    n = min(3, -(-len(names)//25)) if len(names) > 12 else 0
+    columns = [names[i*len(names)//n:(i+1)*len(names)//n] for i in range(n)]
+    def _draw(ax, cell, phase='train'):
+        rows = {nm: stats.rows(nm, stat, phase) for nm in (names if n else [cell])}
+        if n: return draw_strips(ax, cell, rows, stats.table.bins.edges)
+        draw_hist(ax, rows[cell], stats.hist_range, title(cell), log)
+    return _draw, columns or names, min(len(names)//n, 60)//2 if n else 0, words if n else ''
 
 # %% ../nbs/40_activations.ipynb #7f214689
 class Readings:
@@ -455,11 +496,11 @@ class OutputTables(Views):
         table = pd.DataFrame(rows, columns=columns).astype(dict(since='Int64'))
         return table.sort_values('batches_dead', ascending=False, kind='stable', ignore_index=True)
 
-    def _draw(self, draw, stats, text, figsize, phase, cells=None):
-        "Call `draw(ax, cell, phase)` for each cell; default the sources."
+    def _draw(self, draw, stats, text, figsize, phase, cells=(), rows=None): # rows: default those of a map
+        "Call `draw(ax, cell, phase)` for each cell, a name or a list of them; default the sources."
         phases, names = {o for o,_,_ in self.history.keys()}, self.panels()
         phase = self.check_phase(phase or ('valid' if phases == {'valid'} else 'train'))
-        rows = min(len(names), 40) if cells and len(names) > 12 else 0   # of a map
+        if rows is None: rows = min(len(names), 40) if cells and len(names) > 12 else 0
         draw_one = lambda ax, o: draw(ax, o, phase)
         return self.draw(draw_one, cells or names, stats, names, text, figsize, phase, rows)
 
@@ -474,30 +515,36 @@ class OutputHists(OutputTables):
     def color_dim(self, figsize=(11, 5), phase:str=None): # the figure
         """Draw histograms over time, one for each layer: a column is a step, a row a bin.
 
-        What was above the range, infinite or NaN is stated in the title of the cell."""
-        lo, hi = self.hist_range
-        def _draw(ax, source, phase):
-            draw_hist(ax, self.rows(source, 'hist', phase), (lo, hi), self._title(source))
+        What was above the range, infinite or NaN is stated in the title of the cell. More than twelve layers
+        are strips, one below the other."""
+        (lo, hi), (draw, *cells, more) = self.hist_range, hist_cells(self, self.panels(), 'hist', self._title)
         text = (f'Histogram of |output| at each step, {self.bins} bins from {lo:g} (bottom) to {hi:g} (top); '
-                'colour: log(1 + count), each layer with its own scale.')
-        return self._draw(_draw, ('hist',), text, figsize, phase)
+                f'colour: log(1 + count), each layer with its own scale.{more}')
+        return self._draw(draw, ('hist',), text, figsize, phase, *cells)
 
     def dead_chart(self, figsize=(11, 5), phase:str=None): # the figure
-        "Draw the near-zero fraction over time and, as a second line, that of dead units, for each layer."
+        """Draw the near-zero fraction over time and, as a second line, that of dead units, for each layer.
+
+        More than twelve layers are two maps."""
         edge = self.hist_range[0] + (self.hist_range[1]-self.hist_range[0])/self.bins
-        def _draw(ax, source, phase):
-            hists, deaths = self.rows(source, 'hist', phase), self.rows(source, 'death_rate', phase)
-            small = near_zero(hists.values) if len(hists) else hists.values
-            found = [('near-zero', hists, small, 'C0'), ('dead units', deaths, deaths.values, 'C1')]
-            for nm,s,y,color in [o for o in found if len(o[1])] or found[:1]:
+        names, kinds = self.panels(), {'near-zero': 'hist', 'dead units': 'death_rate'}
+        def _series(nm, what, phase):
+            s = self.rows(nm, kinds[what], phase)
+            return replace(s, values=near_zero(s.values)) if len(s) and what == 'near-zero' else s
+        def _map(ax, what, phase):
+            draw_map(ax, [(nm, _series(nm, what, phase)) for nm in names], title=what, vmin=0, vmax=1)
+        def _lines(ax, source, phase):
+            found = [(nm, _series(source, nm, phase), color) for nm,color in zip(kinds, ('C0', 'C1'))]
+            for nm,s,color in [o for o in found if len(o[1])] or found[:1]:
                 x, xlabel = positions(s.steps)   # its own: a full table thins its histograms first
-                plot_lines(ax, x, {nm: y}, xlabel=xlabel, legend=False, color=color)
+                plot_lines(ax, x, {nm: s.values}, xlabel=xlabel, legend=False, color=color)
             ax.set_ylim(-.05, 1.05)
             ax.set_title(self._title(source), fontsize=9)
+        draw, cells = (_map, list(kinds)) if len(names) > 12 else (_lines, None)
         text = (f'Near-zero: fraction of outputs in the lowest bin, |output| < {edge:g}: small, which is not '
                 'dead. Dead: fraction of units that are exactly zero for the whole batch (falls as the batch '
                 'grows).')
-        return self._draw(_draw, ('hist', 'death_rate'), text, figsize, phase)
+        return self._draw(draw, ('hist', 'death_rate'), text, figsize, phase, cells)
 
 # %% ../nbs/40_activations.ipynb #0c270783
 class OutputPlots(OutputHists):
@@ -512,13 +559,14 @@ class OutputPlots(OutputHists):
         def _draw(ax, stat, phase):
             found, one = [(nm, self.rows(nm, stat, phase)) for nm in self.panels()], statistics[stat]
             title = dict(mean='means', std='standard deviations').get(stat) or one.title
-            if len(found) > 12: draw_map(ax, found, title=title, log=one.log)
+            if many: draw_map(ax, found, title=title, log=one.log)
             else: draw_series(ax, found, title=title, yscale='log' if one.log else 'linear')
         if isinstance(figsize, str):
             raise TypeError(f'plot_stats: figsize is {figsize!r}; it is (width, height) in inches. Name '
                             f'statistics by stats=[{figsize!r}]')
-        stats = listify(stats) or ('mean', 'std', *own_names('output'))
-        return self._draw(_draw, stats, 'Over all entries of each output.', figsize, phase, stats)
+        stats, many = listify(stats) or ('mean', 'std', *own_names('output')), len(self.panels()) > 12
+        text = 'Over all entries of each output.' + ' The first layer is at the top.'*many
+        return self._draw(_draw, stats, text, figsize, phase, stats)
 
 # %% ../nbs/40_activations.ipynb #8e0f29be
 class ActivationStats(OutputPlots, OutputFacts):

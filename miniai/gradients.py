@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from fastcore.basics import groupby, noop
 
-from .activations import (HooksCallback, Recorder, Views, draw_hist, draw_lines, draw_map, matrix_of,
+from .activations import (HooksCallback, Recorder, Views, draw_lines, draw_map, hist_cells, matrix_of,
                                 phase_of)
 from .callback import Order
 from .collect import ParameterTap
@@ -22,6 +22,7 @@ from .device import batch_size
 from .distributed import is_divided, total_norm
 from .hooks import choose_parameters, find_parameters, named_tensors, parameter_matches, unwrap
 from .loss_stats import LossStats
+from .plots import short_name
 from .stats import Bins, effective_rank, own_names, parts_needed, unit_axis, widen
 
 # %% ../nbs/41_gradients.ipynb #88229cd7
@@ -193,10 +194,10 @@ class GradientViews(ParameterViews):
     def color_dim(self, parameters='weight', figsize=(11, 5)): # the figure
         "Draw histograms of |gradient| over time, one for each parameter: a column is a step, a row a bin."
         names, (lo, hi) = self._names('grad_hist', parameters), self.hist_range
-        def _draw(ax, nm): draw_hist(ax, self.rows(nm, 'grad_hist'), (np.log10(lo), np.log10(hi)), nm)
-        text = (f'|gradient| at each step, {self.bins} logarithmic bins from {lo:g} to {hi:g}; the axis is '
-                'log10. Colour: log(1 + count), each picture with its own scale. Zeros count as below.')
-        return self.draw(_draw, names, ('grad_hist',), names, text, figsize)
+        draw, cells, rows, more = hist_cells(self, names, 'grad_hist', short_name, log=True)
+        text = (f'|gradient| at each step, {self.bins} logarithmic bins from {lo:g} to {hi:g} (axis: log10). '
+                f'Colour: log(1 + count), each with its own scale. Zeros count as below.{more}')
+        return self.draw(draw, cells, ('grad_hist',), names, text, figsize, rows=rows)
 
     def plot_norm(self, figsize=(6, 3)): # the figure
         "Draw the norm of all gradients together, before and after clipping."

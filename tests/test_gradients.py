@@ -639,3 +639,16 @@ def test_views_draw_what_is_in_the_table():
     assert updates.plot_ratio().axes[0].images and len(updates.plot_ratio(('0.*', '2.weight')).axes[0].lines) >= 4
     import matplotlib.pyplot as plt
     plt.close('all')
+
+def test_histograms_of_many_gradients_are_strips():
+    "Names are shortened, the figure is no page high, and zeros are seen at the lower edge."
+    net = nn.Sequential(*[nn.Linear(8, 8) for _ in range(14)])
+    nn.init.zeros_(net[-1].weight)
+    x = torch.randn(8, 8)
+    grads = GradientStats()
+    Learner(net, DataLoaders([(x, x)]*3, []), F.mse_loss, .1, cbs=[TrainCB(), grads]).fit(1, valid=False)
+    ax, = [ax for ax in grads.color_dim().axes if ax.get_visible()]
+    assert [o.get_text() for o in ax.get_yticklabels()] == [f'{i}.weight' for i in range(14)]
+    first, last = (np.split(ax.images[0].get_array()[::-1], 14)[i] for i in (0, -1))
+    assert (first[-1, 0] == 1) and (first[:-1, 0] == 0).sum() > 0   # nothing passes the zeros in the first step
+    assert last[-1, 0] == 0 and last[:, 0].max() > .5

@@ -259,10 +259,41 @@ def test_nan_is_not_dead_and_is_shown():
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 4), nn.ReLU(), nn.Linear(4, 10))
     learn, astats = watched_learner(net, DataLoaders(batches(4), batches(1)), Poison())
     learn.fit(1, valid=False)
-    assert astats.rows('2', 'hist').values[:, -1].tolist() == [0, 0, 16, 16*4]
+    *first, last = astats.rows('2', 'hist').values[:, -1]
+    assert first == [0, 0, 16] and last > 16   # a unit that is silent for all samples stays finite
     assert not astats.dead_units().query("layer == '2' and unit == 0").dead.any()
     titles = [ax.get_title() for ax in astats.color_dim().axes]
-    assert any('nan, first at 2' in t for t in titles)
+    assert any('up to 100% NaN, first at step 2' in t for t in titles)
+
+def test_more_than_twelve_layers_are_strips_and_maps():
+    "A picture of many layers is no page high, no name lies on another, and an infinite step is red."
+    class Poison(Callback):
+        def after_step(self, learn):
+            if learn.n_steps == 2: learn.model[21].bias.data[0] = torch.inf
+    net = nn.Sequential(nn.Flatten(), *[o for i in range(30) for o in (nn.Linear(784 if i == 0 else 10, 10), nn.ReLU())])
+    learn, astats = watched_learner(net, DataLoaders(batches(4), batches(1)), Poison())
+    learn.fit(1, valid=False)
+    fig = astats.color_dim()
+    axes = [ax for ax in fig.axes if ax.get_visible()]
+    assert len(axes) == 3 and fig.get_figheight() < 8
+    assert [o.get_text() for ax in axes for o in ax.get_yticklabels()] == astats.panels()
+    assert len({ax.get_title() for ax in axes}) == 1 and axes[0].get_title().startswith('each from 0 to ')
+    rows = axes[1].images[0].get_array()[::-1]   # of layers 20 to 39; from the top
+    strips = np.split(rows, 20)
+    assert not (strips[0] > 1).any() and (strips[2].max(0) > 1).tolist() == [False, False, False, True]
+    near, dead = [ax for ax in astats.dead_chart().axes if ax.get_title()]
+    assert near.images[0].get_array().shape == dead.images[0].get_array().shape == (61, 4)
+    assert astats.rows('2', 'death_rate').values[0] == pytest.approx(dead.images[0].get_array()[::-1][2, 0])
+    learn.fit(1, train=False)
+    assert [ax.get_title() for ax in astats.dead_chart(phase='train').axes][:2] == ['near-zero', 'dead units']
+
+def test_color_dim_says_above_what():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.ReLU())
+    learn, astats = watched_learner(net, DataLoaders(batches(2), batches(1)))
+    nn.init.constant_(net[1].bias, 100.)
+    nn.init.zeros_(net[1].weight)
+    learn.fit(1, valid=False)
+    assert astats.color_dim().axes[1].get_title().endswith('\nup to 100% above 10, first at step 0')
 
 def test_validation_without_eval_mode_is_a_series_of_its_own():
     learn, astats = watched_learner(five_convs(), DataLoaders(batches(3), batches(2)), on_valid=True)
