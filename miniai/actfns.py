@@ -28,6 +28,7 @@ from .files import atomic_write
 from .hooks import select_modules, unwrap, warn_if_compiled
 from .init import undisturbed
 from .kernels import add_to_row
+from .lens import activation_layers
 from .plots import caption, get_grid, plot_lines, subplots
 from .stats import Sums, empty_row, measure, output_bins, statistics, unit_axis, unit_view
 
@@ -252,10 +253,7 @@ def _saturated(x, y, limits):
     return flat.sum()
 
 # %% ../nbs/60_actfns.ipynb #f34d2c4d
-_torch_acts = tuple(getattr(nn.modules.activation, nm) for nm in nn.modules.activation.__all__
-                    if nm != 'MultiheadAttention')
-
-def _is_act(m): return isinstance(m, (ActivationFunction, *_torch_acts))
+def _is_act(m): return isinstance(m, (ActivationFunction, *activation_layers))
 def _has_matrix(m): return not _is_act(m) and any(p.ndim > 1 for p in m.parameters(recurse=False))
 def _act_layers(net): # [(name, module)], may be none
     return select_modules(net, _is_act) if any(map(_is_act, net.modules())) else []

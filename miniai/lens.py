@@ -202,14 +202,14 @@ class LossMetrics(Lens):
         return [Panel(titles[0], ('loss',), ('loss',), *how, labels=self.labels), *res]
 
 # %% ../nbs/43_lens.ipynb #8ff663e9
-_activations = tuple(getattr(nn, o) for o in nn.modules.activation.__all__ if o != 'MultiheadAttention')
+activation_layers = tuple(getattr(nn, o) for o in nn.modules.activation.__all__ if o != 'MultiheadAttention')
 _dropouts = nn.modules.dropout._DropoutNd,
 
 class ByType(Lens):
     "A lens on outputs of activation layers and others, by type."
     def __init__(self, activation, dropout, include, exclude, channel_last, **kw):
         super().__init__(**kw)
-        self.include = _activations*activation + _dropouts*dropout + tuplify(include)
+        self.include = activation_layers*activation + _dropouts*dropout + tuplify(include)
         self.exclude, self.channel_last = tuplify(exclude), channel_last
 
     def chooses(self, module):
@@ -346,7 +346,7 @@ class OutputGradientGeometry(Geometry):
         super().__init__(inplace, normalize_by_size, log_scale, compute_correlation, **kwargs)
         self.skip_activation = skip_activation
 
-    def chooses(self, module): return not (self.skip_activation and isinstance(module, _activations))
+    def chooses(self, module): return not (self.skip_activation and isinstance(module, activation_layers))
 
 # %% ../nbs/43_lens.ipynb #8121fbc9
 class ParameterGradientGeometry(Geometry):
