@@ -298,9 +298,8 @@ def same_callbacks(learn):
 
 def count_together(learn):
     "Weigh the loss of this process by what it is a mean over, where that is not its samples."
-    dl, mine = learn.dl, counted(learn)
-    if is_sum(learn.loss_func): dl.weight = learn.n_processes
-    elif mine is not None:
+    dl, mine = learn.dl, None if is_sum(learn.loss_func) else counted(learn)
+    if mine is not None:
         total = torch.as_tensor(mine, device=next(learn.model.parameters()).device).clone()
         torch.distributed.all_reduce(total)
         dl.n_now,dl.weight = total*learn.n_processes/world_size(),mine*world_size()/total
@@ -341,7 +340,9 @@ class ProcessesCB(Parts):
         if self._before and learn.training: count_together(learn)
 
     def after_loss(self, learn):
-        if self._before and learn.training: weight_gradients(learn, learn.dl.weight)
+        if not self._before: return
+        if is_sum(learn.loss_func): learn.loss = learn.loss*(learn.dl.n_now/batch_size(learn.batch))   # of all
+        if learn.training: weight_gradients(learn, learn.dl.weight)
 
     def after_batch(self, learn):
         if not self._before or not learn.trial: return
@@ -437,7 +438,8 @@ def shard_model(model, **kw):
 def exchange(opt, old, new):
     "Let an optimizer that has not stepped train `new` parameters in place of `old` ones."
     place = {id(p): q for p,q in zip(old, new)}
-    for group in getattr(opt, 'param_groups', ()): group['params'] = [place[id(p)] for p in group['params']]
+    for group in getattr(opt, 'param_groups', ()):   # in place: LBFGS has the list
+        group['params'][:] = [place[id(p)] for p in group['params']]
 
 # %% ../nbs/35_accel.ipynb #f90e03f1
 class FSDPCB(ProcessesCB):
@@ -452,6 +454,8 @@ class FSDPCB(ProcessesCB):
 
     def before_fit(self, learn):
         if start_processes(self.backend, self.timeout) == 1: return super().before_fit(learn)
+        if isinstance(learn.opt, torch.optim.LBFGS): raise TypeError(
+            'FSDPCB: LBFGS puts all parameters into one row, which divided ones are not; use DDPCB')
         model = unwrap(learn.model)
         if torch.distributed.get_backend() == 'nccl': model.to('cuda')
         old = list(model.parameters())

@@ -11,10 +11,12 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
+from fastcore.basics import groupby
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .callback import Callback, Order
+from .distributed import is_divided
 from .hooks import unwrap
 
 # %% ../nbs/31_sgd.ipynb #76de1fc4
@@ -261,7 +263,8 @@ class EMACB(WeightAverages, Callback):
         self.n += 1
         stays = min(self.decay, (1+self.n)/(10+self.n)) if self.warmup else self.decay
         pairs = [(self.averages[nm], o.to(self.averages[nm])) for nm,o in averaged(learn.model).items()]
-        get_ema_multi_avg_fn(stays)(*zip(*pairs), self.n)
+        for own in groupby(pairs, lambda o: is_divided(o[0])).values():   # PyTorch does not mix the two
+            get_ema_multi_avg_fn(stays)(*zip(*own), self.n)
 
     def after_epoch(self, learn): self._swap.close()
     def cleanup_epoch(self, learn): self._swap.close()   # after any exit

@@ -96,3 +96,69 @@ def test_processes_with_rows_of_several_lengths_weigh_by_entries(tmp_path):
     run(tmp_path, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', worker=ragged)
     one, two = (json.loads((tmp_path/f'ragged_{n}.json').read_text()) for n in (1, 2))
     for a,b in zip(one, two): np.testing.assert_allclose(b, a, atol=1e-6)
+
+
+divided = """
+import sys, torch
+import torch.nn.functional as F
+from functools import partial
+from torch import nn, optim
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from miniai.accel import DDPCB, FSDPCB, GradClipCB
+from miniai.datasets import DataLoaders, MemoryLoader
+from miniai.device import set_seed
+from miniai.distributed import start_processes
+from miniai.learner import Learner, MetricsCB, TrainCB
+from miniai.sgd import EMACB
+from miniai.shortcuts import ClosureCB
+torch.set_num_threads(1)
+start_processes('gloo')
+mesh = init_device_mesh('cpu', (1, 2), mesh_dim_names=('dp', 'tp'))
+
+class SAM(optim.SGD):
+    "Steps with the gradient that is found a little uphill."
+    def step(self, closure):
+        params = [p for g in self.param_groups for p in g['params']]
+        with torch.no_grad():
+            uphill = [p.grad.clone() for p in params]
+            for p,g in zip(params, uphill): p.add_(g, alpha=.05)
+        with torch.enable_grad(): closure()
+        with torch.no_grad():
+            for p,g in zip(params, uphill): p.sub_(g, alpha=.05)
+        super().step()
+
+def run(kind, train, opt, loss_func, *cbs):
+    set_seed(1)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 1))
+    cols = dict(x=torch.randn(69, 6), y=torch.randn(69, 1))   # the last batch has 5 samples: 3 for one, 2 for the other
+    if kind == 'tensor': parallelize_module(model, mesh['tp'], {'0': ColwiseParallel(), '2': RowwiseParallel()})
+    size = 16 if kind in ('alone', 'tensor') else 8
+    work = dict(alone=[], copies=[DDPCB()], fully=[FSDPCB()], tensor=[FSDPCB(mesh['dp'])])[kind]
+    dls = DataLoaders(MemoryLoader(None, cols, size, shuffle=True), MemoryLoader(None, cols, size))
+    learn = Learner(model, dls, loss_func, lr=.005, opt_func=opt, cbs=[train(), *work, MetricsCB(), *cbs])
+    learn.fit(2)
+    found = {f'{phase} {stat}': torch.as_tensor(learn.history.series(source, stat, phase).values) for phase,source,stat in learn.history.keys()}
+    held = dict(model.state_dict()) | {f'mean {nm}': o for cb in cbs for nm,o in getattr(cb, 'averages', {}).items()}
+    return found | {nm: o.full_tensor() if hasattr(o, 'full_tensor') else o.clone() for nm,o in held.items()}
+
+for what,make in dict(closure=lambda: (ClosureCB, SAM, F.mse_loss, GradClipCB(.5)), means=lambda: (TrainCB, optim.AdamW, F.mse_loss, EMACB(.9)),
+                      sums=lambda: (TrainCB, optim.SGD, partial(F.mse_loss, reduction='sum'))).items():
+    alone = run('alone', *make())
+    for kind in ('copies', 'fully', 'tensor'):
+        other = run(kind, *make())
+        assert set(other) == set(alone)
+        for nm,o in alone.items(): torch.testing.assert_close(other[nm], o, rtol=1e-5, atol=2e-6, msg=f'{what} {kind} {nm}')
+
+try: run('fully', ClosureCB, optim.LBFGS, F.mse_loss)
+except TypeError as e: assert 'LBFGS' in str(e) and 'DDPCB' in str(e)
+else: raise AssertionError('LBFGS cannot train divided parameters')
+open(f'{sys.argv[1]}/done', 'w')
+"""
+
+def test_closures_means_of_weights_and_sums_are_those_of_one_process(tmp_path):
+    "However the model is divided: as copies, by `fully_shard`, and by tensor parallel with some parameters whole."
+    torch = pytest.importorskip('torch')
+    if not torch.distributed.is_available(): pytest.skip('torch was built without distributed')
+    run(tmp_path, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', worker=divided)
+    assert (tmp_path/'done').exists()
