@@ -6,7 +6,7 @@
 __all__ = ['Param', 'Facts', 'Track', 'Evidence', 'evidence_of', 'Chart', 'Finding', 'Failed', 'Findings']
 
 # %% ../nbs/49_evidence.ipynb #83d864a8
-import copy, difflib, html, textwrap, warnings
+import copy, difflib, html, math, textwrap, warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from .batches import inputs_and_targets, loss_func_of
 from .history import History, plain_frame, write_table
 from .hooks import find_parameters, select_modules, unwrap
 from .inspector import Inspector
 from .learner import Learner
-from .loss_stats import first_tensor, is_affine, is_blind, is_clipped, is_summed
+from .loss_stats import classes_second, first_tensor, is_affine, is_blind, is_clipped, is_summed
 from .lens import row_stat
 from .records import read_record
 from .visualizer import Recording
@@ -300,11 +301,21 @@ def _of_answers(preds, inputs):
     sums = a.sum(1) if rows and a.shape[1] > 1 else a.new_zeros(1)
     return dict(constant=constant, answers='distribution' if (sums - 1).abs().amax() < .01 else 'fraction')
 
-def _n_classes(loss_func, preds):
+_losses = ('cross_entropy', 'nll_loss', 'binary_cross_entropy_with_logits', 'binary_cross_entropy',
+           'mse_loss', 'l1_loss')
+
+def likened(own, loss_func, given, preds, targets):
+    "Name a loss called `own` as the one of PyTorch that says the same of the last batch, if there is one."
+    if not own or hasattr(F, own) or hasattr(nn, own): return own
+    value = float(copy.deepcopy(loss_func)(given, targets))
+    same = lambda nm: math.isclose(tried(getattr(F, nm), preds, targets, default=math.nan), value, rel_tol=1e-4)
+    return next((nm for nm in _losses if value and same(nm)), own)
+
+def _n_classes(loss_func, loss, preds):
     "The number of classes, of a plain mean of cross entropies: guessing costs its logarithm."
     known = {}
     for nm in '__dict__', '_buffers', 'keywords': known.update(getattr(loss_func, nm, {}))
-    weights, loss = (known.get('weight'), known.get('pos_weight')), function_name(loss_func).lower()
+    weights, loss = (known.get('weight'), known.get('pos_weight')), loss.lower()
     if known.get('reduction', 'mean') != 'mean' or any(o is not None for o in weights): return None
     if 'binary' in loss or loss.startswith('bce'): return 2
     return preds.shape[1] if 'cross' in loss and isinstance(preds, torch.Tensor) and preds.ndim > 1 else None
@@ -340,10 +351,12 @@ def _of_probes(model, loss_func, inputs, preds, targets):
 
 def _of_model(model, opts, loss_func, inputs, predictions, targets):
     "What a model, its optimizers, its loss and its last batch show; None for what is not known."
-    facts = Facts(loss='' if loss_func is None else function_name(loss_func),
-                  n_classes=tried(_n_classes, loss_func, predictions),
-                  **_of_optimizers(opts),
-                  **tried(_of_answers, predictions, inputs, default={}))
+    preds = tried(classes_second, predictions, targets, default=predictions)
+    own = '' if loss_func is None else function_name(loss_func)
+    loss = tried(likened, own, loss_func, predictions, preds, targets, default=own)
+    facts = Facts(loss=loss,
+                  n_classes=tried(_n_classes, loss_func, loss, preds), **_of_optimizers(opts),
+                  **tried(_of_answers, preds, inputs, default={}))
     if model is None: return facts
     layers = {nm: type(m).__name__ for nm,m in select_modules(model)}
     return replace(facts, model=type(model).__name__, params=_of_parameters(model, opts), layers=layers,

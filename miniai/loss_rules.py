@@ -146,6 +146,11 @@ def sums_to_one(t, shape, by=.01):
     return len(shape) > 1 and shape[1] > 1 and (np.abs([t['sum_min'] - 1, t['sum_max'] - 1]) < by).all()
 
 # %% ../nbs/52_loss_rules.ipynb #a9c5ed2a
+def are_classes(facts):
+    "Whether targets of an unknown loss are whole numbers, one for the units of each prediction."
+    ((p, _), (t, kind)) = (facts.shapes.get(o, ((), '')) for o in ('predictions', 'targets'))
+    return not facts.loss and 'int' in kind and len(p) == len(t) + 1 and p[1] > 1
+
 _bounds = dict(Sigmoid=(0, 1), Softmax=(0, 1), Hardsigmoid=(0, 1), Tanh=(-1, 1), Hardtanh=(-1, 1),
                Softsign=(-1, 1), ReLU=(0, np.inf), ReLU6=(0, 6), Softplus=(0, np.inf))
 
@@ -166,7 +171,8 @@ def head_range(evidence, *, min_beyond=.1): # of the targets' deviation, by whic
         'error', 'Predictions of a sample add up to 1, and its targets to as much as '
         f'{t["sum_max"].max():g}.', causes=['a softmax for classes that do not exclude each other'],
         kind=('head_range', 'wrong_loss'), tries=['a sigmoid for each class, BCEWithLogitsLoss'])
-    if loss_kind(evidence) == 'classes' or not (low < bounds[0]-beyond or high > bounds[1]+beyond): return
+    if loss_kind(evidence) == 'classes' or are_classes(facts): return
+    if not (low < bounds[0]-beyond or high > bounds[1]+beyond): return
     return found('error', f'Targets are from {low:.3g} to {high:.3g}, but {what} numbers from {bounds[0]:g} '
                  f'to {bounds[1]:g}.', high if high > bounds[1] else low, layers=[last] if last else [],
                  causes=[f'{what} no others', 'targets that are not scaled'],

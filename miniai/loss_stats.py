@@ -70,6 +70,13 @@ def few(o, samples=64, most=2**22):
     if a is None or a.layout is not torch.strided or a[:samples].numel() > most: return None
     return a.detach()[:samples].clone()
 
+# %% ../nbs/39_loss_stats.ipynb #39c1a551
+def classes_second(preds, targets):
+    "Predictions [B, T, classes] as [B, classes, T], where `targets` [B, T] are numbers of classes."
+    if preds.ndim < 3 or targets is None or targets.is_floating_point(): return preds
+    last, second = preds.shape[:-1] == targets.shape, preds[:, 0].shape == targets.shape
+    return preds.movedim(-1, 1) if last and not second else preds
+
 # %% ../nbs/39_loss_stats.ipynb #c07a15e1
 class CountsSteps(Callback):
     "Tells a `Ledger` what happens in a fit; can be copied and saved in the middle of it."
@@ -128,9 +135,10 @@ class LossStats(CountsSteps):
         **where     # step, epoch, phase
     ):
         "Record the numbers of these tensors; nothing is read from the device."
+        parts = {nm: first_tensor(a) for nm,a in parts.items()}
         for nm,a in parts.items():
-            a = first_tensor(a)
             if a is None: continue
+            if nm == 'predictions': a = classes_second(a, parts.get('targets'))
             try: self.history.record(nm, 'entries', entries_of(a, nm), samples=len(a), **where)
             except Exception as e: self.warn.failed(nm, e)   # watching never ends a fit
             self.shapes.setdefault(nm, (tuple(a.shape), str(a.dtype).removeprefix('torch.')))

@@ -180,3 +180,34 @@ def test_an_optimizer_that_is_gone_is_known():
     found = inspector.diagnose('not_trained')
     assert [(o.level, o.layers) for o in found] == [('error', ('0', '2'))]
     assert (found.evidence.facts.optimizer, found.evidence.facts.lr) == ('SGD', .1)
+
+
+@pytest.mark.parametrize('softmax', [True, False])
+@pytest.mark.parametrize('door', ['learner', 'loop'])
+def test_softmax_before_a_loss_of_ones_own_is_named(softmax, door):
+    "Of [B, T, classes], as language models have them, whose loss is a function around PyTorch's."
+    torch.manual_seed(0)
+    x = torch.randint(12, (256, 7))
+    y = (x + 1) % 12
+    model = nn.Sequential(nn.Embedding(12, 16), nn.Linear(16, 12), *[nn.Softmax(-1)]*softmax)
+    loss_func = lambda preds, targets: F.cross_entropy(preds.flatten(0, 1), targets.flatten())
+    batches = [(x[i:i+32], y[i:i+32]) for i in range(0, 256, 32)]
+    if door == 'learner':
+        learn = Learner(model, DataLoaders(batches, batches), loss_func, lr=.1, cbs=[TrainCB()])
+        learn.watch(every=1)
+        learn.fit(8)
+        found = learn.diagnose()
+    else:
+        inspector, opt = Inspector(), torch.optim.SGD(model.parameters(), .1)
+        with inspector.attach(model, optimizer=opt):
+            for _ in inspector.range(8):
+                for xb, yb in batches:
+                    preds = model(xb)
+                    loss = loss_func(preds, yb)
+                    inspector.push_loss(loss, train=True, preds=preds, targets=yb)
+                    loss.backward()
+                    opt.step()
+                    opt.zero_grad()
+        found = inspector.diagnose()
+    named = [o.rule for o in found if o.level != 'note']
+    assert named[:1] == ['softmax_before_loss']*(softmax and door == 'learner'), found   # a loop's function is not known
