@@ -308,7 +308,8 @@ def likened(own, loss_func, given, preds, targets):
     "Name a loss called `own` as the one of PyTorch that says the same of the last batch, if there is one."
     if not own or hasattr(F, own) or hasattr(nn, own): return own
     value = float(copy.deepcopy(loss_func)(given, targets))
-    same = lambda nm: math.isclose(tried(getattr(F, nm), preds, targets, default=math.nan), value, rel_tol=1e-4)
+    says = lambda nm: tried(getattr(F, nm), preds, targets, default=math.nan)
+    same = lambda nm: math.isclose(says(nm), value, rel_tol=1e-4)
     return next((nm for nm in _losses if value and same(nm)), own)
 
 def _n_classes(loss_func, loss, preds):
