@@ -23,8 +23,8 @@ from .hooks import Hook, Hooks, compiled_modules, named_tensors, select_modules,
 from .kernels import add_to_row
 from .plots import caption, get_grid, heatmap, plot_lines, short_name
 from .rows import Rows
-from .stats import (Bins, base_name, near_zero, outside, own_names, parts_needed, statistics, unit_axis,
-                          unit_view)
+from .stats import (Bins, base_name, evened, near_zero, outside, own_names, parts_needed, statistics,
+                          unit_axis, unit_view)
 
 _all_ = ['Hook', 'Hooks', 'set_seed']
 
@@ -197,7 +197,7 @@ def draw_hist(ax, s, limits, title, log=False):
     "Draw histograms: a column is a step, a row a bin, the colour log(1 + count); name what is outside."
     (lo, hi), ends = limits, tuple(np.log10(limits)) if log else limits
     x, xlabel = positions(s.steps)
-    counts = s.values[:, :-len(outside)].T if len(s) else np.zeros((0, 0))
+    counts = evened(s.values)[:, :-len(outside)].T if len(s) else np.zeros((0, 0))
     logs = np.where(counts.sum(0) > 0, np.log1p(counts), np.nan)
     heatmap(ax, logs, x=x, xlabel=xlabel, yrange=ends)
     parts = s.values.T[-len(outside):]/s.values.sum(1) if len(s) else ()
@@ -232,6 +232,7 @@ def draw_strips(ax, names, among, edges):
     "Draw histograms of `names` as strips, the first at the top: of bins those that any of `among` uses."
     x, xlabel, counts = matrix_of([among[nm] for nm in names])
     if counts.ndim < 3: return heatmap(ax, counts, x=x)   # no rows at all
+    counts = evened(counts)
     total = sum(s.values.sum(0) for s in among.values() if len(s))
     places = np.flatnonzero(total[:-len(outside)])
     a, b = (places[0], places[-1]+1) if len(places) else (0, 1)
@@ -519,7 +520,7 @@ class OutputHists(OutputTables):
         are strips, one below the other."""
         (lo, hi), (draw, *cells, more) = self.hist_range, hist_cells(self, self.panels(), 'hist', self._title)
         text = (f'Histogram of |output| at each step, {self.bins} bins from {lo:g} (bottom) to {hi:g} (top); '
-                f'colour: log(1 + count), each layer with its own scale.{more}')
+                f'colour: log(1 + count), each layer with its own scale, short batches as if full.{more}')
         return self._draw(draw, ('hist',), text, figsize, phase, *cells)
 
     def dead_chart(self, figsize=(11, 5), phase:str=None): # the figure

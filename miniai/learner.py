@@ -219,9 +219,9 @@ def _check_fit(learn, n_epochs, max_steps):
         name = learn.loss_func.__name__
         raise TypeError(f'fit: the loss is the class {name}; give an instance of it, `{name}()`')
     if not (callable(learn.opt_func) or learn.opt_func is None):
-        raise TypeError(f'fit: opt_func is {learn.opt_func!r} ({type(learn.opt_func).__name__}); give what '
-                        'makes an optimizer of parameters and learning rate, as optim.Adam, or None and set '
-                        '`learn.opt`')
+        name, kind = repr(learn.opt_func).split(' (\n')[0], type(learn.opt_func).__name__
+        raise TypeError(f'fit: opt_func is {name} ({kind}); give what makes an optimizer of parameters and '
+                        'learning rate, as optim.Adam, or None and set `learn.opt`')
     if not isinstance(learn.model, nn.Module):
         raise TypeError(f'fit: the model is {learn.model!r} ({type(learn.model).__name__}); it must be an '
                         'nn.Module. A function goes into the forward of one')

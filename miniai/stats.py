@@ -290,6 +290,12 @@ def _cosine(o):
 def _start_norm(o): return _any(o, np.sqrt(o.start_sq))
 def _ratio(o): return _where(o.start_sq != 0, _norm(o)/_start_norm(o), np.nan)
 
+# %% ../nbs/10_stats.ipynb #29a8c2d9
+def evened(counts): # [..., steps, bins]
+    "Scale counts to those of the largest batch, or the short one that ends an epoch is darker."
+    n = counts.sum(-1, keepdims=True)
+    return counts*(np.nanmax(n, -2, keepdims=True, initial=1)/np.maximum(n, 1))
+
 # %% ../nbs/10_stats.ipynb #4b22a22c
 _log, _fraction, _of_update = dict(log=True), dict(limits=(0., 1.)), dict(log=True, taps=('update',))
 

@@ -253,6 +253,7 @@ def test_histogram_against_numpy(bins, hist_range):
     assert abs_hist(a, bins, hist_range).tolist() == want
 
 def test_nan_is_not_dead_and_is_shown():
+    torch.manual_seed(6)   # all four units live
     class Poison(Callback):
         def after_step(self, learn):
             if learn.n_steps == 1: learn.model[1].bias.data[0] = torch.nan
@@ -294,6 +295,16 @@ def test_color_dim_says_above_what():
     nn.init.zeros_(net[1].weight)
     learn.fit(1, valid=False)
     assert astats.color_dim().axes[1].get_title().endswith('\nup to 100% above 10, first at step 0')
+
+def test_short_batch_is_no_darker_in_color_dim():
+    X, y = torch.randn(40, 4), torch.zeros(40, dtype=torch.long)
+    model = nn.Sequential(nn.Identity(), nn.Linear(4, 2))
+    learn, astats = watched_learner(model, DataLoaders.from_arrays(X, y, batch_size=16, valid=(X, y)))
+    learn.fit(1, valid=False)
+    seen, counts = [np.expm1(ax.collections[0].get_array() if ax.collections else ax.images[0].get_array())
+                    for ax in astats.color_dim().axes[:1]][0], astats.rows('0', 'hist').values[:, :-4].T
+    assert counts.sum(0).tolist() == [64, 64, 32]
+    np.testing.assert_allclose(np.asarray(seen).reshape(counts.shape), counts*[1, 1, 2], atol=1e-4)
 
 def test_validation_without_eval_mode_is_a_series_of_its_own():
     learn, astats = watched_learner(five_convs(), DataLoaders(batches(3), batches(2)), on_valid=True)

@@ -816,7 +816,7 @@ def test_wrong_arguments_are_said():
     with pytest.raises(TypeError, match=r'the class MSELoss; give an instance of it, `MSELoss\(\)`'):
         learner(loss_func=nn.MSELoss).fit(1)
     model = nn.Linear(2, 1)
-    with pytest.raises(TypeError, match='opt_func is SGD'):
+    with pytest.raises(TypeError, match=r'opt_func is SGD \(SGD\); give what'):
         learner(opt_func=optim.SGD(model.parameters(), .1)).fit(1)
     learner().fit(0)
 
