@@ -341,7 +341,7 @@ class ProcessesCB(Parts):
 
     def after_loss(self, learn):
         if not self._before: return
-        if is_sum(learn.loss_func): learn.loss = learn.loss*(learn.dl.n_now/batch_size(learn.batch))   # of all
+        if is_sum(learn.loss_func): learn.loss = learn.loss*learn.dl.n_now/batch_size(learn.batch)
         if learn.training: weight_gradients(learn, learn.dl.weight)
 
     def after_batch(self, learn):
