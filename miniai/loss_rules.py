@@ -391,7 +391,7 @@ def one_target(evidence, *, min_batches=5):
         return found('error', f'All targets are {t["min"][0]:g}, and the loss has fallen to nothing.')
 
 # %% ../nbs/52_loss_rules.ipynb #daa8ae3b
-@rule(kind='init', before='saturated', causes=['weights that are too large at the start'],
+@rule(kind='init', before='saturated', causes=['weights of the last layers that are too large at the start'],
       tries=["PyTorch's own initialisation, or Kaiming's"])
 def first_loss_high(evidence, *, max_first=10.): # first loss, in units of that of guessing
     """A first loss far above that of guessing, though inputs and targets are of usual size.
@@ -570,5 +570,5 @@ def little_data(evidence, *, min_steps=50): # training steps from which on the o
     """Too few steps for most rules to say anything.
     Source: the limits on this page were tried on runs of a hundred steps and more."""
     n = evidence.n_steps()
-    text = f'The run has {n} training step{"s"*(n != 1)}: too few to judge it by.'
+    text = f'The run has {n} training step{"s"*(n != 1)}; most rules are meant for more, and may be silent.'
     if n < min_steps: return found('note', text, n, float(min_steps))
