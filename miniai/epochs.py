@@ -322,7 +322,7 @@ class Silence:
         never = at_steps and forwards['train'] and not self.steps.n_stepped
         if never: self.warn('the optimizer', why_no_step)
         hooked = any(o.loss_fn is not None for o in self._loss_lenses())
-        if stepped and hooked and 'loss' not in self.pushed: self.warn('the loss', why_no_loss)
+        if hooked and 'loss' not in self.pushed: self.warn('the loss', why_no_loss)
 
 why_no_loss = ('is not recorded, because the loss_fn that is known was never called. Call that module, '
                '`loss_fn(preds, targets)`, or give no loss_fn and call `push_loss`')

@@ -1270,6 +1270,16 @@ def test_a_loss_that_is_never_called_is_told():
     inspector.detach()
 
 
+@pytest.mark.parametrize('grad', [True, False])
+def test_a_loss_that_is_never_called_is_told_without_a_step(grad):
+    "As in validation alone, or while gradients are held."
+    model = small_net()
+    inspector = Inspector([LossMetrics(loss_fn=nn.CrossEntropyLoss())], module=model, visualizer=None)
+    with torch.set_grad_enabled(grad): model(torch.randn(4, 4))
+    with pytest.warns(UserWarning, match='the loss_fn that is known was never called'): inspector.tick_epoch()
+    inspector.detach()
+
+
 def test_an_inspector_may_be_collected_at_any_moment_of_a_step():
     "Between the hooks of an optimizer, too, which PyTorch goes through meanwhile; it is taken off afterwards."
     from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
