@@ -113,8 +113,8 @@ def ledger_of(evidence): # pandas.DataFrame
         rows.append((nm, p.trained, len(grad) > 0, bool(p.held), gradient, bool(update.any())))
     return pd.DataFrame(rows, columns='parameter requires_grad in_graph held gradient changed'.split())
 
-_of_many = ('little_data', 'stopped_early', 'one_target', 'one_class_prevails', 'sorted_batches', 'at_chance',
-            'overfitting', 'metric_stuck', 'split_mismatch')   # rules that want more than one batch
+_of_many = ('little_data stopped_early one_target one_class_prevails sorted_batches at_chance overfitting '
+            'metric_stuck split_mismatch shared_samples same_batch').split()   # want more than one batch
 
 def judged(learn, error, cost, others):
     "Findings about the trial that `learn` was."

@@ -21,7 +21,8 @@ from .history import History, plain_frame, write_table
 from .hooks import find_parameters, select_modules, unwrap
 from .inspector import Inspector
 from .learner import Learner
-from .loss_stats import classes_second, first_tensor, is_affine, is_blind, is_clipped, is_summed
+from .loss_stats import (classes_second, first_tensor, fraction_right, in_eval_mode, is_affine,
+                               is_blind, is_clipped, is_summed, padding_that_counts)
 from .lens import row_stat
 from .records import read_record
 from .visualizer import Recording
@@ -35,9 +36,25 @@ class Param:
     trained:bool   # requires_grad
     held:bool=None # whether the optimizer has it; None where that is not known
 
+# %% ../nbs/49_evidence.ipynb #5c1f0c03
+@dataclass
+class Tried:
+    "What a copy of the model and the last batch show, when they are tried out."
+    affine:bool = None                            # whether the model is an affine function
+    clipped:bool = None                           # whether the loss ignores what is outside of 0 to 1
+    summed:bool = None                            # whether the loss is a sum over the batch
+    blind:bool = None                             # whether the loss does not tell one unit from another
+    drops:float = None                            # highest probability of a dropout at work in eval mode
+    mixes:bool = None                             # whether an answer depends on the batch it is in
+    carries:bool = None                           # whether an answer depends on what was asked before
+    right:float = None                            # fraction of classes of the last batch that were right
+    padding:float = None                          # fraction of targets that are padding, and count
+    loose:tuple = ()                              # tensors that get a gradient and are no parameters
+    samples:dict = field(default_factory=dict)    # of some batches: phase, phase_distinct, shared -> number
+
 # %% ../nbs/49_evidence.ipynb #24f2c46e
 @dataclass
-class Facts:
+class Facts(Tried):
     "What is known of a run besides its recorded values; a field is empty or None where it is not known."
     model:str = ''            # class of the model
     optimizer:str = ''        # class of the optimizer
@@ -57,10 +74,6 @@ class Facts:
     dead_since:dict = field(default_factory=dict) # source -> step each unit is dead from; -1: alive
     sampled:dict = field(default_factory=dict)    # phase -> (batches measured, batches that went by)
     shapes:dict = field(default_factory=dict)     # inputs, predictions, targets -> (shape of a batch, type)
-    affine:bool = None                            # whether the model is an affine function
-    clipped:bool = None                           # whether the loss ignores what is outside of 0 to 1
-    summed:bool = None                            # whether the loss is a sum over the batch
-    blind:bool = None                             # whether the loss does not tell one unit from another
     ledger:dict = field(default_factory=dict)     # what was counted of the steps: name -> number
     written:tuple = ()                            # steps before which something else had changed weights
     rates:tuple = ()                              # (step, learning rate) of some steps
@@ -331,6 +344,20 @@ def with_known(facts, known):
     "`facts` with what `known` has besides."
     return replace(facts, **{nm: v for nm,v in known.items() if v or nm == 'unreached' and v is not None})
 
+# %% ../nbs/49_evidence.ipynb #5c1f0c01
+def loose_tensors(model, opts):
+    "Names of tensors of modules that got a gradient, and are neither registered nor in an optimizer."
+    held = {id(p) for o in opts for group in getattr(o, 'param_groups', ()) for p in group['params']}
+    def leaves(nm, o):
+        if isinstance(o, (dict, list, tuple)):
+            parts = o.items() if isinstance(o, dict) else enumerate(o)
+            return [leaf for k,v in parts if isinstance(v, torch.Tensor) for leaf in leaves(f'{nm}.{k}', v)]
+        plain = type(o) is torch.Tensor and o.requires_grad and o.is_leaf and o.grad is not None
+        return [nm] if plain and id(o) not in held else []
+    found = [leaf for prefix,m in model.named_modules() for nm,o in vars(m).items() if not nm.startswith('_')
+             for leaf in leaves(f'{prefix}.{nm}'.lstrip('.'), o)]
+    return tuple(found)
+
 # %% ../nbs/49_evidence.ipynb #d3b9af07
 def tried(f, *args, default=None):
     "What `f` says; the default where it fails, as of odd layouts and devices, or of a loss that wants more."
@@ -346,10 +373,15 @@ def _of_probes(model, loss_func, inputs, preds, targets):
     types = [type(m).__name__ for m in model.modules()]
     weights = sum(o in ('Linear', 'Conv1d', 'Conv2d') for o in types)
     maybe = weights > 1 and not {*types} & {*nn.modules.activation.__all__}
-    asked = dict(clipped=is_clipped, summed=is_summed, blind=is_blind)
-    return dict(affine=tried(is_affine, tried(copy.deepcopy, model), inputs) if maybe else None,
+    asked = dict(clipped=is_clipped, summed=is_summed, blind=is_blind,
+                 padding=lambda *given: padding_that_counts(*given, inputs),
+                 right=lambda _, *given: fraction_right(*given))
+    twin = tried(copy.deepcopy, model) if sum(p.numel() for p in model.parameters()) < 2**27 else None
+    return dict(affine=tried(is_affine, twin, inputs) if maybe else None,
+                **tried(in_eval_mode, twin, inputs, default={}),
                 **{nm: tried(f, loss_func, preds, targets) for nm,f in asked.items()})
 
+# %% ../nbs/49_evidence.ipynb #5c1f0c02
 def _of_model(model, opts, loss_func, inputs, predictions, targets):
     "What a model, its optimizers, its loss and its last batch show; None for what is not known."
     preds = tried(classes_second, predictions, targets, default=predictions)
@@ -363,6 +395,7 @@ def _of_model(model, opts, loss_func, inputs, predictions, targets):
     return replace(facts, model=type(model).__name__, params=_of_parameters(model, opts), layers=layers,
                    copies=tried(copies_of_units, model, default={}),
                    norms=tried(starting_parts, model, default={}),
+                   loose=tried(loose_tensors, model, opts, default=()),
                    **tried(_of_probes, model, loss_func, inputs, predictions, targets, default={}))
 
 # %% ../nbs/49_evidence.ipynb #3c3fd97a

@@ -8,29 +8,16 @@ __all__ = []
 # %% ../nbs/52_loss_rules.ipynb #74b172e4
 import numpy as np
 
-from .loss_stats import entry_stats
-from .rules import (Missing, fall_of, found, is_solved, needed_loss, rule, steps_chart, tracks_of,
-                          update_ratios)
-from .step_rules import last_called
+from .rules import (Missing, fall_of, found, is_solved, left_by_clipping, needed_loss, norm_of_all,
+                          rule, steps_chart, tracks_of, update_ratios)
+from .step_rules import entries, last_called, loss_kind, loss_name
 
 # %% ../nbs/52_loss_rules.ipynb #56500451
 consequences = 'not_finite', 'constant_output', 'at_chance'   # rules that find what many faults lead to
 led_to = *consequences, 'learning_rate_high', 'weights_barely_moved', 'one_batch_not_learned'   # or may do
 explanations = ('input_scale', 'target_scale', 'no_nonlinearity', 'first_loss_high', 'exclusive_classes',
-                'class_ids', 'sorted_batches', 'norm_of_few', 'summed_loss',
+                'class_ids', 'sorted_batches', 'samples_mixed', 'norm_of_few', 'summed_loss',
                 'dropout_of_most')   # that explain them
-
-# %% ../nbs/52_loss_rules.ipynb #645860e4
-_kinds = dict(crossentropy='classes', nll='classes', bcewithlogits='binary',
-              binarycrossentropywithlogits='binary', bce='probabilities', binarycrossentropy='probabilities',
-              mse='numbers', l1='numbers', smoothl1='numbers', huber='numbers')
-
-def loss_name(evidence): return evidence.facts.loss.lower().replace('_', '').removesuffix('loss')
-
-def loss_kind(evidence):
-    "'classes', 'binary' (of logits), 'probabilities' (binary), 'numbers'; '' of other losses."
-    name, kind = loss_name(evidence), evidence.facts.shapes.get('targets', ('', ''))[1]
-    return '' if name == 'nll' and 'float' in kind else _kinds.get(name, '')   # it may be of a density
 
 # %% ../nbs/52_loss_rules.ipynb #b30b1dda
 def always_within(evidence, few=10, width=.5):
@@ -67,15 +54,6 @@ def softmax_before_loss(evidence):
         caveats=[not facts.answers and 'read from the type of the last layer; another one may run last'])
 
 # %% ../nbs/52_loss_rules.ipynb #8eac777a
-def entries(evidence, source, phase='train'):
-    "Name of a number -> its values [n] in the steps that were taken, and the shape of a batch."
-    values = evidence.track(source, 'entries', phase).values
-    shape = evidence.facts.shapes.get(source, ((), ''))[0]
-    way = evidence.way('use `learn.watch()`, or give the loss to '
-                             '`Inspector.attach(model, optimizer, loss_fn)`')
-    if not len(values) or not shape: raise Missing('what enters the loss is not known; ' + way)
-    return dict(zip(entry_stats, values.astype(float).T)), shape
-
 def spread(t):
     "Mean and deviation of all entries, from those of several batches."
     return np.mean(t['mean']), np.sqrt(np.mean(t['std']**2) + np.var(t['mean']))
@@ -145,6 +123,18 @@ def sums_to_one(t, shape, by=.01):
     "Whether the entries of several units add up to 1 in all steps."
     return len(shape) > 1 and shape[1] > 1 and (np.abs([t['sum_min'] - 1, t['sum_max'] - 1]) < by).all()
 
+# %% ../nbs/52_loss_rules.ipynb #5c1f0b39
+def bounds_seen(p, few=10, near=.05):
+    "The bounds that predictions press against in all steps, as those of a sigmoid, a tanh or a ReLU."
+    low, high = p['min'].min(), p['max'].max()
+    if len(p['min']) < few: return -np.inf, np.inf
+    if (p['min'] == 0).all() and (p['zeros'] > .02).all(): return 0, (1 if high <= 1 else np.inf)
+    for a,b in ((0, 1), (-1, 1)):
+        room = near*(b - a)
+        last = np.median(p['min'][-5:]), np.median(p['max'][-5:])
+        if a <= low and high <= b and (last[0] < a + room or last[1] > b - room): return a, b
+    return -np.inf, np.inf
+
 # %% ../nbs/52_loss_rules.ipynb #a9c5ed2a
 def are_classes(facts):
     "Whether targets of an unknown loss are whole numbers, one for the units of each prediction."
@@ -159,13 +149,21 @@ _bounds = dict(Sigmoid=(0, 1), Softmax=(0, 1), Hardsigmoid=(0, 1), Tanh=(-1, 1),
 def head_range(evidence, *, min_beyond=.1): # of the targets' deviation, by which they lie beyond
     """Targets that the last activation cannot give, or that the loss is not made for.
     Source: Bishop, "Pattern Recognition and Machine Learning" (2006), 5.2: output activations and targets."""
-    (t, _), (p, shape), facts = entries(evidence, 'targets'), entries(evidence, 'predictions'), evidence.facts
+    (t, its), (p, shape) = entries(evidence, 'targets'), entries(evidence, 'predictions')
+    facts, kind = evidence.facts, evidence.facts.shapes['targets'][1]
     last, low, high = last_called(facts), t['min'].min(), t['max'].max()
     beyond = min_beyond*np.nanmax(t['std'])
     bounds, what = _bounds.get(facts.kind(last), (-np.inf, np.inf)), f'{facts.named(last)} gives'
     # predictions are of another layer, if they go beyond
     if p['min'].min() < bounds[0] or p['max'].max() > bounds[1]: bounds = -np.inf, np.inf
+    if bounds == (-np.inf, np.inf): bounds, what, last = bounds_seen(p), 'the model gives', ''
     if loss_kind(evidence) in ('binary', 'probabilities'): bounds, what = (0, 1), f'{facts.loss} wants'
+    off = max(np.abs(t['sum_min'] - 1).max(), np.abs(t['sum_max'] - 1).max())
+    fractions = loss_name(evidence) == 'crossentropy' and its == shape != (shape[0], 1) and 'float' in kind
+    if fractions and off > .01: return found(
+        'error', f'Targets of a sample add up to {t["sum_min"].min():.3g} to {t["sum_max"].max():.3g}, but '
+        f'{facts.loss} wants one class, or fractions of classes.', kind=('wrong_loss', 'head_range'),
+        causes=['several classes at once'], tries=['BCEWithLogitsLoss, which judges each class by itself'])
     several = (low, high, t['whole'].min()) == (0, 1, 1) and t['sum_max'].max() > 1
     if several and sums_to_one(p, shape): return found(
         'error', 'Predictions of a sample add up to 1, and its targets to as much as '
@@ -191,6 +189,10 @@ def loss_input(evidence):
         'error', f'No prediction is below 0, and {zeros:.0%} are 0: {facts.loss} wants logits of both signs.',
         zeros, 0., layers=[last] if relu else [], kind=('loss_input', 'head_range'),
         causes=['a ReLU at the end of the model'], tries=['a last layer without activation'])
+    if kind in ('classes', 'binary') and bounds_seen(p) == (-1, 1): return found(
+        'warning', f'No prediction is beyond -1 or 1, but {facts.loss} wants logits, which have no bounds.',
+        kind=('loss_input', 'head_range'), causes=['a tanh at the end of the model, or a cosine'],
+        tries=['a last layer without activation', 'a factor, if it is a cosine'])
     if facts.clipped: return found(
         'error', f'Predictions go from {p["min"].min():.3g} to {p["max"].max():.3g}, and {facts.loss} '
         'ignores by how much they are beyond 0 and 1.', causes=['logits for a loss of probabilities'],
@@ -252,10 +254,11 @@ def target_scale(evidence,
     Source: Bishop (2006), 5.2; LeCun and others (1998), 4.3, of inputs and targets alike."""
     t, loss = entries(evidence, 'targets')[0], needed_loss(evidence)
     size, square = largest(t), np.mean(t['mean']**2 + t['std']**2)
-    if not evidence.facts.loss.lower().startswith('mse') or not size > max_size: return
-    if loss.late > max_left*square: return found(
+    if loss_kind(evidence) != 'numbers' or not size > max_size: return
+    usual, how = (square, 'square') if loss_name(evidence) == 'mse' else (np.sqrt(square), 'size')
+    if loss.late > max_left*usual: return found(
         'warning', f'Targets go from {t["min"].min():.3g} to {t["max"].max():.3g}; the loss ends at '
-        f'{loss.late/square:.0%} of their mean square.', size, max_size, dict(loss=loss))
+        f'{loss.late/usual:.0%} of their mean {how}.', size, max_size, dict(loss=loss))
 
 # %% ../nbs/52_loss_rules.ipynb #7dcd0de5
 @rule(kind='no_nonlinearity', before='dead_units', causes=['no activation between the layers'],
@@ -277,10 +280,18 @@ def weights_barely_moved(evidence,
     Source: Li and Arora, "An exponential learning rate schedule for deep learning" (2019): relative steps."""
     loss, (chance, _), steps = needed_loss(evidence), of_guessing(evidence), evidence.n_steps()
     path = max((o.usual*steps for o in update_ratios(evidence).values()), default=np.inf)
+    said, norms = {}, norm_of_all(evidence).finite if evidence.sources('grad_norm') else loss.values[:0]
+    if left_by_clipping(evidence) < .01 or len(norms) > 9 and np.ptp(norms[1:]) < 1e-3*norms[-1]: said = dict(
+        kind=('clipping', 'lr_low'), tries=['clip at about the usual norm'],
+        causes=[f'clipping, which leaves gradients of norm {norms[-1]:.1g}'])
+    shapes = [evidence.facts.shapes.get(o, ('', '')) for o in ('inputs', 'predictions')]
+    types = [kind for _,kind in shapes if 'float16' in kind]
+    if len(types) > 1: said = dict(kind=('precision', 'lr_low'), tries=['weights of 32 bits, and autocast'],
+                                   causes=[f'weights of {types[0]}, in which a small step is lost'])
     if path < min_path and loss.late > chance*(1-min_learned): return found(
         'error' if steps >= 50 else 'warning', f'In all {steps} steps together no weight moves by more than '
         f'{path:.2g} of itself; the loss ends at {loss.late:.3g}, and guessing gives {chance:.3g}.', path,
-        min_path, dict(loss=loss))
+        min_path, dict(loss=loss), **said)
 
 # %% ../nbs/52_loss_rules.ipynb #074ac3ca
 @rule(kind='too_few_updates', causes=['too few epochs, or too few batches in one'],

@@ -6,7 +6,9 @@
 __all__ = ['loss_parts', 'entry_stats', 'LossStats']
 
 # %% ../nbs/39_loss_stats.ipynb #02021be6
+import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 from .batches import inputs_and_targets
 from .callback import Callback
@@ -21,12 +23,16 @@ entry_stats = ('min', 'max', 'mean', 'std', 'zeros', 'whole', 'sum_min', 'sum_ma
                'repeats', 'most', 'entropy')
 
 # %% ../nbs/39_loss_stats.ipynb #c7b0f7e6
-def repeats_of(a):
-    "The fraction of samples of a tensor [B, entries] or more that are in it once more."
+def marks_of(a):
+    "A number for each sample of a tensor [B, entries] or more, made of all its entries; of 1024 at most."
     most = max(2, 2**21//max(1, a[:1].numel()))   # all entries of so many
     rows = a[:min(most, 1024)].flatten(1)
     rows = rows.float() if a.device.type == 'mps' else rows.double()
-    mixed = (rows*torch.arange(1, 1+rows.shape[1], device=a.device).sin()).sum(1).sort().values
+    return (rows*torch.arange(1, 1+rows.shape[1], device=a.device).sin()).sum(1)
+
+def repeats_of(a):
+    "The fraction of samples of a tensor [B, entries] or more that are in it once more."
+    mixed = marks_of(a).sort().values
     same = mixed[1:] == mixed[:-1]
     return same.float().mean() if len(same) else same.new_zeros((), dtype=torch.float32)
 
@@ -70,6 +76,20 @@ def few(o, samples=64, most=2**22):
     if a is None or a.layout is not torch.strided or a[:samples].numel() > most: return None
     return a.detach()[:samples].clone()
 
+# %% ../nbs/39_loss_stats.ipynb #5c1f0a32
+def samples_of(marks):   # phase -> list of tensors, as of `marks_of`
+    "How many samples were seen in each phase, how many differ, and how many of validation are in training."
+    found, known = {}, {}
+    for phase,o in ((phase, o) for phase,o in marks.items() if o):
+        a = np.sort(torch.cat([a.reshape(-1).cpu() for a in o]).double().numpy())
+        known[phase] = a[np.diff(a, prepend=-np.inf) > 1e-9*np.abs(a).clip(1)]   # sums differ by their order
+        found |= {phase: len(a), f'{phase}_distinct': len(known[phase])}
+    if len(known) < 2: return found
+    train, valid = known['train'], known['valid']
+    at = np.searchsorted(train, valid).clip(1, max(1, len(train)-1))
+    near = np.abs(np.array([train[at-1], train[np.minimum(at, len(train)-1)]]) - valid).min(0)
+    return found | dict(shared=int((near <= 1e-9*np.abs(valid).clip(1)).sum()))
+
 # %% ../nbs/39_loss_stats.ipynb #39c1a551
 def classes_second(preds, targets):
     "Predictions [B, T, classes] as [B, classes, T], where `targets` [B, T] are numbers of classes."
@@ -83,12 +103,14 @@ class CountsSteps(Callback):
     in_trial = False
     def __init__(self):
         self.history, self.shapes, self.seen, self.warn = History(), {}, {}, Told('LossStats')
-        self.ledger, self.params = Ledger(), []
+        self.ledger, self.params, self.marks = Ledger(), [], {}
 
     def before_fit(self, learn=None):
         self.cleanup_fit(learn)
-        self.seen, self.shapes, self.ledger, _ = {}, {}, Ledger(), self.history.start_run()
-        if learn is not None: self.params = list(unwrap(learn.model).parameters())
+        self.seen, self.shapes, self.marks, self.ledger, _ = {}, {}, {}, Ledger(), self.history.start_run()
+        if learn is None: return
+        self.params = list(unwrap(learn.model).parameters())
+        if getattr(learn.dls, 'train', 0) is getattr(learn.dls, 'valid', 1): self.marks['valid'] = None
 
     def count(self, event, *args):
         "Tell the ledger of an `event`; an error becomes a warning, once."
@@ -98,7 +120,6 @@ class CountsSteps(Callback):
     def after_predict(self, learn):
         self.count('forward', learn.model.training, learn.training)
         if learn.training: self.count('output', first_tensor(learn.preds), self.params)
-
     def after_backward(self, learn): self.count('before_step', learn.opt, self.params)
     def after_step(self, learn): self.count('after_step', learn.opt, self.params)
     def cleanup_fit(self, learn):
@@ -139,13 +160,16 @@ class LossStats(CountsSteps):
         for nm,a in parts.items():
             if a is None: continue
             if nm == 'predictions': a = classes_second(a, parts.get('targets'))
-            try: self.history.record(nm, 'entries', entries_of(a, nm), samples=len(a), **where)
+            try:
+                self.history.record(nm, 'entries', entries_of(a, nm), samples=len(a), **where)
+                marks = self.marks.setdefault(where['phase'], []) if nm == loss_parts[0] else None
+                if marks is not None and len(marks) < 64: marks.append(marks_of(a.reshape(len(a), -1)))
             except Exception as e: self.warn.failed(nm, e)   # watching never ends a fit
             self.shapes.setdefault(nm, (tuple(a.shape), str(a.dtype).removeprefix('torch.')))
 
     def facts(self) -> dict: # shapes
         "Give the shapes and types of the first of them, and what was counted of the steps."
-        return dict(shapes=dict(self.shapes), **self.ledger.facts())
+        return dict(shapes=dict(self.shapes), samples=samples_of(self.marks), **self.ledger.facts())
 
     def report(self):
         "Name what was recorded."
@@ -169,26 +193,96 @@ def is_affine(model, x):
         torch.random.set_rng_state(rng)
 
 # %% ../nbs/39_loss_stats.ipynb #9c7cd363
+def plain(a):   # of 16 bits, numbers that differ may have the same loss
+    return a.float() if a.dtype in (torch.bfloat16, torch.float16) else a
+
 @torch.no_grad()
 def is_summed(loss_func, preds, targets):
     "Whether the loss of a batch that is there twice is twice that of the batch."
-    one, two = (float(loss_func(*(torch.cat([o]*n) for o in (preds, targets)))) for n in (1, 2))
+    one, two = (float(loss_func(*(torch.cat([o]*n) for o in (plain(preds), targets)))) for n in (1, 2))
     return one != 0 and abs(two/one - 2) < 1e-3
 
 @torch.no_grad()
 def is_blind(loss_func, preds, targets):
     "Whether the loss stays when units change places, of numbers of classes; None where that cannot be tried."
     if targets.is_floating_point() or targets.ndim != 1 or preds.ndim != 2 or preds.shape[1] < 2: return None
-    odd = torch.arange(preds.numel(), device=preds.device).sin().sigmoid().view(preds.shape).to(preds.dtype)
+    odd = torch.arange(preds.numel(), device=preds.device).sin().sigmoid().view(preds.shape)
     one, other = (float(loss_func(o, targets)) for o in (odd, odd.roll(1, 1)))
     return abs(one - other) <= 1e-6*abs(one)
 
 @torch.no_grad()
 def is_clipped(loss_func, preds, targets):
     "Whether the loss stays when predictions outside of 0 to 1 move away from it; None where none are."
-    beyond = lambda a: (a > 1) | (a < 0)
+    preds, beyond = plain(preds), lambda a: (a > 1) | (a < 0)
     if targets is None or not preds.is_floating_point() or not beyond(preds).any(): return None
     # not all by the same amount, which a softmax ignores; answers of others cost under any margin
     moved = lambda a: torch.where(beyond(a), 2*a, a)
     stays = lambda a: bool(loss_func(a, targets) == loss_func(moved(a), targets) != 0)
     return stays(preds) and stays(preds.roll(1, 0))
+
+# %% ../nbs/39_loss_stats.ipynb #5c1f0a35
+class DropoutSeen(TorchFunctionMode):
+    "Notes the highest probability of a dropout that is at work."
+    p = 0.
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(func, '__name__', '')
+        given = dict(zip(('input', 'p', 'training'), args)) | kwargs
+        if name == 'scaled_dot_product_attention': self.p = max(self.p, kwargs.get('dropout_p', 0.))
+        if 'dropout' in name and given.get('training', given.get('train', name.startswith('dropout'))):
+            self.p = max(self.p, float(given.get('p', .5)))
+        return func(*args, **kwargs)
+
+# %% ../nbs/39_loss_stats.ipynb #5c1f0a3a
+@torch.no_grad()
+def in_eval_mode(model, x):
+    "What a model does in eval mode with a few samples: `drops`, `carries`, `mixes`; it should be a copy."
+    x, n = x[:16], len(x[:16])
+    def answer(a, seed=0):
+        torch.manual_seed(seed)
+        return first_tensor(model(a))
+    def differ(a, b):
+        limit = .01 if a.dtype in (torch.float32, torch.float64) else .1
+        return a.shape != b.shape or bool((a-b).abs().max() > limit*a.float().std(0, correction=0).max())
+    with torch.random.fork_rng(range(torch.cuda.device_count())), DropoutSeen() as seen:
+        a = model.eval() and answer(x)
+        found = dict(drops=seen.p, carries=differ(a, answer(x)))
+        if found['carries'] or differ(a, answer(x, 1)) or n < 4 or len(a) != n: return found
+        if len(answer(x[:-1])) != n-1: return found   # the first axis is another one
+        def mixed(axis):
+            "Whether answers to one half of the samples change with the other half."
+            at, k = torch.arange(x.shape[axis], device=x.device), x.shape[axis]//2
+            for own,rest in ((at[:k], at[:-k]), (at[-k:], at[k:])):
+                order = torch.cat([own, rest] if own[0] == 0 else [rest, own])
+                kept, new = (o.index_select(axis, own) for o in (a, answer(x.index_select(axis, order))))
+                each = a.shape == (n, n) and not differ(kept[:, own], new[:, own])   # with each
+                if differ(kept, new) and not each: return True
+            return False
+        other = x.ndim > 1 < a.ndim and 1 < x.shape[1] == a.shape[1]   # the batch may be the second axis
+        return found | dict(mixes=mixed(0) and not (other and not mixed(1)))
+
+# %% ../nbs/39_loss_stats.ipynb #5c1f0a38
+def fraction_right(preds, targets):
+    "The fraction of numbers of classes that have the highest prediction; None of few samples."
+    n = preds.shape[1] if preds.ndim == 2 else 0
+    if n < 2 or targets.is_floating_point() or targets.shape != preds.shape[:1] or len(targets) < 6*n: return
+    return float((preds.argmax(1) == targets).float().mean()) if targets.max() < n else None
+
+@torch.no_grad()
+def padding_that_counts(loss_func, preds, targets, inputs=None):
+    """The fraction of targets that are padding, if they count in the loss; 0 where they do not.
+
+    They are [N, T] or, of inputs [N, T], flattened; None of others."""
+    a, flat = targets, targets.ndim == 1
+    if flat and inputs is not None and inputs.ndim == 2:
+        a = a[:len(a)//inputs.shape[1]*inputs.shape[1]].view(-1, inputs.shape[1])
+    if a.is_floating_point() or a.ndim != 2 or min(a.shape) < 3: return
+    preds = plain(preds)
+    for turn in (lambda o: o, lambda o: o.flip(1)):
+        same = turn(a) == turn(a)[:, -1].mode().values
+        ends = turn(same.flip(1).long().cumprod(1).flip(1)).bool()
+        if ends.float().mean() < .15 or len(ends.sum(1).unique()) < 3 or ends.sum() < same.sum(): continue
+        preds, targets = preds[:a.numel() if flat else None], targets[:a.numel() if flat else None]
+        moved = torch.where(ends.flatten()[:, None] if flat else ends[:, None], -preds, preds)
+        counts = bool(loss_func(moved, targets) != loss_func(preds, targets))
+        return float(ends.float().mean())*counts
+    return 0.

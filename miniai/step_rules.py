@@ -11,7 +11,8 @@ from collections import Counter
 import numpy as np
 
 from .evidence import Chart
-from .rules import (Missing, at_layers, decays, found, is_solved, layers_of, needed_loss, rule,
+from .loss_stats import entry_stats
+from .rules import (Missing, at_layers, decays, fall_of, found, is_solved, layers_of, needed_loss, rule,
                           tracks_of, weights_with)
 
 # %% ../nbs/51_step_rules.ipynb #303b8477
@@ -82,11 +83,61 @@ def wrong_mode(evidence, *, max_steps=.2): # fraction of the steps that are in e
 @rule(kind='ledger', before='exploding_activations', causes=['layers in a Python list or dictionary'],
       tries=['nn.ModuleList, nn.ModuleDict or nn.ParameterList', 'nothing, if they are not to be trained'])
 def unregistered(evidence):
-    """Parameters that the output is computed from, that are not the model's, and that nobody changes.
+    """Parameters, or tensors that get a gradient, that are not the model's, and that nobody changes.
     Source: PyTorch, "Modules": only attributes that are modules or parameters are registered."""
-    n = counted(evidence)['unregistered']
+    n, loose = counted(evidence)['unregistered'], evidence.facts.loose
+    if loose: return found('error', f'A gradient comes to {", ".join(loose[:4])}, of the model, which is no '
+                           'parameter and in no optimizer.', len(loose), 0.,
+                           causes=['a tensor with `requires_grad` in place of an nn.Parameter'])
     if n: return found('error', f'The output is computed from {n} parameter{"s"*(n > 1)} that the model does '
                        'not have, and that did not change.', n, 0.)
+
+# %% ../nbs/51_step_rules.ipynb #5c1f0b32
+@rule(kind=('mode', 'dropout_misplaced'), before='exploding_activations',
+      causes=['`F.dropout(x)` without `training=self.training`', 'an nn.Dropout that is made in `forward`'],
+      tries=['`F.dropout(x, p, self.training)`, or an nn.Dropout made in `__init__`',
+             'nothing, if it is meant so (Monte Carlo dropout)'])
+def dropout_always_on(evidence):
+    """Dropout that is at work in eval mode: a note if there was no validation in it.
+    Source: PyTorch, `torch.nn.functional.dropout`: `training` is True by default."""
+    p, n = evidence.facts.drops, Counter(evidence.facts.ledger)
+    if p is None: raise Missing('the model, or a batch to ask it with, is not known')
+    validated = len(evidence.loss('valid')) and n['forwards without grad'] > n['of these in train mode']
+    if p: return found('warning' if validated else 'note', f'In eval mode, too, dropout leaves out {p:.0%}.',
+                       p, 0.)
+
+_of_sequences = 'LSTM', 'GRU', 'RNN', 'Transformer', 'MultiheadAttention', 'Conv'
+
+@rule(kind='batch_mixing', before='exploding_activations',
+      causes=['`view` or `reshape` where `transpose` is meant', 'the batch is taken for the time axis '
+              '(`batch_first`)', 'a softmax, norm or mean over axis 0'],
+      tries=['follow the shapes with two batches of different size',
+             '`x.transpose(0, 1)`, or `batch_first=True`'])
+def samples_mixed(evidence):
+    """Answers that depend on the other samples of a batch, in eval mode, tried out on the last batch.
+
+    A note where one sequence of vectors may be all that a model gets.
+    Source: Karpathy, "A recipe for training neural networks" (2019): use backprop to chart dependencies."""
+    facts = evidence.facts
+    if facts.mixes is None: raise Missing('not tried: an answer for each sample is not what the model gives')
+    one = len(facts.shapes.get('inputs', ((),))[0]) < 3 and any(
+        o.startswith(_of_sequences) for o in facts.layers.values())
+    if facts.mixes: return found('note' if one else 'warning', 'The answer to a sample changes when others '
+                                 'are in its batch, also in eval mode.')
+
+# %% ../nbs/51_step_rules.ipynb #5c1f0b38
+@rule(kind='state_carried', before='exploding_activations',
+      causes=['a hidden state that is kept from batch to batch'],
+      tries=['begin each batch with a new state', 'nothing, if batches continue each other'])
+def state_carried(evidence):
+    """Answers that are others when the same is asked again, in eval mode; a note for targets at each place.
+    Source: PyTorch tutorials, "Sequence models and LSTM networks": clear the state for each sequence."""
+    facts = evidence.facts
+    if facts.carries is None: raise Missing('the model, or a batch to ask it with, is not known')
+    shape = facts.shapes.get('targets', ((),))[0]
+    each = len(shape) == 1 or len(shape) == 2 and shape[1] == 1   # one for each sample
+    if facts.carries: return found('warning' if each else 'note', 'Asked the same again, the model gives '
+                                   'another answer, also in eval mode.')
 
 # %% ../nbs/51_step_rules.ipynb #ee18a4dd
 @rule(kind=('init', 'ledger'), before='exploding_activations', causes=['weights that are initialised again'],
@@ -259,3 +310,90 @@ def dropout_of_most(evidence,
 def _moments(evidence, nm):   # the mean of the entries, and that of their squares
     mean, std = (evidence.track(nm, o).usual for o in ('mean', 'std'))
     return mean, mean**2 + std**2
+
+# %% ../nbs/51_step_rules.ipynb #645860e4
+def entries(evidence, source, phase='train'):
+    "Name of a number -> its values [n] in the steps that were taken, and the shape of a batch."
+    values = evidence.track(source, 'entries', phase).values
+    shape = evidence.facts.shapes.get(source, ((), ''))[0]
+    way = evidence.way('use `learn.watch()`, or give the loss to '
+                             '`Inspector.attach(model, optimizer, loss_fn)`')
+    if not len(values) or not shape: raise Missing('what enters the loss is not known; ' + way)
+    return dict(zip(entry_stats, values.astype(float).T)), shape
+
+_kinds = dict(crossentropy='classes', nll='classes', bcewithlogits='binary',
+              binarycrossentropywithlogits='binary', bce='probabilities', binarycrossentropy='probabilities',
+              mse='numbers', l1='numbers', smoothl1='numbers', huber='numbers')
+
+def loss_name(evidence): return evidence.facts.loss.lower().replace('_', '').removesuffix('loss')
+
+def loss_kind(evidence):
+    "'classes', 'binary' (of logits), 'probabilities' (binary), 'numbers'; '' of other losses."
+    name, kind = loss_name(evidence), evidence.facts.shapes.get('targets', ('', ''))[1]
+    return '' if name == 'nll' and 'float' in kind else _kinds.get(name, '')   # it may be of a density
+
+# %% ../nbs/51_step_rules.ipynb #5c1f0b34
+def by_accident(evidence):
+    "The fraction of validation that would be in training if samples of both were drawn from few."
+    x, n = evidence.track('inputs', 'entries'), evidence.facts.samples['train_distinct']
+    often = np.nanmean(x.values[:, entry_stats.index('repeats')])/max(1, np.median(x.samples))   # for a pair
+    return 1 - (1-often)**n
+
+@rule(kind='leakage', before='dead_units', causes=['a split that is drawn after rows were copied',
+                                                   'the data of training given as that of validation'],
+      tries=['make the split first, and by groups', 'look for rows that are in both'])
+def shared_samples(evidence,
+    *, max_shared=.1, # fraction of the samples of validation that training has had, in the steps seen
+    min_samples=5): # and their number
+    """Samples of validation that are samples of training, entry by entry; a note if that is one batch.
+    Source: Kapoor and Narayanan, "Leakage and the reproducibility crisis" (2023), L1: no clean separation."""
+    n, shape = evidence.facts.samples, entries(evidence, 'inputs')[1]
+    if 'shared' not in n: raise Missing('inputs of validation are not known')
+    part = n['shared']/max(1, n['valid_distinct'])
+    beyond = part > max_shared + 3*by_accident(evidence) and n['shared'] >= min_samples
+    if beyond and np.prod(shape[1:]) >= 4: return found(
+        'note' if n['train_distinct'] <= shape[0] else 'warning', f'{part:.0%} of the samples of validation, '
+        'of those that were compared, are samples of training, too.', part, max_shared)
+
+@rule(kind=('shuffle', 'data_no_information'), before='dead_units',
+      causes=['`next(iter(loader))` in each step', 'a loader that has one batch only'],
+      tries=['`for xb,yb in loader:`', 'nothing, if one batch is to be learned by heart'])
+def same_batch(evidence, *, min_batches=10): # that were compared
+    """One batch in all steps of training, though validation has more samples, and others.
+    Source: Bottou, "Stochastic gradient descent tricks" (2012), 4.1: examples drawn at random."""
+    n, x = evidence.facts.samples, evidence.track('inputs', 'entries')
+    if not (n.get('train') and n.get('valid')):
+        raise Missing('inputs of training and of validation are not known')
+    same = len(x) >= min_batches and n['train_distinct'] <= min(x.samples)
+    size, count = (evidence.track('batches', o, 'valid').values for o in ('size', 'count'))   # of a loop
+    there = max([n['valid_distinct'], *(size[-1:]*count[-1:])])
+    more = there > n['train_distinct'] and not n['shared']
+    if same and more and evidence.n_steps() > max(x.epochs) + 1: return found(
+        'warning', f'All batches of training are one and the same, of {n["train_distinct"]} samples; '
+        f'validation has {there:g}, and others.', n['train_distinct'], float(there))
+
+# %% ../nbs/51_step_rules.ipynb #5c1f0b37
+@rule(kind='padding', before='dead_units', causes=['no `ignore_index` in the loss'],
+      tries=['`ignore_index`, or a mask'])
+def padding_counts(evidence):
+    """Rows of targets that end in one class, which is nowhere else, and for which the loss asks.
+    Source: PyTorch, `CrossEntropyLoss`: `ignore_index`; tried out on the last batch."""
+    part = evidence.facts.padding
+    if part is None: raise Missing('not tried: targets are no rows of classes')
+    if part and loss_kind(evidence) == 'classes': return found(
+        'warning', f'{part:.0%} of the targets are padding at the ends of their rows, and count in the '
+        'loss.', part)
+
+@rule(kind=('wrong_loss', 'misaligned_labels'), before='exploding_activations',
+      causes=['a loss with the wrong sign', 'classes that are numbered differently'],
+      tries=['print predictions and targets of a batch'])
+def always_wrong(evidence, *, max_right=.1): # fraction of right answers, in units of that of guessing
+    """A loss that falls while nearly no answer is right, fewer than by guessing.
+    Source: Karpathy, "A recipe for training neural networks" (2019): look at predictions."""
+    facts, right = evidence.facts, evidence.facts.right
+    if right is None or 'predictions' not in facts.shapes:
+        raise Missing('not tried: targets are no numbers of classes, or too few')
+    chance, falls = 1/facts.shapes['predictions'][0][1], fall_of(evidence.loss()) > .03
+    if right < max_right*chance and falls and not facts.constant: return found(
+        'error', f'{right:.0%} of the answers to the last batch are right; guessing gives {chance:.0%}.',
+        right, max_right*chance)

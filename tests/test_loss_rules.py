@@ -211,3 +211,108 @@ def test_softmax_before_a_loss_of_ones_own_is_named(softmax, door):
         found = inspector.diagnose()
     named = [o.rule for o in found if o.level != 'note']
     assert named[:1] == ['softmax_before_loss']*(softmax and door == 'learner'), found   # a loop's function is not known
+
+
+class Split:
+    "Batches of 32; those of validation are others, or some of these."
+    def __init__(self, x, y, leak=False):
+        batches = list(zip(x.split(32), y.split(32)))
+        self.train, self.valid = batches[4:], batches[4*leak:4*leak+4]
+
+
+class Net(nn.Module):
+    "A head on top of a layer, with `f` of (module, output) between them."
+    def __init__(self, f, n=8, out=3, first=None): super().__init__(); self.first, self.head, self.f, self.kept = first or nn.Linear(n, 16), nn.Linear(16, out), f, 0.
+    def forward(self, x): return self.head(self.f(self, self.first(x)))
+
+
+def through(door, model, data, loss, epochs=3, lr=5e-3):
+    set_seed(0)
+    if door == 'learner':
+        learn = TrainLearner(model, data, loss, lr, opt_func=torch.optim.Adam)
+        learn.watch(every=1)
+        learn.fit(epochs)
+        return [o.rule for o in learn.diagnose().of('error', 'warning')]
+    opt = torch.optim.Adam(model.parameters(), lr)
+    inspector = Inspector().attach(model, optimizer=opt, loss_fn=loss)
+    for _ in inspector.range(epochs):
+        model.train()
+        for xb,yb in data.train:
+            opt.zero_grad()
+            loss(model(xb), yb).backward()
+            opt.step()
+        model.eval()
+        with torch.no_grad():
+            for xb,yb in data.valid: loss(model(xb), yb)
+    return [o.rule for o in inspector.detach().diagnose().of('error', 'warning')]
+
+
+def carried(m, o):
+    m.kept = .5*m.kept + o.mean().detach()
+    return o + m.kept
+
+
+def fine(m, o): return F.dropout(o.relu(), .2, m.training)
+def turned(m, o): return F.normalize(o, dim=0)
+def dropping(m, o): return F.dropout(o.relu(), .2)
+
+
+def data_of(leak=False, same=False, sequences=False):
+    x = torch.randn(640, *((6, 8) if sequences else (8,)), generator=torch.Generator().manual_seed(0))
+    data = Split(x, (x.flatten(1)[:, :2] > 0).sum(1), leak)
+    if same: data.train = [data.train[0]]*16
+    return data
+
+
+@pytest.mark.parametrize('door', ['learner', 'loop'])
+@pytest.mark.parametrize('rule,f,given', [
+    ('dropout_always_on', dropping, {}), ('samples_mixed', turned, {}), ('state_carried', carried, {}), ('shared_samples', fine, dict(leak=True)),
+    ('same_batch', fine, dict(same=True)), ('', fine, {})])
+def test_fault_of_data_or_forward_is_named(door, rule, f, given):
+    found = through(door, Net(f), data_of(**given), nn.CrossEntropyLoss())
+    new = {'dropout_always_on', 'samples_mixed', 'state_carried', 'shared_samples', 'same_batch', 'padding_counts', 'always_wrong'}
+    assert new & {*found} == {*[rule]*bool(rule)}, found
+
+
+@pytest.mark.parametrize('door', ['learner', 'loop'])
+def test_recurrent_net_that_takes_the_batch_for_time_is_named(door):
+    for batch_first in (True, False):
+        rnn = nn.GRU(8, 16, batch_first=batch_first)
+        found = through(door, Net(lambda m, o: o[0][:, -1], first=rnn), data_of(sequences=True), nn.CrossEntropyLoss())
+        assert ('samples_mixed' in found) is not batch_first
+
+
+@pytest.mark.parametrize('door', ['learner', 'loop'])
+def test_padding_that_counts_is_named(door):
+    set_seed(0)
+    x = torch.randint(1, 9, (640, 12))
+    x[torch.arange(12) > torch.randint(3, 9, (640, 1))] = 0
+    for ignored in (-100, 0):
+        model = nn.Sequential(nn.Embedding(9, 16), nn.Linear(16, 9), Turn())
+        assert ('padding_counts' in through(door, model, Split(x, x), nn.CrossEntropyLoss(ignore_index=ignored))) is (ignored < 0)
+
+
+class Turn(nn.Module):
+    def forward(self, x): return x.transpose(1, 2)
+
+
+def test_tensor_that_is_no_parameter_is_named():
+    class Plain(nn.Module):
+        def __init__(self, kind): super().__init__(); self.w, self.head = kind(torch.randn(8, 16)), nn.Linear(16, 3)
+        def forward(self, x): return self.head((x@self.w).relu())
+    for kind in (torch.Tensor.requires_grad_, nn.Parameter):
+        found = through('learner', Plain(kind), data_of(), nn.CrossEntropyLoss())
+        assert ('unregistered' in found) is (kind is not nn.Parameter)
+
+
+@pytest.mark.parametrize('rule,act,f,loss', [
+    ('head_range', torch.sigmoid, lambda x: 5*x[:, :1], nn.MSELoss()), ('head_range', F.relu, lambda x: 5*x[:, :1], nn.L1Loss()),
+    ('loss_input', torch.tanh, lambda x: (x[:, 0] > 0).long(), nn.CrossEntropyLoss()),
+    ('head_range', lambda o: o, lambda x: (x[:, :4] > 0).float(), nn.CrossEntropyLoss())])
+def test_head_without_a_module_is_named(rule, act, f, loss):
+    x = torch.randn(640, 8, generator=torch.Generator().manual_seed(0))
+    y = f(x)
+    class Head(Net):
+        def forward(self, x): return act(super().forward(x))
+    out = y.shape[1] if y.is_floating_point() else 2
+    assert rule in through('learner', Head(fine, out=out), Split(x, y), loss, epochs=12, lr=.02)

@@ -409,7 +409,7 @@ def waves(n=768, length=48):
 @run
 def series_conv1d():
     model = nn.Sequential(nn.Unflatten(1, (1, 48)), nn.Conv1d(1, 16, 5, 2, 2), nn.ReLU(), nn.Conv1d(16, 32, 5, 2, 2), nn.ReLU(), nn.AdaptiveMaxPool1d(1), nn.Flatten(), nn.Linear(32, 4))
-    return fitted(model, batches(*waves()), F.cross_entropy, 3e-3, optim.Adam, valid=batches(*waves())[:3])
+    return fitted(model, batches(*waves())[3:], F.cross_entropy, 3e-3, optim.Adam, valid=batches(*waves())[:3])
 
 
 @run
@@ -478,7 +478,7 @@ def tokens(n=1024):
 
 
 @run
-def transformer_pre_norm(): return fitted(Encoder(True), tokens(), F.cross_entropy, 3e-3, optim.AdamW, epochs=3, valid=tokens()[:3])
+def transformer_pre_norm(): return fitted(Encoder(True), tokens()[3:], F.cross_entropy, 3e-3, optim.AdamW, epochs=3, valid=tokens()[:3])
 
 
 @run
@@ -578,7 +578,7 @@ def speech_ctc():
 # --- tables
 
 @run
-def regression_scaled(): return fitted(mlp(10, 64, 32, 1), batches(*table()), nn.MSELoss(), 5e-3, optim.Adam, epochs=6, valid=batches(*table())[:3], most=.4)
+def regression_scaled(): return fitted(mlp(10, 64, 32, 1), batches(*table())[3:], nn.MSELoss(), 5e-3, optim.Adam, epochs=6, valid=batches(*table())[:3], most=.4)
 
 
 @run
@@ -634,7 +634,7 @@ def regression_poisson():
 def binary_logits():
     x, y = table()
     model = mlp(10, 32, 1)
-    return looped(model, batches(x, (y > 0).float()), nn.BCEWithLogitsLoss(), optim.Adam(model.parameters(), .01), epochs=6, valid=batches(x, (y > 0).float())[:4])
+    return looped(model, batches(x, (y > 0).float())[4:], nn.BCEWithLogitsLoss(), optim.Adam(model.parameters(), .01), epochs=6, valid=batches(x, (y > 0).float())[:4])
 
 
 @run
@@ -693,7 +693,7 @@ def tabular_embeddings():
 
 @run
 def tabular_two_inputs_learner():
-    learn = Learner(Tabular(), SimpleNamespace(train=batches(*rows(), bs=64), valid=batches(*rows(), bs=64)[:2]), F.cross_entropy, .01, [TrainCB(n_inp=2)], optim.Adam)
+    learn = Learner(Tabular(), SimpleNamespace(train=batches(*rows(), bs=64)[2:], valid=batches(*rows(), bs=64)[:2]), F.cross_entropy, .01, [TrainCB(n_inp=2)], optim.Adam)
     learn.watch(every=1)
     learn.fit(6)
     losses = learn.history.series('batch', 'loss', 'train').values
@@ -1153,7 +1153,7 @@ def class_weights():
 def imbalanced_plain():
     x, y = uneven()
     model = mlp(10, 32, 1)
-    return looped(model, batches(x, y[:, None].float()), nn.BCEWithLogitsLoss(), optim.Adam(model.parameters(), 5e-3), epochs=5, valid=batches(x, y[:, None].float())[:4], most=.5)
+    return looped(model, batches(x, y[:, None].float())[4:], nn.BCEWithLogitsLoss(), optim.Adam(model.parameters(), 5e-3), epochs=5, valid=batches(x, y[:, None].float())[:4], most=.5)
 
 
 class Focal(nn.Module):
@@ -1171,9 +1171,9 @@ def focal_loss():
 @run
 def balanced_sampler():
     x, y = uneven()
-    sampler = torch.utils.data.WeightedRandomSampler(torch.where(y == 1, 9., 1.), 960)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 32, sampler=sampler)
-    return fitted(mlp(10, 32, 2), loader, F.cross_entropy, .01, optim.Adam, epochs=4, valid=batches(x, y), most=.5)
+    sampler = torch.utils.data.WeightedRandomSampler(torch.where(y[192:] == 1, 9., 1.), 960)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[192:], y[192:]), 32, sampler=sampler)
+    return fitted(mlp(10, 32, 2), loader, F.cross_entropy, .01, optim.Adam, epochs=4, valid=batches(x[:192], y[:192]), most=.5)
 
 
 # --- optimizers
