@@ -351,6 +351,26 @@ def test_by_keyboard_alone(browser, page, learn):
         assert tab.wrong == []
 
 
+def test_curves_are_smoothed_and_hidden(browser, page):
+    "By keyboard; the values stay behind, faint, and are not read out. A reload keeps the smoothing."
+    from miniai.plots import smoothed
+    data = lambda o: tab.js(f"(() => {{ const b = [...document.querySelectorAll('[data-charts=curves] .plot')][0]; return {o} }})()")
+    with Tab(browser, page) as tab:
+        raw, n = data('b.data[0].y'), data('b.data.length')
+        tab.page.focus('#smoothing')
+        tab.page.keyboard.press('End')
+        tab.page.wait_for_function("document.querySelector('[data-charts=curves] .plot').data[1].opacity === 1")
+        assert tab.js("document.getElementById('smoothed').textContent") == '0.99' and data('b.data.length') > n
+        assert data('b.data[0].opacity') == .25 and data('b.data[0].y') == raw
+        assert np.allclose(data('b.data[1].y'), smoothed(raw, .99))
+        key = tab.page.locator('[data-charts=curves] .key').first
+        key.focus()
+        tab.page.keyboard.press('Enter')
+        tab.page.wait_for_function("document.querySelector('[data-charts=curves] .plot').data[1].visible === false")
+        assert key.get_attribute('aria-pressed') == 'false'
+        tab.page.reload(); tab.drawn()
+        assert data('b.data[0].opacity') == .25 and tab.wrong == []
+
 def test_maps_by_keyboard(tab, learn):
     choose(tab, 'out')
     plot = tab.figure('Histogram: out').locator('.plot')

@@ -25,8 +25,10 @@ async function loadPlotly() {   // the page's own policy lets no script run but 
 }
 
 // ---- charts
+const image = {name: 'toImage', title: 'Download plot as a PNG', icon: {}, click: box => Plotly.downloadImage(   // with a legend
+  {data: box.data, layout: {...box.layout, showlegend: true}}, {format: 'png', width: box.offsetWidth, height: box.offsetHeight + 60})}
 const config = {responsive: true, displaylogo: false, typesetMath: false, displayModeBar: touch ? false : 'hover',
-                modeBarButtons: [['zoom2d', 'pan2d', 'resetScale2d', 'toImage']]}
+                modeBarButtons: [['zoom2d', 'pan2d', 'resetScale2d', image]]}
 
 async function draw(place) {
   for (const o of all('.plot', place)) Plotly.purge(o)
@@ -38,17 +40,56 @@ async function draw(place) {
 const empty = place => Object.assign(document.createElement('p'), {className: 'muted', textContent: place.dataset.empty})
 
 function frame(chart) {
-  const figure = $('frame').content.firstElementChild.cloneNode(true), [title, box, , caption] = figure.children
+  const figure = $('frame').content.firstElementChild.cloneNode(true), [title, legend, box, , caption] = figure.children
   title.textContent = chart.title
   caption.textContent = chart.caption
   box.setAttribute('aria-label', `${chart.title}. Arrow keys, Page Up and Down, Home and End move from value to value.`)
-  box.chart = chart
+  Object.assign(box, {chart, off: new Set()})
+  legend.replaceChildren(...chart.figure.data.filter(t => t.showlegend).map(t => key(box, t)))
   return figure
 }
 
+function key(box, trace) {   // a line's entry in the legend: a button that hides it
+  const button = Object.assign(document.createElement('button'), {type: 'button', className: 'key', textContent: trace.meta})
+  const swatch = document.createElement('span'), {color, dash} = trace.line
+  const style = {dash: 'dashed', dot: 'dotted'}[dash] ?? 'solid'
+  swatch.style.borderTop = `3px ${style} ${color}`
+  button.prepend(swatch)
+  button.setAttribute('aria-pressed', 'true')
+  button.onclick = () => {
+    box.off.delete(trace.meta) || box.off.add(trace.meta)
+    button.setAttribute('aria-pressed', !box.off.has(trace.meta))
+    redraw(box)
+  }
+  return button
+}
+
+function smooth(y, beta) {   // gaps stay gaps; the first values are means of fewer
+  let sum = 0, weight = 0
+  return y.map(v => v === null ? null : (sum = beta*sum + (1-beta)*v, weight = beta*weight + 1-beta, sum/weight))
+}
+
+function traces(box) {   // what is drawn: without hidden lines, and where they are smoothed those of the values behind, faint
+  const beta = box.closest('[data-charts=curves]') ? +$('smoothing').value : 0
+  return box.chart.figure.data.flatMap(t => {
+    const own = {...t, visible: !box.off.has(t.meta)}
+    if (!beta || t.type !== 'scatter' || t.mode === 'markers' || t.x.length < 10) return [own]
+    return [{...own, opacity: .25, hoverinfo: 'skip', showlegend: false}, {...own, y: smooth(t.y, beta)}]
+  })
+}
+
+const layoutOf = box => ({...box.chart.figure.layout, showlegend: false, uirevision: 'keep', dragmode: touch ? false : 'zoom'})   // a finger scrolls the page
+const redraw = box => Plotly.react(box, traces(box), layoutOf(box), config)
+
+function setSmoothing(value) {
+  $('smoothing').value = value
+  $('smoothed').textContent = +value ? value : 'off'
+  remember('smoothing', value)
+}
+
 async function plot(box) {
-  const {data, layout} = box.chart.figure
-  await Plotly.newPlot(box, data, {...layout, dragmode: touch ? false : 'zoom'}, config)   // a finger scrolls the page
+  image.icon = Plotly.Icons.camera
+  await Plotly.newPlot(box, traces(box), layoutOf(box), config)
   box.on('plotly_hover', e => show(box, e.points[0].x, e.points[0].pointNumber))
   box.on('plotly_unhover', () => show(box))
   box.onkeydown = e => walk(box, e)
@@ -61,9 +102,9 @@ const beside = box => all('.plot', box.closest('.charts')).filter(o =>   // curv
 
 function show(box, x, at) {   // say the values at x, and put the cursor of the other curves there
   for (const o of beside(box)) x === undefined ? Plotly.Fx.unhover(o) : Plotly.Fx.hover(o, {xval: x}, ['xy'], true)
-  const told = x === undefined ? [] : isMap(box) ? [cell(box, ...at)] : box.data.flatMap(t => {
+  const told = x === undefined ? [] : isMap(box) ? [cell(box, ...at)] : box.data.filter(t => t.visible !== false && t.hoverinfo !== 'skip').flatMap(t => {
     const i = t.x.indexOf(x)
-    return i < 0 || t.y[i] === null ? [] : [`${t.meta} ${t.text?.[i] ?? t.y[i]}`]
+    return i < 0 || t.y[i] === null ? [] : [`${t.meta} ${t.text?.[i] ?? +t.y[i].toPrecision(9)}`]
   })
   box.nextElementSibling.textContent = told.length ? `${box.chart.xlabel} ${x}${isMap(box) ? ', ' : ': '}${told.join(', ')}` : ''
 }
@@ -131,6 +172,8 @@ async function begin() {
   $('theme').onchange = e => setTheme(e.target.value)
   await loadPlotly()
   charts = JSON.parse(await unpack('charts'))
+  setSmoothing(remember('smoothing') || 0)
+  $('smoothing').oninput = e => { setSmoothing(e.target.value); all('[data-charts=curves] .plot').forEach(redraw) }
   for (const o of all('.pick')) o.onclick = () => choose(+o.dataset.layer, true)
   if ($('layer-choice')) $('layer-choice').onchange = e => choose(+e.target.value)
   for (const place of all('[data-charts]')) {   // what is folded has no width: it is drawn when it opens
