@@ -144,7 +144,7 @@ _scale_again = ['Kaiming initialisation, or LSUV (`miniai.init`)', 'BatchNorm or
 
 # %% ../nbs/50_rules.ipynb #6566427f
 @rule(kind='init', tries=_scale_again,
-      causes=['weights that are too large at the start', 'no normalisation in a deep net'])
+      causes=['weights that are too large at the start', 'unscaled inputs', 'no normalisation in a deep net'])
 def exploding_activations(evidence, *, max_growth=1e3): # largest deviation, in units of the first layer's
     """Outputs that grow from layer to layer, at the first step.
     Source: He and others, "Delving deep into rectifiers" (2015): each layer multiplies the variance."""

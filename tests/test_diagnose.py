@@ -236,6 +236,23 @@ def test_a_later_validation_does_not_hide_it():
     assert len(evidence_of(history).loss()) == 80
 
 
+def test_unscaled_columns_beside_an_embedding_are_a_cause():
+    class Tabular(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb, self.fc = nn.Embedding(4, 3), nn.Linear(5, 8)
+            self.head = nn.Sequential(nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        def forward(self, x): return self.head(self.fc(torch.cat([self.emb(x[:, 2].long()), x[:, :2]], 1)))
+    X, model = torch.rand(64, 3)*torch.tensor([90., 1e5, 4.]), Tabular()
+    inspector, loss_func, opt = Inspector(), nn.CrossEntropyLoss(), torch.optim.Adam(model.parameters())
+    with inspector.attach(model, optimizer=opt, loss_fn=loss_func):
+        for _ in inspector.range(1):
+            for _ in range(5):
+                loss_func(model(X), (X[:, 0] > 45).long()).backward()
+                opt.step(); opt.zero_grad()
+    found = {o.rule: o for o in inspector.diagnose()}['exploding_activations']
+    assert found.layer.startswith('fc') and 'unscaled inputs' in found.causes
+
 def test_little_data_is_said(dls):
     learn = Learner(mlp(784, 16, 10), dls, F.cross_entropy, lr=1e-9, cbs=[TrainCB(), StopOnCB('loss>0', every=5)])
     learn.fit(1)
