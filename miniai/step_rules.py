@@ -195,7 +195,7 @@ def unchanged(evidence):
         layers_of(same))
     names = weights_with(evidence, 'update_ratio')
     grads, params = evidence.sources('grad_norm'), evidence.facts.params
-    moved = lambda nm: nm not in grads or evidence.track(nm, 'grad_norm').usual > 0
+    moved = lambda nm: nm not in grads or evidence.track(nm, 'grad_norm').late > 0
     still = [nm for nm in names if evidence.track(nm, 'update_ratio').late == 0 and moved(nm)
              and nm in params and params[nm].trained and params[nm].held is not False]
     began = any(evidence.track(nm, 'update_ratio').finite.any() for nm in still)

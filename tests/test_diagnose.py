@@ -553,3 +553,19 @@ def test_a_uniform_attention_is_no_vanishing_gradient():
     rms = {nm: found.evidence.track(f'{nm}.weight', 'grad_norm').first/o.weight.numel()**.5 for nm, o in learn.model.named_children()}
     assert rms['query'] < 1e-3*rms['head'] < rms['token']
     assert 'vanishing_gradients' in found.checked and not found.of('error', 'warning')
+
+def test_a_net_that_died_is_not_called_unchanged():
+    "Its gradient was there, and is exactly zero now: no step is left out."
+    class Kill(Callback):
+        def after_step(self, learn):
+            if learn.n_steps == 28: learn.model[0].bias.data.fill_(-100.)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(40*16, 8)
+    data = [(x[i:i+16], (x[i:i+16, 0] > 0).long()) for i in range(0, len(x), 16)]
+    learn = Learner(net, DataLoaders(data, []), F.cross_entropy, .1, [TrainCB(), Kill()])
+    learn.watch(every=1)
+    learn.fit(1, valid=False)
+    found = learn.diagnose()
+    assert 'unchanged' in found.checked and 'unchanged' not in {o.rule for o in found}
+    assert 'dead_units' in {o.rule for o in found}
