@@ -383,8 +383,8 @@ def never_called(evidence):
     if not silent and not known: raise Missing(f'no outputs of layers were recorded; {evidence.way()}')
     used = layers_of(nm for stat in ('grad_norm', 'update_norm') for nm in evidence.sources(stat)
                      if evidence.track(nm, stat).usual > 0)
-    mine = layers_of(nm for nm,p in evidence.facts.params.items() if p.trained)
-    owners = [o for o in silent if o in mine and o not in used]
+    silent = [o for o in silent if o not in used]   # the weights of others are used without a call
+    owners = [o for o in layers_of(nm for nm,p in evidence.facts.params.items() if p.trained) if o in silent]
     return at_layers('warning' if owners else 'note', 'Never called: {layer}.', owners or silent)
 
 @rule(kind='ledger',

@@ -569,3 +569,19 @@ def test_a_net_that_died_is_not_called_unchanged():
     found = learn.diagnose()
     assert 'unchanged' in found.checked and 'unchanged' not in {o.rule for o in found}
     assert 'dead_units' in {o.rule for o in found}
+
+
+def test_a_layer_whose_weight_is_used_without_a_call_is_no_finding():
+    "As a table of positions: its weight has a gradient and moves."
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pos, self.head = nn.Embedding(5, 8), nn.Linear(8, 3)
+        def forward(self, x): return self.head((x + self.pos.weight).mean(1))
+    torch.manual_seed(0)
+    batches = [(torch.randn(32, 5, 8), torch.randint(3, (32,))) for _ in range(4)]
+    learn = Learner(Net(), DataLoaders(batches, batches), nn.CrossEntropyLoss(), lr=.1, cbs=[TrainCB()])
+    learn.watch(every=1)
+    with pytest.warns(UserWarning, match='never called'): learn.fit(3)
+    found = learn.diagnose()
+    assert 'never_called' in found.checked and 'never_called' not in [o.rule for o in found]
