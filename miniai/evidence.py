@@ -264,8 +264,9 @@ def _rows_of_weights(m):
 def starting_parts(model):
     "Of each BatchNorm, the fraction of its running values that is still what they began with."
     norms = {nm: m for nm,m in select_modules(model) if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    unused = lambda m: m.running_mean is not None and not m.running_mean.any() and (m.running_var == 1).all()
     return {nm: (1 - m.momentum)**int(m.num_batches_tracked) for nm,m in norms.items()
-            if m.momentum is not None and m.num_batches_tracked}
+            if m.momentum is not None and (m.num_batches_tracked or unused(m))}
 
 def copies_of_units(model:nn.Module) -> dict:
     "Of each linear layer and convolution, the fraction of units with the weights and bias of another one."

@@ -50,10 +50,11 @@ def gradients_added_up(evidence, *, min_kept=.5): # fraction of the steps
 def optimizer_is_new(evidence, *, max_new=.5): # fraction of the steps
     """Optimizers that have no state yet when they step, again and again: no momentum, no averages.
     Source: Kingma and Ba, "Adam" (2014), algorithm 1: averages over all steps."""
-    n = counted(evidence)
-    if n['fresh'] > 4 and n['fresh'] > max_new*n['steps']: return found(
-        'error', f'In {n["fresh"]} of {n["steps"]} steps the optimizer was new, without state.',
-        n['fresh']/n['steps'], max_new)
+    n, epochs = counted(evidence), len(evidence.epoch_loss())
+    often, each_epoch = n['fresh'] > max_new*n['steps'], epochs > 3 and n['fresh'] >= epochs
+    if n['fresh'] > 4 and often or each_epoch: return found(
+        'error' if often else 'warning', f'In {n["fresh"]} of {n["steps"]} steps the optimizer was new, '
+        'without state.', n['fresh']/n['steps'], max_new)
 
 # %% ../nbs/51_step_rules.ipynb #e919f69b
 _by_mode = 'Dropout', 'AlphaDropout', 'FeatureAlphaDropout', 'BatchNorm', 'SyncBatchNorm'
@@ -211,20 +212,35 @@ def unchanged(evidence):
 @rule(kind=('schedule', 'lr_low'), before='learning_rate_low',
       causes=['a schedule of epochs that is stepped in each batch'],
       tries=['step it once an epoch, or give it the number of batches'])
-def rate_falls_early(evidence, *, min_rate=.01): # median rate of the run, in units of its highest
-    """A learning rate that is next to nothing for most of a run.
+def rate_falls_early(evidence,
+    *, min_rate=.01, # median rate of the run, in units of its highest
+    max_swing=16): # steps within which no schedule is meant to fall by ten and to rise again
+    """A learning rate that is next to nothing for most of a run, that swings, or whose warm-up does not end.
     Source: PyTorch, `torch.optim.lr_scheduler`: most of them are meant to be stepped once an epoch."""
     if not evidence.facts.rates: raise Missing(f'the learning rate was not recorded; {evidence.way()}')
     steps, rates = np.array(evidence.facts.rates).T
-    high, middle = rates.max(), np.interp(steps[-1]/2, steps, rates)
-    if len(rates) > 7 and middle < min_rate*high: return found(
+    high, middle, meant = rates.max(), np.interp(steps[-1]/2, steps, rates), evidence.facts.lr or 0.
+    chart = Chart(dict(rate=(steps, rates)), 'Learning rate', log=True)
+    if len(rates) <= 7: return
+    if middle < min_rate*high: return found(
         'error', f'The learning rate falls from {high:.3g} to {middle:.2g} in the first half.', middle/high,
-        min_rate, chart=Chart(dict(rate=(steps, rates)), 'Learning rate', log=True))
+        min_rate, chart=chart)
+    early, rising = rates[steps < max_swing], (np.diff(rates) >= 0).all() and rates[-1] > rates[len(rates)//2]
+    low = int(early.argmin())
+    if early[low] < .1*min(early[:low].max(initial=0.), early[low:].max(initial=0.)): return found(
+        'warning', f'The learning rate falls to {early[low]:.2g} and rises again within {max_swing} steps.',
+        max_swing, kind='schedule', chart=chart)
+    if len(rates) > 15 and rising and rates[-1] < .5*meant and not is_solved(evidence, .6): return found(
+        'warning', f'The learning rate rises to the end, to {rates[-1]:.2g}; it was to be {meant:.3g}.',
+        rates[-1]/meant, .5, chart=chart, causes=['a warm-up that is stepped too seldom, or is too long'],
+        tries=['step it in each batch'])
 
+# %% ../nbs/51_step_rules.ipynb #fd5de547
 def _pull(evidence, name, decay):
     "The decay of a weight in units of its gradient (AdamW: of its update), in the first half of the run."
     apart = evidence.facts.optimizer == 'AdamW'
     size, other = (evidence.track(name, o) for o in ('param_norm', 'update_norm' if apart else 'grad_norm'))
+    other = other[np.searchsorted(other.steps, size.steps).clip(max=len(other)-1)] if len(other) else other
     n = min(len(size), len(other))//2
     with np.errstate(all='ignore'): ratios = decay*size.values[:n]/other.values[:n]
     return float(np.median(ratios))*((evidence.facts.lr or 0.) if apart else 1.) if n else 0.
@@ -282,13 +298,23 @@ def last_called(facts, but=('Identity', 'Dropout', 'Flatten', 'Unflatten')):
     return names[-1] if names else ''
 
 @rule(kind='dropout_misplaced', causes=['dropout after the last layer'], tries=['dropout before it'])
-def dropout_of_answers(evidence):
+def dropout_of_answers(evidence, *, min_zeros=.03): # fraction of the answers
     """Dropout as the last layer of a model: a part of its answers is zero, whatever it has learned.
+
+    Read from answers of both signs of which some are exactly 0, and in validation none.
     Source: Srivastava and others, "Dropout" (2014), section 4: of inputs and hidden units."""
     facts, last = evidence.facts, last_called(evidence.facts, but=('Identity', 'Flatten', 'Softmax'))
     if facts.model == 'Sequential' and facts.kind(last).startswith('Dropout'):
         return found('warning', '{layer} is the last.', layers=[last])
+    p, valid = (dict(zip(entry_stats, evidence.track('predictions', 'entries', o).values.T))
+                for o in ('train', 'valid'))
+    if not p or len(facts.shapes.get('predictions', ((), ''))[0]) != 2: return   # others have padding
+    zeros, signs = np.median(p['zeros']), np.median(p['min']) < 0 < np.median(p['max'])
+    if signs and zeros > max(min_zeros, 10*np.mean(valid.get('zeros', 0.))): return found(
+        'warning', f'{zeros:.0%} of the answers are exactly 0 in training, and others are of both signs.',
+        zeros, min_zeros)
 
+# %% ../nbs/51_step_rules.ipynb #b4097011
 @rule(kind=('dropout_misplaced', 'regularisation'), causes=['a probability that is too high'],
       tries=['a probability of .1 to .5'])
 def dropout_of_most(evidence,
