@@ -291,7 +291,7 @@ def learning_rate_high(evidence,
     died = [nm for nm,o in deaths.items() if o.first < .5 and o.late > .9]
     guess = np.log(evidence.facts.n_classes or 1)
     lost = not np.isfinite(loss.values[-1]) or loss.late > first and not high < guess/2 or bool(died)
-    harmless = high < guess or not lost and is_solved(evidence, .35)
+    harmless = high < guess or not lost and (high < 2*limit - first or is_solved(evidence, .35))
     level = levels[int(not lost) + int(harmless)]   # not above chance, or over
     last = loss.late if loss.values[-1] <= limit else loss.values[-1]
     ends = 'ends at' if lost or last > limit else 'comes back to'
