@@ -384,7 +384,9 @@ def shared_samples(evidence,
 @rule(kind=('shuffle', 'data_no_information'), before='dead_units',
       causes=['`next(iter(loader))` in each step', 'a loader that has one batch only'],
       tries=['`for xb,yb in loader:`', 'nothing, if one batch is to be learned by heart'])
-def same_batch(evidence, *, min_batches=10): # that were compared
+def same_batch(evidence,
+    *, min_batches=10, # that were compared
+    max_gap=1.5): # validation loss, in units of that of training; a note below
     """One batch in all steps of training, though validation has more samples, and others.
     Source: Bottou, "Stochastic gradient descent tricks" (2012), 4.1: examples drawn at random."""
     n, x = evidence.facts.samples, evidence.track('inputs', 'entries')
@@ -394,8 +396,10 @@ def same_batch(evidence, *, min_batches=10): # that were compared
     size, count = (evidence.track('batches', o, 'valid').values for o in ('size', 'count'))   # of a loop
     there = max([n['valid_distinct'], *(size[-1:]*count[-1:])])
     more = there > n['train_distinct'] and not n['shared']
+    mine, others = (evidence.epoch_loss(o) for o in ('train', 'valid'))
+    worse = len(mine) and len(others) and others.late > max_gap*abs(mine.late)   # else it has learned from it
     if same and more and evidence.n_steps() > max(x.epochs) + 1: return found(
-        'warning', f'All batches of training are one and the same, of {n["train_distinct"]} samples; '
+        'warning' if worse else 'note', f'All batches of training are one and the same, of {n["train_distinct"]} samples; '
         f'validation has {there:g}, and others.', n['train_distinct'], float(there))
 
 # %% ../nbs/51_step_rules.ipynb #5c1f0b37
