@@ -381,6 +381,7 @@ def shared_samples(evidence,
         'note' if n['train_distinct'] <= shape[0] else 'warning', f'{part:.0%} of the samples of validation, '
         'of those that were compared, are samples of training, too.', part, max_shared)
 
+# %% ../nbs/51_step_rules.ipynb #5c1f0b62
 @rule(kind=('shuffle', 'data_no_information'), before='dead_units',
       causes=['`next(iter(loader))` in each step', 'a loader that has one batch only'],
       tries=['`for xb,yb in loader:`', 'nothing, if one batch is to be learned by heart'])
@@ -399,8 +400,8 @@ def same_batch(evidence,
     mine, others = (evidence.epoch_loss(o) for o in ('train', 'valid'))
     worse = len(mine) and len(others) and others.late > max_gap*abs(mine.late)   # else it has learned from it
     if same and more and evidence.n_steps() > max(x.epochs) + 1: return found(
-        'warning' if worse else 'note', f'All batches of training are one and the same, of {n["train_distinct"]} samples; '
-        f'validation has {there:g}, and others.', n['train_distinct'], float(there))
+        'warning' if worse else 'note', 'All batches of training are one and the same, of '
+        f'{n["train_distinct"]} samples; validation has {there:g}, and others.', n['train_distinct'], float(there))
 
 # %% ../nbs/51_step_rules.ipynb #5c1f0b37
 @rule(kind='padding', before='dead_units', causes=['no `ignore_index` in the loss'],
