@@ -401,7 +401,8 @@ def same_batch(evidence,
     worse = len(mine) and len(others) and others.late > max_gap*abs(mine.late)   # else it has learned from it
     if same and more and evidence.n_steps() > max(x.epochs) + 1: return found(
         'warning' if worse else 'note', 'All batches of training are one and the same, of '
-        f'{n["train_distinct"]} samples; validation has {there:g}, and others.', n['train_distinct'], float(there))
+        f'{n["train_distinct"]} samples; validation has {there:g}, and others.',
+        n['train_distinct'], float(there))
 
 # %% ../nbs/51_step_rules.ipynb #5c1f0b37
 @rule(kind='padding', before='dead_units', causes=['no `ignore_index` in the loss'],
