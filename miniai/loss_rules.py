@@ -6,6 +6,9 @@
 __all__ = []
 
 # %% ../nbs/52_loss_rules.ipynb #74b172e4
+from fractions import Fraction
+from itertools import product
+
 import numpy as np
 
 from .rules import (Missing, fall_of, found, is_solved, left_by_clipping, needed_loss, norm_of_all,
@@ -507,20 +510,29 @@ def at_chance(evidence,
         f'classes gives {known:.3g}.', loss.late, known*(1-min_gain), dict(loss=loss), chart='Training loss')
 
 # %% ../nbs/52_loss_rules.ipynb #ec49df6a
+def is_part(value, n):
+    "Whether a number is a fraction of up to `n`, but one of 0 or 1, as of a single answer for all."
+    if not np.isfinite(value): return False
+    part = Fraction(float(value)).limit_denominator(n)
+    return part.numerator > 1 and abs(part - value) < 1e-6
+
 @rule(kind='metric', tries=['compute it by hand for one batch'],
       causes=['the metric reads the wrong axis, or compares what is never equal',
               'the model has one answer for everything'])
-def metric_stuck(evidence, *, min_epochs=3): # with one and the same value
+def metric_stuck(evidence,
+    *, min_epochs=3, # with one and the same value
+    few=64): # samples; twice as many epochs of a value that may be counted over so few
     """A metric that does not move while the loss does.
     Source: CS231n, "Neural networks 3": predictions that changed do not give the very same float."""
     if not evidence.metrics(): raise Missing(
         'no metric was recorded' + ' (MetricsCB, or `push_metric`)'*(not evidence.facts.door))
     solved = is_solved(evidence) or evidence.loss().late < .1*np.log(evidence.facts.n_classes or 1)   # before
-    for nm,phase in ((nm, phase) for nm in evidence.metrics() for phase in ('valid', 'train')):
+    for nm,phase in product(evidence.metrics(), ('valid', 'train')):
         track, loss = evidence.metric(nm, phase), evidence.epoch_loss(phase).values
         moves = len(loss) > 1 and np.ptp(loss) > .01*abs(np.mean(loss))
         if not moves or len(track) < min_epochs or track.values.ndim > 1 or np.ptp(track.values) > 0: continue
         if track.values[-1] == 1 or solved and not .2 < track.values[-1] < .6: continue
+        if len(track) < 2*min_epochs and is_part(track.values[-1], few): continue   # it may stay by chance
         yield found('warning', f'{nm} ({phase}) is {track.values[-1]:.4g} after each of {len(track)} epochs; '
                     'the loss moves.', track.values[-1], steps=track.span(),
                     chart=steps_chart(f'{nm} ({phase})', {nm: track}))
