@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .batches import inputs_and_targets, loss_func_of
+from .distributed import world_size
 from .history import History, plain_frame, write_table
 from .hooks import find_parameters, select_modules, unwrap
 from .inspector import Inspector
@@ -377,7 +378,9 @@ def _of_probes(model, loss_func, inputs, preds, targets):
     asked = dict(clipped=is_clipped, summed=is_summed, blind=is_blind,
                  padding=lambda *given: padding_that_counts(*given, inputs),
                  right=lambda _, *given: fraction_right(*given))
-    twin = tried(copy.deepcopy, model) if sum(p.numel() for p in model.parameters()) < 2**27 else None
+    # a large model is not copied; one of which other processes have parts answers when all of them ask
+    alone = world_size() == 1 and sum(p.numel() for p in model.parameters()) < 2**27
+    twin = tried(copy.deepcopy, model) if alone else None
     return dict(affine=tried(is_affine, twin, inputs) if maybe else None,
                 **tried(in_eval_mode, twin, inputs, default={}),
                 **{nm: tried(f, loss_func, preds, targets) for nm,f in asked.items()})

@@ -316,3 +316,19 @@ def test_head_without_a_module_is_named(rule, act, f, loss):
         def forward(self, x): return act(super().forward(x))
     out = y.shape[1] if y.is_floating_point() else 2
     assert rule in through('learner', Head(fine, out=out), Split(x, y), loss, epochs=12, lr=.02)
+
+
+def test_a_model_of_several_processes_is_not_called(monkeypatch):
+    "One process that asks, of a model whose parts others have, would wait for them."
+    learn = Learner(nn.Sequential(nn.Linear(20, 3)), Loaders(corner), nn.CrossEntropyLoss(), .1, [TrainCB(), LossStats()])
+    learn.fit(1)
+    calls = []
+    def forward(self, x):
+        calls.append(x)
+        return nn.functional.linear(x, self.weight, self.bias)
+    monkeypatch.setattr(nn.Linear, 'forward', forward)
+    diagnose(learn)
+    assert calls
+    calls.clear()
+    monkeypatch.setattr('miniai.evidence.world_size', lambda: 2)
+    assert diagnose(learn).evidence.facts.mixes is None and not calls
