@@ -320,7 +320,7 @@ def test_head_without_a_module_is_named(rule, act, f, loss):
 
 def test_a_model_of_several_processes_is_not_called(monkeypatch):
     "One process that asks, of a model whose parts others have, would wait for them."
-    learn = Learner(nn.Sequential(nn.Linear(20, 3)), Loaders(corner), nn.CrossEntropyLoss(), .1, [TrainCB(), LossStats()])
+    learn = Learner(nn.Sequential(nn.Linear(20, 4)), Loaders(corner), nn.CrossEntropyLoss(), .1, [TrainCB(), LossStats()])
     learn.fit(1)
     calls = []
     def forward(self, x):
