@@ -184,12 +184,14 @@ def predicted(learn, y):
     The first batch says which: its loss is one of the two."""
     p,loss = learn.preds,learn.loss
     tensors = all(isinstance(o, torch.Tensor) for o in (p, y, loss))
-    if not tensors or p.shape[:-1] != y.shape or y.ndim != 2: return y
+    if not tensors or p.shape[:-1] != y.shape or y.ndim != 2 or y.is_floating_point(): return y
     if getattr(learn, '_ahead', None) is None:
-        with torch.no_grad():
-            found = [F.cross_entropy(p[:, :n].flatten(0, 1).float(), o.flatten()) - loss
-                     for n,o in ((None, y), (-1, y[:, 1:]))]
-        learn._ahead = found[1].abs() < found[0].abs()   # stays on the device
+        there = y.to(p.device).long()
+        there = there.where((there >= 0) & (there < p.shape[-1]), -100)   # others would stop the device
+        def gap(n, o):   # row by row: all of them may not find room once more
+            sums = [F.cross_entropy(a[:n].float(), b, reduction='sum') for a,b in zip(p.detach(), o)]
+            return (sum(sums)/(o != -100).sum() - loss.detach()).abs()
+        learn._ahead = (gap(-1, there[:, 1:]) < gap(None, there)).to(y.device)   # is not read
     return torch.cat([y[:, :1].where(~learn._ahead, -100), y[:, 1:]], 1)
 
 def counted(learn, by_class=True):

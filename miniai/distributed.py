@@ -43,6 +43,11 @@ def world_size() -> int: # 1 where there is only one process
     "How many processes there are."
     return dist.get_world_size() if _joined() else 1
 
+def is_alone(*parts):
+    "Whether modules or functions can be called in one process of several: others may wait for the rest."
+    module = lambda o: getattr(getattr(o, 'func', o), '__module__', None) or ''
+    return world_size() == 1 or all(module(o).startswith('torch.') for o in parts)
+
 # %% ../nbs/04_distributed.ipynb #afa900db
 def is_main() -> bool: # True, too, where there is only one process
     "Whether this is the process that prints and writes."

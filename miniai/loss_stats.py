@@ -80,15 +80,17 @@ def few(o, samples=64, most=2**22):
 def samples_of(marks):   # phase -> list of tensors, as of `marks_of`
     "How many samples were seen in each phase, how many differ, and how many of validation are in training."
     found, known = {}, {}
+    # sums differ by their order
+    def apart(a): return 1e-9*np.maximum(np.abs(a), min(1, np.median(np.abs(a))))
     for phase,o in ((phase, o) for phase,o in marks.items() if o):
         a = np.sort(torch.cat([a.reshape(-1).cpu() for a in o]).double().numpy())
-        known[phase] = a[np.diff(a, prepend=-np.inf) > 1e-9*np.abs(a).clip(1)]   # sums differ by their order
+        known[phase] = a[np.diff(a, prepend=-np.inf) > apart(a)]
         found |= {phase: len(a), f'{phase}_distinct': len(known[phase])}
     if len(known) < 2: return found
     train, valid = known['train'], known['valid']
     at = np.searchsorted(train, valid).clip(1, max(1, len(train)-1))
     near = np.abs(np.array([train[at-1], train[np.minimum(at, len(train)-1)]]) - valid).min(0)
-    return found | dict(shared=int((near <= 1e-9*np.abs(valid).clip(1)).sum()))
+    return found | dict(shared=int((near <= apart(valid)).sum()))
 
 # %% ../nbs/39_loss_stats.ipynb #39c1a551
 def classes_second(preds, targets):
@@ -132,10 +134,10 @@ class CountsSteps(Callback):
         return {**vars(self), 'learn': None, 'ledger': ledger, 'params': []}
 
     def state_dict(self): return dict(history=self.history.state_dict(), shapes=self.shapes, seen=self.seen,
-                                      counted=self.ledger.facts())
+                                      marks=self.marks, counted=self.ledger.facts())
     def load_state_dict(self, state):
         self.history.load_state_dict(state['history'])
-        self.shapes, self.seen = dict(state['shapes']), dict(state['seen'])
+        self.shapes, self.seen, self.marks = (dict(state.get(o, ())) for o in ('shapes', 'seen', 'marks'))
         self.ledger.load_state_dict(**state['counted'])
 
 # %% ../nbs/39_loss_stats.ipynb #18a47504
@@ -162,8 +164,9 @@ class LossStats(CountsSteps):
             if nm == 'predictions': a = classes_second(a, parts.get('targets'))
             try:
                 self.history.record(nm, 'entries', entries_of(a, nm), samples=len(a), **where)
-                marks = self.marks.setdefault(where['phase'], []) if nm == loss_parts[0] else None
-                if marks is not None and len(marks) < 64: marks.append(marks_of(a.reshape(len(a), -1)))
+                marks = self.marks.get(where['phase'], []) if nm == loss_parts[0] else None
+                if marks is not None and len(marks) < 64:
+                    self.marks[where['phase']] = [*marks, marks_of(a.reshape(len(a), -1))]
             except Exception as e: self.warn.failed(nm, e)   # watching never ends a fit
             self.shapes.setdefault(nm, (tuple(a.shape), str(a.dtype).removeprefix('torch.')))
 
@@ -264,8 +267,9 @@ def in_eval_mode(model, x):
 def fraction_right(preds, targets):
     "The fraction of numbers of classes that have the highest prediction; None of few samples."
     n = preds.shape[1] if preds.ndim == 2 else 0
-    if n < 2 or targets.is_floating_point() or targets.shape != preds.shape[:1] or len(targets) < 6*n: return
-    return float((preds.argmax(1) == targets).float().mean()) if targets.max() < n else None
+    if n < 2 or targets.is_floating_point() or targets.shape != preds.shape[:1]: return
+    right = (preds.argmax(1) == targets)[targets >= 0]   # below are those that are left out
+    return float(right.float().mean()) if len(right) >= 6*n and targets.max() < n else None
 
 @torch.no_grad()
 def padding_that_counts(loss_func, preds, targets, inputs=None):
@@ -281,6 +285,7 @@ def padding_that_counts(loss_func, preds, targets, inputs=None):
         same = turn(a) == turn(a)[:, -1].mode().values
         ends = turn(same.flip(1).long().cumprod(1).flip(1)).bool()
         if ends.float().mean() < .15 or len(ends.sum(1).unique()) < 3 or ends.sum() < same.sum(): continue
+        if len(a[~turn(same)].unique()) < 2: continue   # of two classes one may well be the later
         preds, targets = preds[:a.numel() if flat else None], targets[:a.numel() if flat else None]
         moved = torch.where(ends.flatten()[:, None] if flat else ends[:, None], -preds, preds)
         counts = bool(loss_func(moved, targets) != loss_func(preds, targets))

@@ -641,6 +641,20 @@ def test_the_first_batch_says_whether_the_loss_is_of_the_next_word(ahead):
     assert len(seen) == 1 and torch.allclose(seen[0], grad, atol=1e-7)
 
 
+@pytest.mark.parametrize('labels', [torch.randn(8, 5), torch.tensor([[3, 7, -1, 2, -1]]*8), torch.full((8, 5), 90), torch.ones(8, 5).int()],
+                         ids=['numbers', 'left out by -1', 'of more classes', 'of 32 bits'])
+def test_targets_that_a_cross_entropy_does_not_take_do_not_end_a_fit(labels):
+    "The model has its own loss and knows what its targets mean."
+    class Own(Words):
+        def forward(self, ids, labels):
+            p = self.net(ids)
+            return Output(p, p.square().mean())
+    batches = [dict(ids=torch.randint(12, (8, 5)), labels=labels)]*2
+    learn = Learner(Own(False), DataLoaders(batches, batches), cbs=[KeywordCB(), MetricsCB(), AccumulateCB(2)])
+    learn.fit(1)
+    assert learn.validate()['loss'] > 0
+
+
 def test_batches_of_a_loss_that_is_a_sum_count_alike():
     "A last batch of few samples has a small sum; the mean over the epoch is that of the batches."
     x, y = torch.randn(20, 3), torch.randn(20, 1)

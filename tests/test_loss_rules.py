@@ -1,5 +1,5 @@
 "What enters the loss is recorded without a read of the device, and tells faults between head, loss and targets."
-import gc, warnings
+import gc, math, warnings
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +11,10 @@ from torch import nn
 from miniai.datasets import DataLoaders
 from miniai.device import set_seed
 from miniai.diagnose import diagnose
+from miniai.evidence import likened
 from miniai.inspector import Inspector
 from miniai.learner import Learner, TrainCB, TrainLearner
-from miniai.loss_stats import LossStats, is_affine
+from miniai.loss_stats import LossStats, fraction_right, is_affine, marks_of, padding_that_counts, samples_of
 
 
 class Loaders:
@@ -332,3 +333,51 @@ def test_a_model_of_several_processes_is_not_called(monkeypatch):
     calls.clear()
     monkeypatch.setattr('miniai.evidence.world_size', lambda: 2)
     assert diagnose(learn).evidence.facts.mixes is None and not calls
+
+
+def test_targets_that_are_left_out_are_not_said_to_be_answered_wrong():
+    p = torch.eye(9).repeat(100, 1)
+    y = p.argmax(1)
+    assert fraction_right(p, y) == 1 and fraction_right(p, (y+1) % 9) == 0
+    assert fraction_right(p, torch.where(torch.arange(900) < 870, -100, y)) is None        # too few
+    assert fraction_right(p, torch.where(torch.arange(900) < 800, -100, y)) == 1
+
+
+def test_rows_that_turn_from_one_of_two_classes_to_the_other_have_no_padding():
+    set_seed(0)
+    begins = torch.arange(20) >= torch.randint(2, 18, (16, 1))
+    assert padding_that_counts(nn.CrossEntropyLoss(), torch.randn(16, 2, 20), begins.long()) == 0
+    words = torch.randint(1, 5, (16, 20)).where(~begins, 0)
+    assert padding_that_counts(nn.CrossEntropyLoss(), torch.randn(16, 5, 20), words) > .3
+
+
+def test_small_numbers_are_not_taken_for_the_same():
+    set_seed(0)
+    for size in (1e-12, 3e-9, 1., 1e6):
+        a, b = torch.randn(2, 200, 10)*size
+        found = samples_of(dict(train=[marks_of(a)], valid=[marks_of(torch.cat([a[:50], b]))]))
+        assert found == dict(train=200, train_distinct=200, valid=250, valid_distinct=250, shared=50)
+
+
+def test_samples_that_were_seen_are_known_after_a_resume():
+    "Else the one batch that was seen since would be all that there is."
+    set_seed(0)
+    first, then = LossStats(), LossStats()
+    for o in first, then: o.before_fit()
+    for i in range(12): first.record(dict(inputs=torch.randn(8, 4)), step=i, epoch=0, phase='train')
+    state = first.state_dict()
+    then.load_state_dict(state)
+    then.record(dict(inputs=torch.randn(8, 4)), step=12, epoch=1, phase='train')
+    assert then.facts()['samples']['train_distinct'] == 13*8 and first.facts()['samples']['train_distinct'] == 12*8
+    assert len(state['marks']['train']) == 12
+
+
+def test_losses_are_compared_on_the_cpu(monkeypatch):
+    "A GPU is lost to the process after classes or probabilities that a kernel does not take."
+    seen = []
+    class Here(torch.Tensor):
+        def cpu(self): return self.as_subclass(torch.Tensor)
+    for nm in 'cross_entropy', 'binary_cross_entropy': monkeypatch.setattr(F, nm, lambda *args: seen.extend(map(type, args)) or math.nan)
+    def own(p, y): return 3*(p - y).square().mean()
+    p, y = (torch.randn(4, 2).as_subclass(Here) for _ in range(2))
+    assert likened('own', own, p, p, y) == 'own' and {*seen} == {torch.Tensor} and len(seen) == 4

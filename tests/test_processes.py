@@ -162,3 +162,61 @@ def test_closures_means_of_weights_and_sums_are_those_of_one_process(tmp_path):
     if not torch.distributed.is_available(): pytest.skip('torch was built without distributed')
     run(tmp_path, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', worker=divided)
     assert (tmp_path/'done').exists()
+
+
+asked_alone = """
+import os, sys, threading, torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from miniai.diagnose import diagnose
+from miniai.inspector import Inspector
+torch.set_num_threads(1)
+torch.manual_seed(0)
+dist.init_process_group('gloo')
+mesh = init_device_mesh('cpu', (2,))
+
+class Gathered(nn.Module):
+    def forward(self, p):
+        dist.all_reduce(p.detach().clone())
+        return p
+
+class Together(nn.Module):
+    def forward(self, p, y):
+        dist.all_reduce(p.detach().clone())
+        return F.cross_entropy(p, y)
+
+for kind in 'plain', 'model', 'loss', 'parts':
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    loss_fn = Together() if kind == 'loss' else nn.CrossEntropyLoss()
+    if kind == 'parts': parallelize_module(model, mesh, {'0': ColwiseParallel(), '2': RowwiseParallel()})
+    if kind == 'model': model.append(Gathered())
+    opt, inspector = torch.optim.SGD(model.parameters(), lr=.1), Inspector()
+    inspector.attach(model, opt, loss_fn)
+    x, y = torch.randn(32, 8), torch.randint(3, (32,))
+    for _ in range(3):
+        opt.zero_grad()
+        loss_fn(model(x), y).backward()
+        opt.step()
+    if not dist.get_rank():
+        found = []
+        asks = threading.Thread(target=lambda: found.append(diagnose(inspector)), daemon=True)
+        asks.start()
+        asks.join(30)
+        if not found:
+            print(kind, 'waits for the other process', file=sys.stderr, flush=True)
+            os._exit(7)
+        tried = found[0].evidence.facts
+        assert tried.mixes is None and (tried.summed is None) is (kind == 'loss'), (kind, tried)
+    dist.barrier()
+if not dist.get_rank(): open(f'{sys.argv[1]}/done', 'w')
+"""
+
+def test_one_process_can_ask_without_the_others(tmp_path):
+    "A model or a loss that waits for other processes is not tried out."
+    torch = pytest.importorskip('torch')
+    if not torch.distributed.is_available(): pytest.skip('torch was built without distributed')
+    run(tmp_path, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', worker=asked_alone)
+    assert (tmp_path/'done').exists()
