@@ -87,8 +87,9 @@ def unregistered(evidence):
     """Parameters, or tensors that get a gradient, that are not the model's, and that nobody changes.
     Source: PyTorch, "Modules": only attributes that are modules or parameters are registered."""
     n, loose = counted(evidence)['unregistered'], evidence.facts.loose
-    if loose: return found('error', f'A gradient comes to {", ".join(loose[:4])}, of the model, which is no '
-                           'parameter and in no optimizer.', len(loose), 0.,
+    # an error if it were known that it is to be trained: it may be points at which derivatives are taken
+    if loose: return found('warning', f'A gradient comes to {", ".join(loose[:4])}, of the model, which is '
+                           'no parameter and in no optimizer.', len(loose), 0.,
                            causes=['a tensor with `requires_grad` in place of an nn.Parameter'])
     if n: return found('error', f'The output is computed from {n} parameter{"s"*(n > 1)} that the model does '
                        'not have, and that did not change.', n, 0.)
@@ -214,7 +215,7 @@ def unchanged(evidence):
       tries=['step it once an epoch, or give it the number of batches'])
 def rate_falls_early(evidence,
     *, min_rate=.01, # median rate of the run, in units of its highest
-    max_swing=16): # steps within which no schedule is meant to fall by ten and to rise again
+    max_swing=16): # steps, of epochs of half as many, in which no schedule is meant to fall by ten and rise
     """A learning rate that is next to nothing for most of a run, that swings, or whose warm-up does not end.
     Source: PyTorch, `torch.optim.lr_scheduler`: most of them are meant to be stepped once an epoch."""
     if not evidence.facts.rates: raise Missing(f'the learning rate was not recorded; {evidence.way()}')
@@ -227,7 +228,8 @@ def rate_falls_early(evidence,
         min_rate, chart=chart)
     early, rising = rates[steps < max_swing], (np.diff(rates) >= 0).all() and rates[-1] > rates[len(rates)//2]
     low = int(early.argmin())
-    if early[low] < .1*min(early[:low].max(initial=0.), early[low:].max(initial=0.)): return found(
+    long = evidence.n_steps() >= max_swing/2*len(evidence.epoch_loss())   # else it may be one of epochs
+    if long and early[low] < .1*min(early[:low].max(initial=0.), early[low:].max(initial=0.)): return found(
         'warning', f'The learning rate falls to {early[low]:.2g} and rises again within {max_swing} steps.',
         max_swing, kind='schedule', chart=chart)
     if len(rates) > 15 and rising and rates[-1] < .5*meant and not is_solved(evidence, .6): return found(

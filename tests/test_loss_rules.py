@@ -1,5 +1,6 @@
 "What enters the loss is recorded without a read of the device, and tells faults between head, loss and targets."
 import gc, math, warnings
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from miniai.evidence import likened
 from miniai.inspector import Inspector
 from miniai.learner import Learner, TrainCB, TrainLearner
 from miniai.loss_stats import LossStats, fraction_right, is_affine, marks_of, padding_that_counts, samples_of
+from miniai.sgd import BatchSchedCB
 
 
 class Loaders:
@@ -381,3 +383,33 @@ def test_losses_are_compared_on_the_cpu(monkeypatch):
     def own(p, y): return 3*(p - y).square().mean()
     p, y = (torch.randn(4, 2).as_subclass(Here) for _ in range(2))
     assert likened('own', own, p, p, y) == 'own' and {*seen} == {torch.Tensor} and len(seen) == 4
+
+
+class Points(nn.Module):
+    "Learns from derivatives at points that it keeps."
+    def __init__(self):
+        super().__init__()
+        self.net, self.points = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1)), torch.linspace(0, 1, 50)[:, None].requires_grad_()
+    def forward(self, x):
+        with torch.enable_grad(): slopes, = torch.autograd.grad(self.net(self.points).sum(), self.points, create_graph=True)
+        self.off = (slopes-1).square().mean()
+        return self.net(x)
+
+
+def test_points_at_which_derivatives_are_taken_are_no_error():
+    set_seed(0)
+    x, model = torch.rand(256, 1), Points()
+    learn = TrainLearner(model, Split(x, x), lambda p, y: F.mse_loss(p, y) + model.off, .01)
+    learn.watch(every=1)
+    learn.fit(3)
+    assert not learn.diagnose().of('error')
+
+
+@pytest.mark.parametrize('n', [512, 64], ids=['16 batches', '2 batches'])
+def test_a_rate_that_swings_within_epochs_is_named(n):
+    "A schedule of 10 epochs of few steps swings in as few."
+    sched = BatchSchedCB(partial(torch.optim.lr_scheduler.CosineAnnealingWarmRestarts, T_0=10))
+    learn = TrainLearner(nn.Linear(20, 4), Loaders(corner, n=n), nn.CrossEntropyLoss(), .1, cbs=[sched])
+    learn.watch(every=1)
+    learn.fit(64*32//n)
+    assert ('rate_falls_early' in [o.rule for o in learn.diagnose()]) is (n == 512)
