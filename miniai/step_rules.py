@@ -389,7 +389,7 @@ def shared_samples(evidence,
       tries=['`for xb,yb in loader:`', 'nothing, if one batch is to be learned by heart'])
 def same_batch(evidence,
     *, min_batches=10, # that were compared
-    max_gap=1.5): # validation loss, in units of that of training; a note below
+    max_gap=.25): # from training to validation loss, in units of the first; a note below
     """One batch in all steps of training, though validation has more samples, and others.
     Source: Bottou, "Stochastic gradient descent tricks" (2012), 4.1: examples drawn at random."""
     n, x = evidence.facts.samples, evidence.track('inputs', 'entries')
@@ -400,9 +400,9 @@ def same_batch(evidence,
     there = max([n['valid_distinct'], *(size[-1:]*count[-1:])])
     more = there > n['train_distinct'] and not n['shared']
     mine, others = (evidence.epoch_loss(o) for o in ('train', 'valid'))
-    worse = len(mine) and len(others) and others.late > max_gap*abs(mine.late)   # else it has learned from it
+    gap = others.late - mine.late if len(mine) and len(others) else 0.   # small where it has learned from it
     if same and more and evidence.n_steps() > max(x.epochs) + 1: return found(
-        'warning' if worse else 'note', 'All batches of training are one and the same, of '
+        'warning' if gap > max_gap*abs(mine.first) else 'note', 'All batches of training are one and the same, of '
         f'{n["train_distinct"]} samples; validation has {there:g}, and others.',
         n['train_distinct'], float(there))
 
