@@ -402,8 +402,8 @@ def same_batch(evidence,
     mine, others = (evidence.epoch_loss(o) for o in ('train', 'valid'))
     gap = others.late - mine.late if len(mine) and len(others) else 0.   # small where it has learned from it
     if same and more and evidence.n_steps() > max(x.epochs) + 1: return found(
-        'warning' if gap > max_gap*abs(mine.first) else 'note', 'All batches of training are one and the same, of '
-        f'{n["train_distinct"]} samples; validation has {there:g}, and others.',
+        'warning' if gap > max_gap*abs(mine.first) else 'note', 'All batches of training are one and the '
+        f'same, of {n["train_distinct"]} samples; validation has {there:g}, and others.',
         n['train_distinct'], float(there))
 
 # %% ../nbs/51_step_rules.ipynb #5c1f0b37
