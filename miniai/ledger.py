@@ -119,7 +119,7 @@ class StepCounts:
     "Counts what optimizers do, and what is done to weights between their steps."
     def __init__(self):
         self.counts, self.grads, self.written, self.rates = Counter(), GradientWatch(), [], []
-        self.training, self.versions, self.fresh, self.first = True, {}, False, None
+        self.training, self.versions, self.fresh, self.first, self.stepped = True, {}, False, None, set()
 
     def before_step(self, optimizer, params):
         "Note what an optimizer finds."
@@ -140,7 +140,12 @@ class StepCounts:
         if due and self.first == id(optimizer): self._note_rate(n, optimizer)
         self.counts['steps'] += 1
         self.counts['in eval mode'] += not self.training
-        self.counts['fresh'] += bool(self.fresh and getattr(optimizer, 'state', ()))
+        if self.fresh and getattr(optimizer, 'state', ()): self._note_new(optimizer)
+
+    def _note_new(self, optimizer):   # of several for as many parts of a model, the first
+        p = next((id(p) for o in getattr(optimizer, 'param_groups', ()) for p in o['params']), None)
+        self.counts['fresh'] += p in self.stepped or not self.stepped
+        self.stepped.add(p)
 
     def _note_rate(self, n, optimizer):
         rates = [o.get('lr') for o in getattr(optimizer, 'param_groups', ())]

@@ -413,3 +413,19 @@ def test_a_rate_that_swings_within_epochs_is_named(n):
     learn.watch(every=1)
     learn.fit(64*32//n)
     assert ('rate_falls_early' in [o.rule for o in learn.diagnose()]) is (n == 512)
+
+
+@pytest.mark.parametrize('anew', [False, True])
+def test_optimizers_of_parts_are_each_new_once(anew):
+    set_seed(0)
+    model, data, loss_fn = nn.Sequential(*[nn.Linear(20, 20), nn.Tanh()]*3, nn.Linear(20, 4)), Loaders(corner), nn.CrossEntropyLoss()
+    make = lambda: [torch.optim.Adam([p], .005) for p in model.parameters()]
+    opts, inspector = make(), Inspector()
+    inspector.attach(model, loss_fn=loss_fn)
+    for epoch in inspector.range(4):
+        if anew: opts = make()
+        for xb,yb in data.train:
+            model.zero_grad()
+            loss_fn(model(xb), yb).backward()
+            for o in opts: o.step()
+    assert ('optimizer_is_new' in [o.rule for o in diagnose(inspector)]) is anew
