@@ -422,7 +422,7 @@ def test_optimizers_of_parts_are_each_new_once(anew):
     make = lambda: [torch.optim.Adam([p], .005) for p in model.parameters()]
     opts, inspector = make(), Inspector()
     inspector.attach(model, loss_fn=loss_fn)
-    for epoch in inspector.range(4):
+    for _ in inspector.range(4):
         if anew: opts = make()
         for xb,yb in data.train:
             model.zero_grad()
