@@ -205,6 +205,7 @@ def counted(learn, by_class=True):
 
 def weight_of_batch(learn, by_class=True):
     "The same, or the number of samples; of losses that are sums each batch counts as one."
-    if by_class and is_sum(learn.loss_func): return getattr(getattr(learn, 'dl', None), 'weight', 1)
+    if by_class and is_sum(learn.loss_func):
+        return getattr(getattr(learn, 'dl', None), 'weight', 1) if batch_size(learn.batch) else 0
     weight = counted(learn, by_class)
     return batch_size(learn.batch) if weight is None else weight

@@ -11,7 +11,7 @@ import math, warnings
 import numpy as np
 import torch
 
-from .batches import batch_parts, weight_of_batch
+from .batches import batch_parts, is_sum, weight_of_batch
 from .callback import Callback, explained
 from .device import batch_size, full_precision, to_cpu
 from .distributed import is_main
@@ -94,7 +94,7 @@ class _Metrics(Callback):
     def before_fit(self, learn): learn.metrics,self._device,self._on_cpu = self,None,set()
 
     def before_epoch(self, learn):
-        self.n,self.epoch = 0,learn.epoch
+        self.n,self.n_samples,self.epoch = 0,0,learn.epoch
         for o in self.all_metrics.values(): o.reset()
 
     def after_batch(self, learn):
@@ -105,6 +105,7 @@ class _Metrics(Callback):
                 if isinstance(o, _FuncMetric): o.share = weight_of_batch(learn, by_class=False)
                 self._do(nm, o.update, *(to_cpu(args) if nm in self._on_cpu else args))
             self.loss.update(learn.loss, weight_of_batch(learn))
+        if is_sum(learn.loss_func): self.n_samples += batch_size(learn.batch)   # each batch weighs the same
         self.n += 1
 
 # %% ../nbs/21_metrics.ipynb #0b65e09f
@@ -115,14 +116,14 @@ class MetricsCB(_Metrics):
         **metrics # metrics by name
     ):
         self.metrics,self.loss = _named_metrics(ms, metrics),RunningMean()
-        self.all_metrics,self.n,self.epoch = {**self.metrics, 'loss': self.loss},0,None
+        self.all_metrics,self.n,self.n_samples,self.epoch = {**self.metrics, 'loss': self.loss},0,0,None
 
     def _log(self, d):
         if is_main(): print(d)
 
     def after_epoch(self, learn):
         values = {nm: self._do(nm, o.compute) for nm,o in self.all_metrics.items()} if self.n else {}
-        samples = int(self.loss.weight)   # waits for the device, once an epoch
+        samples = self.n_samples or int(self.loss.weight)   # waits for the device, once an epoch
         for nm,v in values.items():   # others than numbers do not fit into a table
             if isinstance(v, (torch.Tensor, int, float, np.number)):
                 learn.record('epoch', nm, v, samples=samples)
@@ -137,11 +138,11 @@ class MetricsCB(_Metrics):
         if silent and self.n:
             warnings.warn(f'MetricsCB: {", ".join(silent)} has no state_dict, so an epoch that is resumed in '
                           'its middle counts the rest of it only', stacklevel=2)
-        return dict(epoch=self.epoch, n=self.n, states=states)
+        return dict(epoch=self.epoch, n=self.n, n_samples=self.n_samples, states=states)
 
     def load_state_dict(self, state):
         "Go on from there; the counts of an epoch that has ended are not those of the next."
         if self.epoch not in (None, state['epoch']): return
-        self.epoch,self.n = state['epoch'],state['n']
+        self.epoch,self.n,self.n_samples = state['epoch'],state['n'],state.get('n_samples', 0)
         for nm,o in self.all_metrics.items():
             if state['states'].get(nm) is not None: _load_metric(o, state['states'][nm])

@@ -699,9 +699,9 @@ def tokens(n=40, size=32, seed=0):
     xs = [torch.randint(0, 20, (size, 8), generator=g) for _ in range(n)]
     return [(x, x[:, 0] % 4) for x in xs]
 
-def healthy_fit(make, data, opt, lr, epochs=4):
+def healthy_fit(make, data, opt, lr, epochs=6):
     torch.manual_seed(0)
-    learn = TrainLearner(make(), SimpleNamespace(train=data, valid=data[:5]), F.cross_entropy, lr=lr, opt_func=opt)
+    learn = TrainLearner(make(), SimpleNamespace(train=data[5:], valid=data[:5]), F.cross_entropy, lr=lr, opt_func=opt)
     learn.watch()
     learn.fit(epochs)
     return learn
@@ -751,7 +751,7 @@ def gan():
     t = [torch.rand(64)*6.28 for _ in range(60)]
     data = [(torch.stack([o.cos(), o.sin()], 1)+.05*torch.randn(64, 2),) for o in t]
     model = GAN()
-    learn = Learner(model, SimpleNamespace(train=data, valid=data[:5]), None, cbs=GANCB(), opt_func=lambda p, lr: optim.Adam(p, lr), lr=2e-3)
+    learn = Learner(model, SimpleNamespace(train=data[5:], valid=data[:5]), None, cbs=GANCB(), opt_func=lambda p, lr: optim.Adam(p, lr), lr=2e-3)
     learn.watch()
     learn.fit(4)
     return learn
@@ -808,7 +808,8 @@ def test_8_a_solved_run_is_left_alone(kw, door): assert not diagnosed(door=door,
 
 @doors
 def test_8_shifted_labels_of_validation_are_no_overfitting(door):
-    assert {o.rule for o in diagnosed(shift=1, epochs=8, door=door) if o.level != 'note'} == {'learned_by_heart'}
+    found = {o.rule for o in diagnosed(shift=1, epochs=8, door=door) if o.level != 'note'}
+    assert 'learned_by_heart' in found and found <= {'learned_by_heart', 'always_wrong'}
 
 @doors
 @pytest.mark.filterwarnings('ignore:.*has made no step that PyTorch knows of')
