@@ -77,13 +77,13 @@ def few(o, samples=64, most=2**22):
     return a.detach()[:samples].clone()
 
 # %% ../nbs/39_loss_stats.ipynb #5c1f0a32
-def samples_of(marks):   # phase -> list of tensors, as of `marks_of`
+def samples_of(marks):   # phase -> list of tensors, as of `marks_of`; of arrays, once loaded
     "How many samples were seen in each phase, how many differ, and how many of validation are in training."
     found, known = {}, {}
     # sums differ by their order
     def apart(a): return 1e-9*np.maximum(np.abs(a), min(1, np.median(np.abs(a))))
     for phase,o in ((phase, o) for phase,o in marks.items() if o):
-        a = np.sort(torch.cat([a.reshape(-1).cpu() for a in o]).double().numpy())
+        a = np.sort(torch.cat([torch.as_tensor(a).reshape(-1).cpu() for a in o]).double().numpy())
         known[phase] = a[np.diff(a, prepend=-np.inf) > apart(a)]
         found |= {phase: len(a), f'{phase}_distinct': len(known[phase])}
     if len(known) < 2: return found
