@@ -429,3 +429,13 @@ def test_optimizers_of_parts_are_each_new_once(anew):
             loss_fn(model(xb), yb).backward()
             for o in opts: o.step()
     assert ('optimizer_is_new' in [o.rule for o in diagnose(inspector)]) is anew
+
+
+def test_asking_a_model_leaves_the_generators_of_other_devices_alone(monkeypatch):
+    from miniai.loss_stats import in_eval_mode
+    def refuse(*args): raise AssertionError('seeds every device')
+    monkeypatch.setattr(torch, 'manual_seed', refuse)
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Dropout(.5)), torch.randn(8, 4)
+    before = torch.get_rng_state()
+    assert in_eval_mode(model, x)['drops'] == 0
+    assert torch.equal(before, torch.get_rng_state())

@@ -156,12 +156,17 @@ else: raise AssertionError('LBFGS cannot train divided parameters')
 open(f'{sys.argv[1]}/done', 'w')
 """
 
-def test_closures_means_of_weights_and_sums_are_those_of_one_process(tmp_path):
-    "However the model is divided: as copies, by `fully_shard`, and by tensor parallel with some parameters whole."
+def run_two(folder, worker):
+    "Run the code of `worker` in two processes, to its end."
     torch = pytest.importorskip('torch')
     if not torch.distributed.is_available(): pytest.skip('torch was built without distributed')
-    run(tmp_path, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', worker=divided)
-    assert (tmp_path/'done').exists()
+    run(folder, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', worker=worker)
+    assert (folder/'done').exists()
+
+
+def test_closures_means_of_weights_and_sums_are_those_of_one_process(tmp_path):
+    "However the model is divided: as copies, by `fully_shard`, and by tensor parallel with some parameters whole."
+    run_two(tmp_path, divided)
 
 
 asked_alone = """
@@ -216,7 +221,4 @@ if not dist.get_rank(): open(f'{sys.argv[1]}/done', 'w')
 
 def test_one_process_can_ask_without_the_others(tmp_path):
     "A model or a loss that waits for other processes is not tried out."
-    torch = pytest.importorskip('torch')
-    if not torch.distributed.is_available(): pytest.skip('torch was built without distributed')
-    run(tmp_path, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', worker=asked_alone)
-    assert (tmp_path/'done').exists()
+    run_two(tmp_path, asked_alone)
