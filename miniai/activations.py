@@ -203,7 +203,7 @@ def draw_hist(ax, s, limits, title, log=False):
     parts = s.values.T[-len(outside):]/s.values.sum(1) if len(s) else ()
     names = f'below {lo:g}', f'above {hi:g}', 'infinite', 'NaN'   # as `outside`
     found = [(what, o.max(), s.steps[np.flatnonzero(o)[0]]) for what,o in zip(names, parts) if o.any()]
-    words = [f'{"<1%" if most < .01 else f"up to {most:.0%}"} {what}, first at step {step}'
+    words = [f'{"<1%" if most < .01 else f"up to {most:.0%}"} {what}, step {step} on'
              for what,most,step in found]
     ax.set_title('\n'.join([title, *words]), fontsize=9)
 

@@ -264,7 +264,7 @@ def test_nan_is_not_dead_and_is_shown():
     assert first == [0, 0, 16] and last > 16   # a unit that is silent for all samples stays finite
     assert not astats.dead_units().query("layer == '2' and unit == 0").dead.any()
     titles = [ax.get_title() for ax in astats.color_dim().axes]
-    assert any('up to 100% NaN, first at step 2' in t for t in titles)
+    assert any('up to 100% NaN, step 2 on' in t for t in titles)
 
 def test_more_than_twelve_layers_are_strips_and_maps():
     "A picture of many layers is no page high, no name lies on another, and an infinite step is red."
@@ -294,7 +294,7 @@ def test_color_dim_says_above_what():
     nn.init.constant_(net[1].bias, 100.)
     nn.init.zeros_(net[1].weight)
     learn.fit(1, valid=False)
-    assert astats.color_dim().axes[1].get_title().endswith('\nup to 100% above 10, first at step 0')
+    assert astats.color_dim().axes[1].get_title().endswith('\nup to 100% above 10, step 0 on')
 
 def test_short_batch_is_no_darker_in_color_dim():
     X, y = torch.randn(40, 4), torch.zeros(40, dtype=torch.long)
