@@ -13,7 +13,9 @@ setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
     long_description=(root/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
-    packages=find_packages(include=['miniai', 'miniai.*']), package_data={'miniai': ['py.typed', 'data/*', 'templates/*']},
+    # With its folder named, `pip install -e` puts it on the path: a clone called miniai beside a script then hides nothing.
+    package_dir={'': '.'}, packages=find_packages(include=['miniai', 'miniai.*']),
+    package_data={'miniai': ['py.typed', 'data/*', 'templates/*']},
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(),
     extras_require={nm: cfg[f'{nm}_requirements'].split() for nm in extras},
     entry_points={'console_scripts': cfg['console_scripts'].split(),

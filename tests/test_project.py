@@ -1,5 +1,5 @@
 "Rules over the whole project: modules come from notebooks, imports go one way, names are there, sizes keep their limits, CI does what the README says."
-import ast, importlib, inspect, re, subprocess, sys
+import ast, importlib, inspect, os, re, subprocess, sys
 from configparser import ConfigParser
 from functools import lru_cache
 
@@ -236,6 +236,21 @@ def test_ci_runs_the_commands_of_the_readme():
     setup, tests = commands.splitlines()
     assert setup.startswith('python3 -m venv') and setup.endswith('.venv/bin/miniai_demo')
     for command in f'{setup} && {tests}'.split(' && ')[1:]: assert command.startswith('.venv/bin/')
+
+
+def test_a_script_beside_its_clone_finds_the_package(tmp_path):
+    "After `pip install -e`, in a folder in which the clone is called miniai: that folder is not taken for the package."
+    import shutil
+    clone, site = tmp_path/'miniai', tmp_path/'site'
+    shutil.copytree(root/'miniai', clone/'miniai', ignore=shutil.ignore_patterns('data', 'templates', '__pycache__'))
+    for nm in ('setup.py', 'settings.ini', 'README.md', 'LICENSE'): shutil.copy(root/nm, clone)
+    build = "import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])"
+    subprocess.run([sys.executable, '-c', build, str(tmp_path)], cwd=clone, check=True, capture_output=True)
+    shutil.unpack_archive(next(tmp_path.glob('*.whl')), site, 'zip')
+    code = f"import site; site.addsitedir({str(site)!r}); import miniai; print(miniai.__file__)"
+    env = {k: v for k,v in os.environ.items() if k != 'PYTHONPATH'}
+    found = subprocess.run([sys.executable, '-S', '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+    assert found.strip() == str(clone/'miniai'/'__init__.py')
 
 
 def test_pages_in_the_contents():
