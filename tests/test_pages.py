@@ -2,7 +2,7 @@
 
 The last part needs nbconvert, playwright and chromium: `pip install nbconvert playwright`, Debian's package chromium.
 """
-import importlib, os, re, shutil, subprocess, sys
+import ast, importlib, os, re, shutil, subprocess, sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -235,6 +235,22 @@ def processed(tmp_path_factory):
                          cwd=copy, env={**os.environ, 'PYTHONPATH': str(root)}, capture_output=True, text=True)
     assert res.returncode == 0, res.stdout[-2000:] + res.stderr[-2000:]
     return copy/'_proc'
+
+
+def site_runs(cell):
+    "nbdev runs a cell for the site if it is exported, or imports anything, be it among other lines."
+    if 'nbdev_export()' in cell['source']: return False
+    return re.search(r'^#\|\s*export|^show_doc', cell['source'], re.M) or \
+        any(isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.walk(ast.parse(cell['source'])))
+
+
+@by_room
+def test_site_runs_no_cell_without_what_it_uses(room):
+    "An import beside code that uses the page's names ends the making of the site: it goes to the imports of the page."
+    from pyflakes.checker import Checker
+    from pyflakes.messages import UndefinedName
+    source = '\n'.join(['from nbdev.showdoc import show_doc', *(o['source'] for o in code(room) if site_runs(o))])
+    assert not [str(o) for o in Checker(ast.parse(source)).messages if isinstance(o, UndefinedName)]
 
 
 def test_settings_of_the_site(processed):
