@@ -151,14 +151,18 @@ def plain_stat(stat):
     return name if name and how in aggregates else stat
 
 class RunData:
-    "Sorts recorded values by layer: `layers` (layer -> its sources) and `loop` (source -> statistics)."
-    def __init__(self, evidence:Evidence, order=()): # order: names of all modules in model order, if known
+    "Sorts recorded values: `layers` in the order of the first forward (layer -> its sources) and `loop`."
+    def __init__(self, evidence:Evidence, order=()): # order: names of all modules, if known
         self.evidence, self.stats, self.loop, facts = evidence, {}, {}, evidence.facts
         for _,source,stat in evidence.keys(): self.stats.setdefault(source, {})[plain_stat(stat)] = None
-        places = [{nm: i for i,nm in enumerate(o)} for o in (order or facts.layers, facts.params)]
+        fired, place, last = {nm: i for i,nm in enumerate(facts.layers)}, {}, -1
+        for i,nm in enumerate(order or fired):   # one that was not seen comes after the one registered before
+            last = fired.get(nm, last)
+            place[nm] = last, i
+        at = {nm: i for i,nm in enumerate(facts.params)}
         layers, others = {nm: [] for nm in facts.layers}, {*loop_sources, *evidence.metrics()}
         # gradients come in any order
-        for source in sorted((o for o in self.stats if o not in others), key=lambda o: places[1].get(o, -1)):
+        for source in sorted((o for o in self.stats if o not in others), key=lambda o: at.get(o, -1)):
             of_param = [o for o in self.stats[source] if o.startswith(('grad_', 'update_', 'param_'))]
             is_param = source in facts.params or '.' in source and of_param
             layer = source.rpartition('.')[0] if is_param else facts.sources.get(source, source)
@@ -166,7 +170,7 @@ class RunData:
             other = source.startswith('recorder') or facts.layers and layer not in facts.layers
             if other and not is_param: self.loop[source] = self.stats[source]
             else: layers.setdefault(layer, []).append(source)
-        self.layers = dict(sorted(layers.items(), key=lambda o: places[0].get(o[0], len(layers))))
+        self.layers = dict(sorted(layers.items(), key=lambda o: place.get(o[0], (len(fired), 0))))
 
     def track(self, source, stat) -> Track:
         "Find values in training; those in validation where only that was watched."

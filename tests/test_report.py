@@ -18,6 +18,7 @@ from miniai.datasets import DataLoaders
 from miniai.device import set_seed
 from miniai.files import atomic_write
 from miniai.history import History
+from miniai.inspector import InspectorCB
 from miniai.learner import MetricsCB, TrainLearner
 from miniai.plots import short_name
 from miniai.report import ReportCB, plotly_script, report_html, write_report
@@ -477,3 +478,20 @@ def test_before_the_first_fit_everybody_may_watch(tmp_path):
     learn = hostile_learner()
     assert isinstance(learn.watch(every=1, ranks=True, ranges=True), Watcher)
     assert 'Cost of watching' in text(learn.report(tmp_path/'run.html'))
+
+
+class Crossed(nn.Module):
+    "Has its layers registered in the opposite order of that in which they are called."
+    def __init__(self):
+        super().__init__()
+        self.head, self.act, self.body = nn.Linear(4, 2), nn.ReLU(), nn.Linear(3, 4)
+    def forward(self, x): return self.head(self.act(self.body(x)))
+
+
+@pytest.mark.parametrize('cb', [ActivationStats, lambda: InspectorCB(visualizer=None)])
+def test_layers_are_in_the_order_of_the_first_forward(cb):
+    batches = [(torch.randn(8, 3), torch.randint(2, (8,)))]*3
+    learn = TrainLearner(Crossed(), DataLoaders(batches, batches), F.cross_entropy, lr=.1, cbs=[cb()])
+    learn.fit(1)
+    html = report_html(learn)
+    assert re.findall(r'<option value="\d">(.*?)</option>', html) == ['body', 'act', 'head']
