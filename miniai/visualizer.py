@@ -7,7 +7,7 @@ __all__ = ['Recording', 'MatplotlibVisualizer', 'TensorBoardVisualizer', 'PrintV
 
 # %% ../nbs/44_visualizer.ipynb #b1c35d5e
 import json, textwrap
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from itertools import product
 from types import SimpleNamespace
@@ -38,21 +38,35 @@ def phases_of(recording, panel):
 
 def titled(panels): return list(groupby(panels, 'title').items())
 
+def no_row(rows, source, stat, how):
+    "A row without values; an error if there is none in any phase."
+    of, hows = {o for _,nm,o in rows if nm == source}, (*aggregates, None)
+    if how not in hows: raise ValueError(f"values: how is {how!r}; give 'IQR' or one of {hows}")
+    if of & {row_stat(stat, o) for o in hows}: return (), ()
+    has = sorted(of) or sorted({nm for _,nm,_ in rows})
+    raise ValueError(f'values: {source!r} has no {stat!r}; {"it has" if of else "give one of"} {has}')
+
 # %% ../nbs/44_visualizer.ipynb #debb1015
 class Recording:
     """Keeps what one run has recorded, epoch by epoch, and how it wants to be drawn.
 
     `rows` is (phase, source, stat) -> (epochs [n], values [n]), `panels` are of `Panel`.
     `values` gives a line, `band` its ends: of a `source`, a `stat` without its aggregate, and a `phase`."""
+    per = 'epoch'
     def __init__(self, rows:dict, panels=()): self.rows, self.panels = rows, list(panels)
+    def by_step(self): return self   # a file has epochs only
 
     @classmethod
-    def of(cls, history:History, panels, run:int):
-        "Take the rows of `panels` from a `history`, those of the run of number `run`."
+    def of(cls, history:History, panels, run:int, per='epoch'):
+        "Take the rows of `panels` from a `history`, those of the run of number `run`; `per` step or epoch."
+        panels = [replace(o, lines=(), bands=()) for o in panels if o.lines] if per == 'step' else panels
         # the deviation tells a mean of many values from a single one
         wanted = {key for panel in panels for key in keys(panel, hows(panel) | {'std'})}
         found = [(key, history.series(*key[1:], key[0], run)) for key in history.keys() if key in wanted]
-        return cls({key: (s.epochs[s.runs == run], s.values[s.runs == run]) for key,s in found}, panels)
+        at = lambda s: (getattr(s, f'{per}s')[s.runs == run], s.values[s.runs == run])
+        res = cls({key: at(s) for key,s in found}, panels)
+        res.per, res.by_step = per, partial(cls.of, history, panels, run, 'step')
+        return res
 
     @property
     def epochs(self):
@@ -62,17 +76,9 @@ class Recording:
     def values(self, source, stat, how=None, phase='train'):
         "Give a value for each of `epochs`, NaN for a gap; `how` is an aggregate, 'IQR', or None."
         if how == 'IQR': return np.subtract(*(self.values(source, stat, o, phase) for o in ('Q3', 'Q1')))
-        row = self.rows.get((phase, source, row_stat(stat, how))) or self._gap(source, stat, how)
+        row = self.rows.get((phase, source, row_stat(stat, how))) or no_row(self.rows, source, stat, how)
         line = dict(zip(*row))   # of an epoch that was ticked twice, the last
         return np.array([line.get(epoch, np.nan) for epoch in self.epochs], dtype=float)
-
-    def _gap(self, source, stat, how):
-        "A row without values; an error if there is none in any phase."
-        of, hows = {o for _,nm,o in self.rows if nm == source}, (*aggregates, None)
-        if how not in hows: raise ValueError(f"values: how is {how!r}; give 'IQR' or one of {hows}")
-        if of & {row_stat(stat, o) for o in hows}: return (), ()
-        has = sorted(of) or sorted({nm for _,nm,_ in self.rows})
-        raise ValueError(f'values: {source!r} has no {stat!r}; {"it has" if of else "give one of"} {has}')
 
     def band(self, source, stat, name, phase='train'):
         "Give lower and upper values; `name` is one of `miniai.lens.ranges`."
@@ -102,13 +108,14 @@ def _lines_of(recording, panel, source, named):
 def _draw_lines(ax, recording, panels, sources=None):
     "Draw every panel of one plot, bands below lines."
     x, named, color = recording.epochs, len(panels) > 1 or panels[0].wide, 0
+    width = 1.5 if recording.per == 'epoch' else .8
     if sources and panels[0].kind == 'shares': color = 2
     drawn = [_lines_of(recording, panel, o, named) for panel in panels for o in sources or panel.sources]
     bands = sorted((o for _,bands in drawn for o in bands), key=lambda o: list(_bands).index(o[0]))
     for band,low,high in bands:
         ax.fill_between(x, low, high, color=_bands[band][0], alpha=.6, lw=0, label=_bands[band][1])
     for i,(label,y,style) in enumerate(o for lines,_ in drawn for o in lines):
-        plot_lines(ax, x, {label: y}, legend=False, color=f'C{(color+i) % 10}', linestyle=style, lw=1.5)
+        plot_lines(ax, x, {label: y}, legend=False, color=f'C{(color+i) % 10}', linestyle=style, lw=width)
 
 # %% ../nbs/44_visualizer.ipynb #cf8921e1
 def _draw_plot(ax, recording, panels, title, sources=None, **kw):
@@ -138,7 +145,7 @@ def _draw_wides(fig, recording, wide):
     for ax,(title,panels) in zip(axs, wide):
         _draw_plot(ax, recording, panels, title, fontsize=10)
         _legend(ax, [ax], loc='upper left', bbox_to_anchor=(1.005, 1.02))
-    axs[-1].set_xlabel('epoch', fontsize=8)
+    axs[-1].set_xlabel(recording.per, fontsize=8)
 
 # %% ../nbs/44_visualizer.ipynb #75d9bf21
 def _draw_stack(ax, recording, panel):
@@ -169,7 +176,7 @@ def _draw_column(fig, recording, panels, n):
     for ax,source in zip(axs, sources):
         _draw_plot(ax, recording, panels, short_name(source), (source,), fontsize=8, pad=2)
         ax.tick_params(which='both', labelsize=7, labelbottom=source == sources[-1])
-    axs[len(sources)-1].set_xlabel('epoch', fontsize=7)
+    axs[len(sources)-1].set_xlabel(recording.per, fontsize=7)
 
 def _draw_heat(fig, recording, panels):
     "Draw a map of all sources, the first on top; so many names are left out that they don't overlap."
@@ -183,7 +190,7 @@ def _draw_heat(fig, recording, panels):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         shown = range(0, len(names), -(-len(names)*len(panels)//60))
         ax.set_yticks([len(names)-1-i for i in shown], [short_name(names[i]) for i in shown], fontsize=6)
-    ax.set_xlabel('epoch', fontsize=7)
+    ax.set_xlabel(recording.per, fontsize=7)
 
 def _draw_band(fig, recording, band, n, widths):
     "Draw columns side by side."
@@ -210,9 +217,12 @@ class MatplotlibVisualizer:
     def tick(self, recording, epoch): "Takes `recording` and `epoch`; nothing is drawn before `show_fig`."
 
     def show_fig(self, recording=None): # the figure
-        "Draw what there is by now in `recording`, default that of the inspector."
+        """Draw what there is by now in `recording`, default that of the inspector.
+
+        The rows by step of a stream, which has no second epoch, are drawn by step."""
         import matplotlib.pyplot as plt
         recording = recording or self.recording()
+        if len(recording.epochs) < 2 and len((steps := recording.by_step()).epochs) > 1: recording = steps
         found = [o for o in recording.panels if phases_of(recording, o)]
         wide, small = titled(o for o in found if o.wide), titled(o for o in found if not o.wide)
         bands = list(chunked(small, self.columns))
@@ -222,8 +232,8 @@ class MatplotlibVisualizer:
         heights = [1.7*len(wide)][:len(wide)] + [self.height*n + .8 for n in rows]
         size = max([7, *(self.width*sum(o) for o in widths)]), sum(heights) or 2
         fig = shown_once(plt.figure(layout='constrained', figsize=size, **self.kw))
-        if not heights: no_data(fig.subplots(), 'Nothing recorded yet: attach the inspector,\n'
-                                'train, and call `tick_epoch` after an epoch')
+        if not heights: no_data(fig.subplots(), 'Nothing recorded yet: attach the inspector, and train;\n'
+                                '`tick_epoch` after each epoch, or every so many steps of a stream')
         parts = list(np.atleast_1d(fig.subfigures(len(heights), 1, height_ratios=heights))) if heights else []
         if wide: _draw_wides(parts.pop(0), recording, wide)
         for part,*band in zip(parts, bands, rows, widths): _draw_band(part, recording, *band)
