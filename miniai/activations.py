@@ -21,7 +21,7 @@ from .device import set_seed
 from .history import History
 from .hooks import Hook, Hooks, compiled_modules, named_tensors, select_modules, unwrap
 from .kernels import add_to_row
-from .plots import caption, get_grid, heatmap, plot_lines, short_name
+from .plots import caption, get_grid, heatmap, log_scale, plot_lines, short_names
 from .rows import Rows
 from .stats import (Bins, base_name, evened, near_zero, outside, own_names, parts_needed, statistics,
                           unit_axis, unit_view)
@@ -180,12 +180,13 @@ def positions(steps):
     "Say where to draw rows: at their steps, or one after the other where steps do not grow."
     return (steps, 'step') if (np.diff(steps) > 0).all() else (np.arange(len(steps)), 'sampled step')
 
-def draw_lines(ax, lines, **about):
+def draw_lines(ax, lines, yscale='linear', **about):
     "Draw lines given as [(name, positions, values)]; `about` is what `ax.set` takes."
     from matplotlib import colormaps
     for i,(nm,x,y) in enumerate(lines):
         color = colormaps['viridis'](.85*i/max(len(lines)-1, 1))   # lighter ones are lost on white
         plot_lines(ax, x, {nm: y}, legend=False, color=color, lw=1)
+    if yscale == 'log': log_scale(ax)
     ax.set(**about)
 
 def draw_series(ax, found, **about):
@@ -222,7 +223,7 @@ def draw_map(ax, found, label='', **kw):
     "Draw [(name, series)] as colours: a row for each, the first at the top; a column a step."
     x, xlabel, values = matrix_of([s for _,s in found])
     heatmap(ax, values[::-1], x=x, xlabel=xlabel, **kw)
-    names, every = [short_name(nm) for nm,_ in found], -(-len(found)//40)
+    names, every = short_names([nm for nm,_ in found]), -(-len(found)//40)
     ax.set_yticks(np.arange(len(names))[::-1][::every], names[::every], fontsize=7)
     for o in [*ax.get_images(), *ax.collections][:1]:
         ax.figure.colorbar(o, ax=ax, label=label, aspect=20 + len(found)//4)   # as high as the map
@@ -246,7 +247,7 @@ def draw_strips(ax, names, among, edges):
     rows = logs[::-1].transpose(0, 2, 1).reshape(n*bins, steps)
     heatmap(ax, rows, x=x, xlabel=xlabel, yrange=(0, n), vmin=0, vmax=1)
     for i in range(1, n): ax.axhline(i, color='w', lw=.8)
-    ax.set_yticks(np.arange(n)[::-1] + .5, [short_name(nm) for nm in names], fontsize=6)
+    ax.set_yticks(np.arange(n)[::-1] + .5, short_names(names), fontsize=6)
     ax.set_title(f'each from {edges[a]:.2g} to {edges[b]:.2g}', fontsize=8)
 
 words = (' A strip for each, the first at the top; in it only bins that any of them uses, and at its edges '
@@ -292,13 +293,13 @@ class Views(Readings):
         "Call `draw(ax, cell)` for each of `cells` and write `text` under them, or say why there is nothing."
         (width, height), many, why = figsize, max(12, len(cells), rows), ''
         if not set(stats) & {*self.stats, *(stat for _,_,stat in self.history.keys())}:
-            why = f'{stats[0]!r} is not among stats={self.stats}.'
-        elif not names and len(self.history): why = 'nothing of that name has rows.'
+            why = f'{stats[0]!r} is not among stats={self.stats}.\nGive it with `stats=`, and fit again.'
+        elif not names and len(self.history): why = 'nothing of that name has rows; see `history.keys()`.'
         elif not names: why = ('nothing has been watched yet.\n'
                                f'Put this {type(self).__name__} into the cbs of a Learner and fit.')
-        fig, axs = get_grid(1 if why else len(cells), figsize=(width, height*many/12))
+        fig, axs = get_grid(1 if why else len(cells), figsize=(7, 1) if why else (width, height*many/12))
         if why:
-            axs.flat[0].text(.5, .5, f'Nothing to draw: {why}', ha='center', va='center', wrap=True)
+            axs.flat[0].text(.5, .5, f'Nothing to draw: {why}', ha='center', va='center', wrap=True, size=9)
             axs.flat[0].set_axis_off()
             return fig
         for ax,o in zip(axs.flat, cells): draw(ax, o)
@@ -507,7 +508,7 @@ class OutputTables(Views):
 
     def _title(self, source):
         name = next((nm for nm,own in self.sources.items() if source in (nm, *own)), None)
-        title, kind = short_name(source), self.kinds.get(name, '')
+        title, kind = short_names([source])[0], self.kinds.get(name, '')
         return f'{title}  {kind}' if len(title+kind) < 25 else f'{title}\n{kind}'
 
 # %% ../nbs/40_activations.ipynb #7bef67f6

@@ -15,7 +15,7 @@ from fastcore.basics import groupby
 
 from .evidence import Evidence, Track, loop_sources
 from .lens import aggregates
-from .plots import short_name
+from .plots import short_name, short_names
 from .rows import Rows
 from .stats import base_name, near_zero, outside, statistics, taps
 
@@ -102,7 +102,7 @@ def line_chart(title, xlabel, lines, caption='', ylabel='', log=False, limits=No
 def shown_ticks(places, names, most=25):
     "Choose at most so many of the places on an axis of names; their names are shortened."
     every = -(-len(names)//most) or 1
-    return dict(tickvals=list(places)[::every], ticktext=[text(o, 26) for o in names][::every])
+    return dict(tickvals=list(places)[::every], ticktext=[text(o) for o in short_names(list(names))][::every])
 
 # %% ../nbs/55_charts.ipynb #e82b0338
 def count_colors(high):

@@ -43,7 +43,7 @@ def draw_runs(self,
     width=2.2     # of a plot, in inches
 ): # the figure
     "Draw the runs into one plot for each layer and statistic."
-    from miniai.plots import caption, plot_lines, subplots
+    from miniai.plots import caption, log_scale, plot_lines, subplots
     recorded = dict.fromkeys(what for _,what in self.keys)
     stats = listify(stats) or [stat for stat in _first_stats if stat in recorded] or list(recorded)[:5]
     rows = [some_of([nm for nm,what in self.keys if what == stat and nm != 'epoch'], max_layers)
@@ -57,7 +57,7 @@ def draw_runs(self,
             for run,evidence in self.runs.items():
                 track = evidence.track(name, stat, self.phase)
                 if len(track): plot_lines(ax, track.steps, {run: track.values}, legend=False, lw=1)
-            if stat in log and any((line.get_ydata() > 0).any() for line in ax.lines): ax.set_yscale('log')
+            if stat in log: log_scale(ax)
             ax.set_title(stat if name == 'batch' else f'{stat}  {name}', fontsize=8)
             ax.tick_params(labelsize=7)
     named = axs[0, 0].get_legend_handles_labels()

@@ -87,7 +87,7 @@ class Facts(Tried):
 
     def named(self, source):
         "Name and type of `source`, for a sentence: 'layer fc1 (Linear)'."
-        return f'layer {source}' + (f' ({self.kind(source)})' if self.kind(source) else '')
+        return (f'layer {source}' if source else 'the model') + f' ({self.kind(source)})'.replace(' ()', '')
 
 # %% ../nbs/49_evidence.ipynb #c242dd12
 _older = dict(twins='copies', looked='sampled', since='dead_since')   # how older files name a field
@@ -479,11 +479,11 @@ class Chart:
 
     def draw(self, ax=None): # the axes
         "Draw the lines on matplotlib's `ax`, by default those of a new figure."
-        from miniai.plots import plot_lines, subplots
+        from miniai.plots import log_scale, plot_lines, subplots
         if ax is None: ax = subplots(figsize=(6, 3))[1]
         for name,(x,y) in self.lines.items(): plot_lines(ax, x, {name: y}, lw=1.2)
         for y in self.guides: ax.axhline(y, color='0.4', lw=.8, ls='--')
-        if self.log and any((line.get_ydata() > 0).any() for line in ax.lines): ax.set_yscale('log')
+        if self.log: log_scale(ax)
         if self.ticks: ax.set_xticks(range(len(self.ticks)), self.ticks, rotation=45, ha='right', fontsize=7)
         ax.set(xlabel=self.xlabel, ylabel=self.ylabel)
         ax.set_title(self.title, fontsize=9)

@@ -110,13 +110,16 @@ def show_images(ims, nrows:int=None, ncols:int=None, titles=None, cmap=None, **k
         show_image(im, ax=ax, title=title, **color).title.set_fontsize(min(12, 7*kw.get('imsize', 3)))
 
 # %% ../nbs/01_plots.ipynb #5803486a
-def short_name(name, most=26):
-    "Shorten a dotted name: its first parts to their initials, then what is left to its end."
-    parts = name.split('.')
-    for i,part in enumerate(parts[:-1]):
-        if len('.'.join(parts)) > most and not part.isdigit(): parts[i] = part[:1]
-    name = '.'.join(parts)
-    return name if len(name) <= most else '…' + name[1-most:]
+def short_names(names, most=26):
+    "Shorten dotted names, all alike: first parts to their initials, then what is left to its end."
+    def _cut(name, n):   # its first `n` parts
+        *first, last = name.split('.')
+        return '.'.join([*(o if i >= n or o.isdigit() else o[:1] for i,o in enumerate(first)), last])
+    n = max((k for nm in names for k in range(1, nm.count('.')+1) if len(_cut(nm, k-1)) > most), default=0)
+    cut = [_cut(nm, n) for nm in names]
+    return [nm if len(nm) <= most else '…' + nm[1-most:] for nm in cut]
+
+def short_name(name, most=26): return short_names([name], most)[0]
 
 # %% ../nbs/01_plots.ipynb #a32f628e
 def _array(values):
@@ -163,6 +166,17 @@ def plot_lines(
     elif legend and any(nm is not None for nm,_ in lines): ax.legend(fontsize='small')
     _label(ax, title=title, xlabel=xlabel, ylabel=ylabel)
     return ax
+
+# %% ../nbs/01_plots.ipynb #4a8114c2
+def log_scale(ax):
+    "Make the y axis logarithmic, if anything is above 0; what is not gets a mark at the bottom."
+    lines = [(o, *map(_array, o.get_data())) for o in ax.lines]
+    if not any((y > 0).any() for _,_,y in lines): return
+    ax.set_yscale('log')
+    for line,x,y in lines:
+        if (y <= 0).any(): ax.plot(x[y <= 0], np.full((y <= 0).sum(), .03), 'v', ms=4, color=line.get_color(),
+                                   transform=ax.get_xaxis_transform(), label='zero, or less')
+    if ax.get_legend(): ax.legend(fontsize='small')
 
 # %% ../nbs/01_plots.ipynb #ea6a375c
 def smoothed(values, beta=.95):

@@ -17,7 +17,7 @@ from fastcore.basics import GetAttr, chunked, groupby
 
 from .history import History
 from .lens import Panel, aggregates, ranges, row_stat
-from .plots import heatmap, no_data, plot_lines, short_name, shown_once
+from .plots import heatmap, log_scale, no_data, plot_lines, short_names, shown_once
 
 # %% ../nbs/44_visualizer.ipynb #75de9396
 phases = 'train', 'valid'
@@ -126,8 +126,8 @@ def _draw_plot(ax, recording, panels, title, sources=None, **kw):
     else: _draw_lines(ax, recording, panels, sources)
     ax.set_title(title, **kw)
     if panel.kind == 'shares': ax.set_ylim(-.04, 1.04)
-    if panel.log and any((line.get_ydata() > 0).any() for line in ax.lines):
-        ax.set_yscale('log')
+    if panel.log: log_scale(ax)
+    if ax.get_yscale() == 'log':
         ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, .4)))   # 6, not 6 × 10⁰
     if panel.guide is not None:
         ax.axhline(panel.guide, color='0.4', lw=.8, ls=':', label=panel.guide_name or None)
@@ -152,7 +152,7 @@ def _draw_stack(ax, recording, panel):
     "Stack each source's part of the sum; of many sources the legend has some."
     from matplotlib import colormaps
     n, every = len(panel.sources), -(-len(panel.sources)//9)
-    labels = ['_' if i % every and i < n-1 else short_name(o) for i,o in enumerate(panel.sources)]
+    labels = ['_' if i % every and i < n-1 else o for i,o in enumerate(short_names(panel.sources))]
     ax.stackplot(recording.epochs, _parts(_table_of(recording, panel)), labels=labels,
                  colors=colormaps['viridis'](np.linspace(0, 1, n)))
     ax.set_ylim(0, 1)
@@ -173,8 +173,8 @@ def _draw_column(fig, recording, panels, n):
     "Draw a small plot for each source, in the first of `n` places."
     axs, sources = np.atleast_1d(fig.subplots(n, 1, sharex=True, sharey=True)), panels[0].sources
     for ax in axs[len(sources):]: ax.remove()
-    for ax,source in zip(axs, sources):
-        _draw_plot(ax, recording, panels, short_name(source), (source,), fontsize=8, pad=2)
+    for ax,source,name in zip(axs, sources, short_names(sources)):
+        _draw_plot(ax, recording, panels, name, (source,), fontsize=8, pad=2)
         ax.tick_params(which='both', labelsize=7, labelbottom=source == sources[-1])
     axs[len(sources)-1].set_xlabel(recording.per, fontsize=7)
 
@@ -182,14 +182,14 @@ def _draw_heat(fig, recording, panels):
     "Draw a map of all sources, the first on top; so many names are left out that they don't overlap."
     from matplotlib.ticker import MaxNLocator
     for ax,panel in zip(np.atleast_1d(fig.subplots(len(panels), 1, sharex=True)), panels):
-        values, names = _table_of(recording, panel)[::-1], panel.sources
+        values, names = _table_of(recording, panel)[::-1], short_names(panel.sources)
         limits = dict(vmin=0, vmax=1) if panel.kind == 'shares' else {}
         heatmap(ax, values, x=recording.epochs, cmap='viridis', colorbar=True, log=panel.log, **limits)
         name = row_stat(panel.stats[0], (panel.lines or (None,))[0]).replace('_', ' ')
         ax.set_title(f'log10 of {name} (black: 0, red: infinite)' if panel.log else name, fontsize=8)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         shown = range(0, len(names), -(-len(names)*len(panels)//60))
-        ax.set_yticks([len(names)-1-i for i in shown], [short_name(names[i]) for i in shown], fontsize=6)
+        ax.set_yticks([len(names)-1-i for i in shown], [names[i] for i in shown], fontsize=6)
     ax.set_xlabel(recording.per, fontsize=7)
 
 def _draw_band(fig, recording, band, n, widths):

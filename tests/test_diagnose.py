@@ -585,3 +585,8 @@ def test_a_layer_whose_weight_is_used_without_a_call_is_no_finding():
     with pytest.warns(UserWarning, match='never called'): learn.fit(3)
     found = learn.diagnose()
     assert 'never_called' in found.checked and 'never_called' not in [o.rule for o in found]
+
+
+def test_a_layer_that_is_the_model_has_a_name():
+    from miniai.evidence import Facts
+    assert Facts(layers={'': 'Linear'}).named('') == 'the model (Linear)' and Facts().named('fc') == 'layer fc'

@@ -622,6 +622,7 @@ def test_views_say_why_they_are_empty():
     texts = [o.axes[0].texts[0].get_text() for o in
              (GradientStats().plot_norm(), GradientStats().plot_flow(), GradientStats().plot_heat(), GradientStats().color_dim(),
               UpdateStats().plot_ratio(), RankStats().plot_ranks(), GradientStats(stats=('grad_norm',)).color_dim())]
+    assert GradientStats().color_dim().get_figheight() == 1
     assert all('Nothing to draw' in o for o in texts) and "'grad_hist' is not among" in texts[-1]
 
 def test_views_draw_what_is_in_the_table():

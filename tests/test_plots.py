@@ -133,3 +133,12 @@ def test_caption_is_not_cut_off(layout):
     assert box.y1 <= lowest
     caption(fig, 'short')
     assert text.get_text() == 'short'
+
+
+def test_zeros_on_a_logarithmic_axis_are_marked():
+    "They have no place on it, and were a gap without a word."
+    from miniai.evidence import Chart
+    ax = Chart({'norm': (np.arange(4), np.array([1., 0., .1, 0.]))}, log=True).draw()
+    assert ax.get_yscale() == 'log' and ax.lines[-1].get_xdata().tolist() == [1, 3]
+    assert [o.get_text() for o in ax.get_legend().get_texts()] == ['norm', 'zero, or less']
+    assert Chart({'norm': (np.arange(2), np.zeros(2))}, log=True).draw().get_yscale() == 'linear'
