@@ -301,11 +301,12 @@ def browser():
 
 
 @pytest.mark.parametrize('page', published, ids=lambda o: o.stem)
-def test_page_in_a_browser(browser, processed, page, tmp_path):
+def test_page_in_a_browser(browser, processed, page):
     "No error, no bar, no broken picture, and nothing wider than the window, on a desk and on a phone."
     from nbconvert import HTMLExporter
-    html = tmp_path/f'{page.stem}.html'
-    html.write_text(HTMLExporter(embed_images=True).from_filename(str(processed/page.relative_to(root/'nbs')))[0], encoding='utf-8')
+    notebook = processed/page.relative_to(root/'nbs')
+    html = notebook.with_suffix('.html')   # beside the notebook: its pictures are named from there
+    html.write_text(HTMLExporter().from_filename(str(notebook))[0], encoding='utf-8')
     for device, width in widths.items():
         tab = browser.new_page(viewport=dict(width=width, height=900))
         tab.goto(html.as_uri(), wait_until='domcontentloaded')
