@@ -7,7 +7,7 @@ __all__ = ['fashion_mnist', 'image_to_tensor', 'inplace', 'collate_dict', 'Memor
            'to_device', 'to_cpu', 'set_seed', 'clean_mem', 'show_image', 'show_images', 'subplots', 'get_grid']
 
 # %% ../nbs/26_datasets.ipynb #935ed8c1
-import gzip, math, warnings, zlib
+import gzip, math, numbers, warnings, zlib
 from contextlib import suppress
 from importlib import resources
 from operator import length_hint
@@ -332,11 +332,13 @@ def _checked_splits(dd, bs):
 
 # %% ../nbs/26_datasets.ipynb #a73b0cb6
 def _column(o, nm):
-    "An array as a tensor; 64-bit floats become those that models have."
-    try: o = o if isinstance(o, torch.Tensor) else torch.as_tensor(np.asarray(o))
+    "An array as a tensor; columns of several types and 64-bit floats become the floats that models have."
+    def odd(o): return next((v for v in o.flat if not isinstance(v, (numbers.Number, np.bool_))), None)
+    try:
+        o = o if isinstance(o, torch.Tensor) else np.asarray(o)
+        o = torch.as_tensor(o.astype(float) if o.dtype==object and odd(o) is None else o)
     except (TypeError, ValueError) as e:
-        first = next(iter(np.asarray(o, object).flat), None)
-        raise TypeError(f'from_arrays: {nm} holds {first!r} among others; it must be '
+        raise TypeError(f'from_arrays: {nm} holds {odd(np.asarray(o, object))!r} among others; it must be '
                         'numbers; classes are 0, 1, 2, ... (`numpy.unique(y, return_inverse=True)`)') from e
     return o.to(torch.get_default_dtype()) if o.dtype is torch.float64 else o
 
