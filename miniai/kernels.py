@@ -38,14 +38,16 @@ class Plan:
         kind = np.float64 if dtype == torch.float64 else np.float32
         per_bin, top = bins.n/(bins.hi - bins.lo), bins.n - .5
         self.spec = np.array([bins.n, kind(bins.lo), kind(bins.hi), per_bin, top, kind().itemsize])
-        # NaN: nothing is above it
-        self.edges = np.append(bins.edges, np.float32(np.nan)) if bins.log else np.zeros(0, np.float32)
-        if bins.log: self.edges[-2] = np.nextafter(self.edges[-2], np.float32(np.inf))
-        lowest = (np.arange(2**15, dtype=np.uint32) << 16).view(np.float32)
-        self.table = np.searchsorted(self.edges, np.nan_to_num(lowest, nan=np.inf), 'right').astype(np.uint16)
-        arrays = self.spec, self.table, self.edges
-        self.line = np.array([*(o.ctypes.data for o in arrays), len(self.edges)], np.int64)
+        self.table = self._table(bins.edges) if bins.log else np.zeros(0, np.uint32)
+        self.line = np.array([self.spec.ctypes.data, self.table.ctypes.data, len(self.table)], np.int64)
         self.address = self.line.ctypes.data
+
+    def _table(self, edges):
+        bits = np.append(edges[:-1], np.nextafter(edges[-1], np.float32(np.inf))).view(np.uint32)
+        upper = np.arange(2**15, dtype=np.uint32)
+        table = np.searchsorted(bits, upper << 16, 'right').astype(np.uint32) << 16
+        table[bits >> 16] += -bits & 0xffff   # what a border lacks
+        return table
 
 _plans = {}   # never let go of: addresses are kept
 

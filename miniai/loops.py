@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/11_loops.ipynb #ac114566
 import numpy as np
+from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
@@ -21,6 +22,19 @@ def pointer(typingctx, address, like):
 @njit
 def numbers(address, n, like):
     return carray(pointer(address, like), n)
+
+# %% ../nbs/11_loops.ipynb #2f6d1c08
+def of_two(name):
+    "Make a function of two numbers from one of LLVM's, which is done for several at a time."
+    def _type(typingctx, a, b):
+        def _code(context, builder, sig, args):
+            kind = args[0].type
+            f = builder.module.declare_intrinsic(name, [kind], ir.FunctionType(kind, [kind, kind]))
+            return builder.call(f, args, fastmath=['nnan', 'nsz'])
+        return a(a, a), _code
+    return intrinsic(_type)
+
+lower, higher = of_two('llvm.minnum'), of_two('llvm.maxnum')
 
 # %% ../nbs/11_loops.ipynb #b60c5490
 _reorder = {'reassoc', 'contract', 'nsz'}
@@ -41,9 +55,7 @@ def powers(x, n):
 @njit(fastmath=_reorder | {'nnan'}, inline='never')
 def ends(x, n):
     lo = hi = x[0]
-    for j in range(n):
-        lo = x[j] if x[j] < lo else lo
-        hi = x[j] if x[j] > hi else hi
+    for j in range(n): lo, hi = lower(lo, x[j]), higher(hi, x[j])
     return lo, hi
 
 @njit(fastmath=_reorder, inline='never')
@@ -117,12 +129,13 @@ def linear_slots(x, n, slots, bins, lo, hi, per_bin, top):
         slots[j] = np.int32(bins) if m < lo else slot
 
 @njit(inline='never')
-def log_slots(x, n, slots, single, bits, table, edges):
-    "Find how many borders are not above each, from the upper bits, and by one comparison."
+def log_slots(x, n, slots, single, bits, table):
+    "Find how many borders are not above each, by its upper bits; the lower ones carry over at a border."
+    half = np.uint32(16)
     for j in range(n): single[j] = abs(x[j])
-    for j in range(n):
-        k = np.uintp(table[bits[j] >> np.uint32(16)])
-        slots[j] = np.int32(k) + np.int32(single[j] >= edges[k])
+    for j in range(np.uintp(n)):
+        b = bits[j]
+        slots[j] = np.int32((table[b >> half] + (b & np.uint32(0xffff))) >> half)
 
 @njit(inline='never')
 def count(slots, n, hist, w):
@@ -143,7 +156,7 @@ def new_work(like, bins):
 
 # %% ../nbs/11_loops.ipynb #8029e36d
 @njit(inline='never')
-def add_piece(x, n, row, work, spec, what, table, edges):
+def add_piece(x, n, row, work, spec, what, table):
     # the sum of its squares is returned
     _, clean, slots, single, bits, hist = work
     bins = np.int64(spec[0])
@@ -159,7 +172,7 @@ def add_piece(x, n, row, work, spec, what, table, edges):
     row[8] += s4
     row[9], row[10] = min(row[9], np.float64(lo)), max(row[10], np.float64(hi))
     if what & 1:
-        if len(edges): log_slots(x, n, slots, single, bits, table, edges)
+        if len(table): log_slots(x, n, slots, single, bits, table)
         else:
             kind = x.dtype.type
             first, last, per_bin, top = kind(spec[1]), kind(spec[2]), kind(spec[3]), kind(spec[4])
@@ -184,7 +197,7 @@ def add_pair(at, start, before, counts, n, row, work, like):
     x = numbers(at, n, like)
     if start:
         y, diff = numbers(start, n, like), work[0]
-        row[15] += powers(y, n)[1]
+        row[15] += product(y, y, n)[1]
         for j in range(n): diff[j] = x[j] - y[j]
         x = diff
     if before:
@@ -198,7 +211,7 @@ def add_pair(at, start, before, counts, n, row, work, like):
 
 # %% ../nbs/11_loops.ipynb #999dfa82
 @njit
-def add_tensor(at, start, before, counts, out, B, P, C, S, what, like, work, spec, table, edges):
+def add_tensor(at, start, before, counts, out, B, P, C, S, what, like, work, spec, table):
     bins, size = np.int64(spec[0]), np.int64(spec[5])
     row = numbers(out, 16 + bins + 4 + C, 0.)
     units, block = row[16 + bins + 4:], C*S
@@ -213,7 +226,7 @@ def add_tensor(at, start, before, counts, out, B, P, C, S, what, like, work, spe
                 if block <= piece: n = m*block
                 else: n = min(piece, S - k % S) if S >= piece else min(piece//S*S, block - k)
                 x = add_pair(at, start, before, counts, n, row, work, like)
-                squares += add_piece(x, n, row, work, spec, what, table, edges)
+                squares += add_piece(x, n, row, work, spec, what, table)
                 if not what & 2: row[4] += active(x, n)
                 elif block <= piece: add_active(x, m, C, S, units, work[1])
                 elif S >= piece: units[k//S] += active(x, n)
@@ -228,14 +241,14 @@ def add_tensor(at, start, before, counts, out, B, P, C, S, what, like, work, spe
     row[0] += B*P*C*S
     row[12] += B
     if what & 2: row[4] = units.sum()
-    if what & 1: add_counts(row, work[5], bins, len(edges) > 0)
+    if what & 1: add_counts(row, work[5], bins, len(table) > 0)
 
 # %% ../nbs/11_loops.ipynb #5a6ae81c
 @njit
 def unpacked(plan):
-    "Find what is behind the address of a plan: spec, table, edges."
-    at = numbers(plan, 4, np.int64(0))
-    return numbers(at[0], 6, 0.), numbers(at[1], 2**15, np.uint16(0)), numbers(at[2], at[3], np.float32(0))
+    "Find what is behind the address of a plan: spec and table."
+    at = numbers(plan, 3, np.int64(0))
+    return numbers(at[0], 6, 0.), numbers(at[1], at[2], np.uint32(0))
 
 def compiled(f):
     try: return njit(nogil=True, cache=True)(f)
@@ -244,17 +257,17 @@ def compiled(f):
 def doors(like):
     "Make the two for tensors of the type of the number `like`."
     def add_one(at, out, B, P, C, S, what, plan):
-        spec, table, edges = unpacked(plan)
+        spec, table = unpacked(plan)
         work = new_work(like, np.int64(spec[0]))
-        add_tensor(at, 0, 0, 0, out, B, P, C, S, what, like, work, spec, table, edges)
+        add_tensor(at, 0, 0, 0, out, B, P, C, S, what, like, work, spec, table)
 
     def add_many(jobs, n, plan):
         "A job is (tensor, start, before, whether before counts, row, B, P, C, S, what), a tensor 0 for none."
-        spec, table, edges = unpacked(plan)
+        spec, table = unpacked(plan)
         work, lines = new_work(like, np.int64(spec[0])), numbers(jobs, n*10, np.int64(0)).reshape(n, 10)
         for j in lines:
             if j[0]: add_tensor(j[0], j[1], j[2], j[3], j[4], j[5], j[6], j[7], j[8], j[9],
-                                like, work, spec, table, edges)
+                                like, work, spec, table)
     return compiled(add_one), compiled(add_many)
 
 one, many = {}, {}   # name of a type -> door

@@ -413,3 +413,20 @@ def test_two_threads_at_once():
     for k in range(2): assert all(torch.equal(row, add(xs[k], b)) for row,b in zip(found[k], many))
     addresses = {plan(b, torch.float32).address for b in many}
     assert len(addresses) == 200 and addresses == {plan(b, torch.float32).address for b in many}
+
+
+@compiled
+@pytest.mark.parametrize('bins', [Bins(1700, 1e-3, 1e3, True), Bins(1, 1e-12, 1e4, True), Bins(53, 2.**-40, 2.**13, True)], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_borders_of_logarithmic_bins_count_as_defined(bins, dtype):
+    "Many bins, one, and borders that are powers of two; entries at borders, and next to them, and negative ones."
+    e = torch.from_numpy(bins.edges)
+    a = torch.cat([e, e.nextafter(torch.tensor(0.)), -e.nextafter(torch.tensor(torch.inf)), torch.zeros(3), torch.rand(5000)*2]).to(dtype)[:, None]
+    row = empty_row(bins, 1)
+    add_to_row(row, a, 1, bins)
+    first = len(scalars)
+    assert torch.equal(row[first:first+len(bins)], measure(a, 1, bins)[first:first+len(bins)])
+
+
+def test_bins_that_the_upper_bits_do_not_tell_apart_are_refused():
+    with pytest.raises(ValueError, match='give wider bins'): Bins(2000, 1e-3, 1e3, True)
