@@ -11,8 +11,8 @@ from itertools import product
 
 import numpy as np
 
-from .rules import (Missing, fall_of, found, is_solved, left_by_clipping, needed_loss, norm_of_all,
-                          rule, steps_chart, tracks_of, update_ratios)
+from .rules import (Missing, fall_of, found, is_solved, needed_loss, rule, steps_chart, tracks_of,
+                          update_ratios, words_for_clipping)
 from .step_rules import entries, last_called, loss_kind, loss_name
 
 # %% ../nbs/52_loss_rules.ipynb #56500451
@@ -283,10 +283,7 @@ def weights_barely_moved(evidence,
     Source: Li and Arora, "An exponential learning rate schedule for deep learning" (2019): relative steps."""
     loss, (chance, _), steps = needed_loss(evidence), of_guessing(evidence), evidence.n_steps()
     path = max((o.usual*steps for o in update_ratios(evidence).values()), default=np.inf)
-    said, norms = {}, norm_of_all(evidence).finite if evidence.sources('grad_norm') else loss.values[:0]
-    if left_by_clipping(evidence) < .01 or len(norms) > 9 and np.ptp(norms[1:]) < 1e-3*norms[-1]: said = dict(
-        kind=('clipping', 'lr_low'), tries=['clip at about the usual norm'],
-        causes=[f'clipping, which leaves gradients of norm {norms[-1]:.1g}'])
+    said = words_for_clipping(evidence)
     shapes = [evidence.facts.shapes.get(o, ('', '')) for o in ('inputs', 'predictions')]
     types = [kind for _,kind in shapes if 'float16' in kind]
     if len(types) > 1: said = dict(kind=('precision', 'lr_low'), tries=['weights of 32 bits, and autocast'],

@@ -368,7 +368,6 @@ def not_finite(evidence):
 
 # %% ../nbs/50_rules.ipynb #f11fd637
 def layers_of(params): return list(dict.fromkeys(nm.rpartition('.')[0] for nm in params))
-
 def at_layers(level, text, layers, **kw):
     "A finding at layers, as a list; none where it has none."
     return [found(level, text, len(layers), 0., layers=layers, **kw)] if layers else []
@@ -514,9 +513,8 @@ def passed_by(evidence, what, least):
 def vanishing_gradients(evidence, *, min_gradient=1e-3): # smallest of a weight, in units of the last layer's
     """Gradients that shrink on their way back to the first layers; a tenth of the limit is an error.
 
-    Those that are exactly zero are the business of other rules; those that a gradient passes by on its
-    way to the first layers, as queries and keys of a uniform attention, are no fault. A note if Adam or
-    its like makes steps of usual size (1e-4 of a weight or more) and the loss falls.
+    Zeros are the business of other rules; those that a gradient passes by on its way, as queries and keys
+    of a uniform attention, are no fault. A note if Adam or its like makes usual steps and the loss falls.
     Source: Hochreiter, "The vanishing gradient problem during learning recurrent neural nets" (1998)."""
     names = weights_with(evidence, 'grad_norm')
     moments = ('first',) if is_solved(evidence) else ('first', 'late')
@@ -543,10 +541,14 @@ def update_ratios(evidence):
     tracks = tracks_of(evidence, weights_with(evidence, 'update_ratio'), 'update_ratio')
     grads = tracks_of(evidence, evidence.sources('grad_norm'), 'grad_norm')
     return {nm: o for nm,o in tracks.items() if len(o.finite) and (nm not in grads or grads[nm].usual > 0)}
-def left_by_clipping(evidence):
-    "The usual fraction of the norm of all gradients that clipping leaves; 1 where that is not known."
+def words_for_clipping(evidence):
+    "Kind, cause and cure where clipping leaves next to nothing, or the same norm in all steps; else {}."
     before, after = (evidence.track('all', o).usual for o in ('grad_norm', 'grad_norm_clipped'))
-    return after/before if before > 0 and not np.isnan(after) else 1.
+    norms = norm_of_all(evidence).finite if evidence.sources('grad_norm') else ()
+    same = len(norms) > 9 and np.ptp(norms[1:]) < 1e-3*norms[-1]
+    left = f'gradients of norm {norms[-1]:.1g}' if same else f'{after/before:.1g} of the gradients'
+    return dict(kind=('clipping', 'lr_low'), causes=[f'clipping, which leaves {left}'],
+                tries=['clip at about the usual norm']) if same or before > 0 and after < .01*before else {}
 
 # %% ../nbs/50_rules.ipynb #d1c5b979
 @rule(kind='lr_low', causes=['too low a learning rate{rate}', 'a schedule that stays near zero'],
@@ -570,20 +572,17 @@ def learning_rate_low(evidence,
         text = f'No weight changes by more than {value:.1g} of itself in a step ({name} by most)'
         chart = steps_chart('Update:weight ratio', {o: ratios[o] for o in high if o == name}, min_ratio)
         if not value: return   # no step is made: `unchanged`
-    left, said = left_by_clipping(evidence), {}
-    if left < .01: said = dict(causes=[f'clipping, which leaves {left:.1g} of the gradients'],
-                               tries=['clip at about the usual norm'])
     if value < limit: return found(
         'error', f'{text}, and the loss stays: it falls by {fall_of(loss):.1%}.', value, limit,
-        dict(loss=loss), caveats=caveats, chart=chart, **said)
+        dict(loss=loss), caveats=caveats, chart=chart, **words_for_clipping(evidence))
 
 # %% ../nbs/50_rules.ipynb #f913214d
 @rule
 def update_ratio(evidence,
-    *, ratios=(1e-4, 1e-2), # lowest and highest median of a weight over the second half of the run
-    max_ratio=.1): # from here on it is a warning, unless the loss has fallen far
+    *, ratios=(1e-5, .03), # lowest and highest median of a weight over the second half of the run
+    max_ratio=.1, min_ratio=1e-6): # beyond it is a warning, or below where others learn, if the loss is high
     """Weights that change by too much or too little in a step, measured against themselves.
-    Source: CS231n, "Neural networks 3": about 1e-3. Good runs leave that range, so this is mostly a note."""
+    Source: CS231n, "Neural networks 3": about 1e-3. Adam at usual rates goes up to .03; mostly a note."""
     ratio = update_ratios(evidence)
     usual = {nm: o[len(o)//2:].usual for nm,o in ratio.items()}
     high = sorted((nm for nm in usual if usual[nm] > ratios[1]), key=usual.get, reverse=True)
@@ -592,9 +591,10 @@ def update_ratio(evidence,
                                        (low, ratios[0], 'little', 'low', 'higher')):
         if not layers: continue
         value, tracks = usual[layers[0]], {nm: ratio[nm] for nm in layers}
-        harm = value > max_ratio and not is_solved(evidence, .6)
+        still = value < min_ratio and max(usual.values()) > 1e-4
+        harm = (value > max_ratio or still) and not is_solved(evidence, .6)
         yield found('warning' if harm else 'note', f'A step changes {layers[0]} by {value:.1g} of itself, '
                     f'which is {much}.', value, limit, tracks, slice(len(tracks[layers[0]])//2, None),
-                    kind=f'lr_{now}', chart='Update:weight ratio',
+                    kind=(f'lr_{now}', *['ledger']*still), chart='Update:weight ratio',
                     causes=[f'a learning rate that is {now} for this layer', 'weights that began so'],
                     tries=[f'a {then} learning rate', '{find}'])
