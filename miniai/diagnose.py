@@ -53,7 +53,8 @@ def name_first_cause(found):
     text = 'what the findings above this one say'
     for i,o in enumerate(found):
         known = o.causes[:1] == [text] or o.rule not in led_to
-        if not known and any(above.level == 'error' for above in found[:i]): o.causes.insert(0, text)
+        above = any(before.level == 'error' for before in found[:i])
+        if above and not known: o.causes = [text, *o.causes[:2]]
 
 # %% ../nbs/53_diagnose.ipynb #78768423
 def diagnose(

@@ -22,8 +22,9 @@ from .history import History, plain_frame, write_table
 from .hooks import find_parameters, select_modules, unwrap
 from .inspector import Inspector
 from .learner import Learner
-from .loss_stats import (classes_second, first_tensor, fraction_right, in_eval_mode, is_affine,
-                               is_blind, is_clipped, is_summed, padding_that_counts)
+from .loss_stats import (are_amounts, classes_second, first_tensor, fraction_right, in_eval_mode,
+                               is_affine, is_blind, is_clipped, is_summed, is_unpaired,
+                               padding_that_counts, summed_across)
 from .lens import row_stat
 from .records import read_record
 from .visualizer import Recording
@@ -45,6 +46,8 @@ class Tried:
     clipped:bool = None                           # whether the loss ignores what is outside of 0 to 1
     summed:bool = None                            # whether the loss is a sum over the batch
     blind:bool = None                             # whether the loss does not tell one unit from another
+    amounts:bool = None                           # whether such a loss takes numbers of classes for amounts
+    unpaired:bool = None                          # whether targets of another shape may change places
     drops:float = None                            # highest probability of a dropout at work in eval mode
     mixes:bool = None                             # whether an answer depends on the batch it is in
     carries:bool = None                           # whether an answer depends on what was asked before
@@ -66,6 +69,7 @@ class Facts(Tried):
     n_classes:int = None      # of a classification by cross entropy
     constant:bool = None      # whether the model gave the last batch one and the same answer for all samples
     answers:str = ''          # to the last batch: 'distribution' (sum 1), 'fraction' (0 to 1) or 'number'
+    across:str = ''           # 'samples' or 'places', where they add up to 1 over these, not over classes
     layers:dict = field(default_factory=dict)     # name -> type, in model order
     sources:dict = field(default_factory=dict)    # name in the table -> layer, where the two differ
     silent:tuple = ()                             # layers that were watched, and never called
@@ -84,7 +88,6 @@ class Facts(Tried):
     def kind(self, source):
         "The type of the layer that `source` belongs to; '' if that is not known."
         return self.layers.get(self.sources.get(source, source), '')
-
     def named(self, source):
         "Name and type of `source`, for a sentence: 'layer fc1 (Linear)'."
         return (f'layer {source}' if source else 'the model') + f' ({self.kind(source)})'.replace(' ()', '')
@@ -163,7 +166,6 @@ class RunTables:
     def keys(self):
         "(phase, source, stat) of everything that was recorded, in order of first appearance."
         return list(self._where)
-
     def track(self, source:str, stat:str, phase:str='train') -> Track: # empty if nothing was recorded
         """The values of one statistic in this run, by step if they were kept, else means by epoch.
 
@@ -186,7 +188,6 @@ class RunLosses(RunTables):
     "The loss and the metrics, whatever table they are in."
     def _loss_of(self, phase, *sources):
         return next((o for nm in sources if len(o := self.track(nm, 'loss', phase))), no_rows)
-
     def loss(self, phase:str='train') -> Track:
         "The loss of every batch where that was kept, else of every epoch; `phase` is 'train' or 'valid'."
         return self._loss_of(phase, 'batch', 'loss', 'epoch')
@@ -233,7 +234,9 @@ class Evidence(RunLosses):
         every = max(1, np.median(np.diff(batches))) if len(batches) > 1 else 1   # a log may have few of them
         if len(batches): return int(batches[-1] - batches[0] + every)
         counts = self.track('batches', 'count')   # of an Inspector, for each epoch
-        if len(counts): return int(counts.values.sum())
+        loss = self.loss()   # of one process; two count twice its batches
+        each = loss.per == 'step' and len(loss) > 1 and np.median(np.diff(loss.steps)) == 1
+        if len(counts): return int(min(counts.values.sum(), len(loss) if each else np.inf))
         tracks = [self.track(nm, what, p) for p,nm,what in self.keys() if p == 'train']
         return int(max((o.steps.max() + (o.per == 'step') for o in tracks if len(o)), default=0))
 
@@ -247,7 +250,6 @@ class Evidence(RunLosses):
     def save(self, path): # ends in .parquet, .csv or .jsonl; a folder for TensorBoard events
         "Write this run: `evidence_of(path)` and `diagnose(path)` read it again."
         write_table(self.frame(), path, asdict(self.facts))
-
     def __repr__(self):
         rows = sum(len(h) for h in self.histories)
         return f'Evidence({self.facts.model or "unknown model"}: {len(self.keys())} series, {rows} rows)'
@@ -313,9 +315,10 @@ def _of_answers(preds, inputs):
     if not (isinstance(preds, torch.Tensor) and preds.is_floating_point() and preds.numel()): return {}
     a, rows = preds.detach().float(), preds.ndim > 1
     constant = None if tried(is_constant, inputs) else is_constant(a)   # to one question there is one answer
-    if not ((a >= 0) & (a <= 1)).all(): return dict(constant=constant, answers='number')
+    known = dict(constant=constant, across=summed_across(a))
+    if not ((a >= 0) & (a <= 1)).all(): return dict(answers='number', **known)
     sums = a.sum(1) if rows and a.shape[1] > 1 else a.new_zeros(1)
-    return dict(constant=constant, answers='distribution' if (sums - 1).abs().amax() < .01 else 'fraction')
+    return dict(**known, answers='distribution' if (sums - 1).abs().amax() < .01 else 'fraction')
 
 _losses = ('cross_entropy', 'nll_loss', 'binary_cross_entropy_with_logits', 'binary_cross_entropy',
            'mse_loss', 'l1_loss')
@@ -332,8 +335,8 @@ def likened(own, loss_func, given, preds, targets):
 
 def _n_classes(loss_func, loss, preds):
     "The number of classes, of a plain mean of cross entropies: guessing costs its logarithm."
-    known = {}
-    for nm in '__dict__', '_buffers', 'keywords': known.update(getattr(loss_func, nm, {}))
+    parts = [getattr(loss_func, nm, {}) for nm in ('__dict__', '_buffers', 'keywords')]
+    known = {k: v for o in parts for k,v in o.items()}
     weights, loss = (known.get('weight'), known.get('pos_weight')), loss.lower()
     if known.get('reduction', 'mean') != 'mean' or any(o is not None for o in weights): return None
     if 'binary' in loss or loss.startswith('bce'): return 2
@@ -376,11 +379,9 @@ def _of_probes(model, loss_func, inputs, preds, targets):
     "What the last batch shows when it is tried out: `affine`, `clipped`, `summed`, `blind`."
     # what is asked counts nowhere, and changes nothing
     loss_func = tried(copy.deepcopy, loss_func) if is_alone(loss_func) else None
-    types = [type(m).__name__ for m in model.modules()]
-    weights = sum(o in ('Linear', 'Conv1d', 'Conv2d') for o in types)
-    maybe = weights > 1 and not {*types} & {*nn.modules.activation.__all__}
-    asked = dict(clipped=is_clipped, summed=is_summed, blind=is_blind,
-                 padding=lambda *given: padding_that_counts(*given, inputs),
+    maybe = sum(type(m).__name__ in ('Linear', 'Conv1d', 'Conv2d') for m in model.modules()) > 1
+    asked = dict(clipped=is_clipped, summed=is_summed, blind=is_blind, amounts=are_amounts,
+                 unpaired=is_unpaired, padding=lambda *given: padding_that_counts(*given, inputs),
                  right=lambda _, *given: fraction_right(*given))
     # a large model is not copied; one of which other processes have parts answers when all of them ask
     alone = world_size() == 1 and sum(p.numel() for p in model.parameters()) < 2**27
@@ -563,12 +564,10 @@ class Findings(list):
         "Those of these levels."
         refuse_unknown('Findings.of: no level is called', wanted, levels)
         return [o for o in self if o.level in wanted]
-
     def to_dict(self) -> dict: # findings, checked, unchecked
         "For a file."
         return dict(findings=[o.to_dict() for o in self], checked=list(self.checked),
                     unchecked=self.unchecked)
-
     def summary(self) -> str:
         "One line; what could not be asked comes first where it is much."
         counts = [f'{n} {o}{"s"*(n != 1)}' for o in levels if (n := len(self.of(o)))]

@@ -10,8 +10,9 @@ from fractions import Fraction
 from itertools import product
 
 import numpy as np
+from torch.nn.modules import activation
 
-from .rules import (Missing, fall_of, found, is_solved, needed_loss, rule, steps_chart, tracks_of,
+from .rules import (Missing, found, is_solved, needed_loss, rule, steps_chart, tracks_of,
                           update_ratios, words_for_clipping)
 from .step_rules import entries, last_called, loss_kind, loss_name
 
@@ -43,6 +44,10 @@ def softmax_before_loss(evidence):
     ends = facts.kind(last) in ('Softmax', 'Softmax2d', 'Sigmoid') and facts.answers != 'number'
     seen = facts.answers == 'distribution' and not facts.loss.lower().startswith('b')
     within = facts.answers == 'fraction' and always_within(evidence) and not logs
+    if facts.across and loss_kind(evidence) in ('classes', 'binary', 'probabilities'): return found(
+        'error', f'The answers, or their exponentials, add up to 1 over the {facts.across}, not the classes.',
+        kind=('loss_input', 'batch_mixing'), causes=['a softmax over another axis than that of the classes'],
+        tries=['the axis of the classes: dim=1, or dim=-1 of [B, T, classes]'])
     if not logits or not (seen or ends or within): return
     what = 'softmax' if seen or 'Softmax' in facts.kind(last) else 'sigmoid'
     reason = 'its last predictions add up to 1' if seen else 'its predictions are all from 0 to 1'
@@ -95,8 +100,10 @@ def one_unit_softmax(evidence):
 @rule(kind=('class_ids_vs_units', 'head_range'), before='exploding_activations',
       causes=['numbers of classes as targets of a single unit'],
       tries=['a unit for each class, CrossEntropyLoss, and class numbers of type int64'])
-def class_ids(evidence, *, max_units=3.): # units, in units of the classes that are among the targets
-    """Targets of 0, 1, 2 and more for the one unit of a loss of two classes; or units without a class.
+def class_ids(evidence,
+    *, max_units=3., # units, in units of the classes that are among the targets
+    max_left=.2): # of the variance of targets, below which they may be amounts
+    """Targets of 0, 1, 2 and more for one unit of a loss of two classes or numbers; or units without a class.
     Source: PyTorch, `BCEWithLogitsLoss`: targets from 0 to 1; `CrossEntropyLoss`: C classes."""
     (t, shape), (_, outputs) = entries(evidence, 'targets'), entries(evidence, 'predictions')
     high, ids = t['max'].max(), (t['whole'] == 1).all() and t['min'].min() >= 0
@@ -109,6 +116,13 @@ def class_ids(evidence, *, max_units=3.): # units, in units of the classes that 
     if loss_kind(evidence) in ('binary', 'probabilities') and ids and high > 1: return found(
         'error', f'Targets are whole numbers up to {high:g}, but {evidence.facts.loss} knows the classes 0 '
         'and 1 only.', high, 1.)
+    # classes are mostly as frequent as each other, amounts are not; the entropy of a batch is too low
+    even = np.mean(t.get('entropy', 0.)) + high/2/shape[0] > .97*np.log(high+1)
+    single = np.prod(shape) == shape[0] and np.prod(outputs) == outputs[0]
+    left = ids and even and single and evidence.loss().late > max_left*spread(t)[1]**2
+    if loss_name(evidence) == 'mse' and left and 1 < high < 100: return found(
+        'warning', f'Targets are 0 to {high:g}, each as frequent, and {evidence.facts.loss} takes them for '
+        'amounts.', high, kind=('class_ids_vs_units', 'wrong_loss'), caveats=['they may be amounts'])
 
 @rule(kind='shape_broadcast', before='exploding_activations',
       causes=['an axis too much or too few: [N, 1] against [N]', 'more units than targets'],
@@ -117,7 +131,8 @@ def shapes_differ(evidence):
     """Predictions and targets of different shapes, which the loss stretches to a common one.
     Source: PyTorch, "Broadcasting semantics": [N, 1] - [N] is [N, N]."""
     (_, mine), (_, its) = entries(evidence, 'predictions'), entries(evidence, 'targets')
-    if loss_kind(evidence) != 'numbers' or mine == its or mine[0] != its[0] and mine[0] > 1: return
+    numbers = loss_kind(evidence) == 'numbers' or not loss_kind(evidence) and evidence.facts.unpaired
+    if not numbers or mine == its or mine[0] != its[0] and mine[0] > 1: return
     return found('error', f'Predictions are {list(mine)}, targets {list(its)}: {evidence.facts.loss} '
                  'compares each with others than its own.')
 
@@ -239,9 +254,12 @@ def input_scale(evidence,
     """Inputs whose mean or deviation is far from 1, before a layer that does not normalise.
     Source: LeCun and others, "Efficient backprop" (1998), 4.3: mean 0, equal variances."""
     x, facts = entries(evidence, 'inputs')[0], evidence.facts
-    first = next((o for o in facts.layers.values() if o not in ('Flatten', 'Identity', 'Dropout')), '')
+    # an embedding is of other inputs, where these are no numbers of classes
+    no_ids = len(entries(evidence, 'inputs')[1]) > 2 or x['whole'].max() < .02
+    through = 'Flatten', 'Identity', 'Dropout', *['Embedding']*bool(no_ids)
+    first = next((o for o in facts.layers.values() if o not in through), '')
     whole, size = facts.shapes['inputs'][1].startswith(('int', 'uint', 'bool')), largest(x)
-    small = 0 < np.nanmax(x['std']) < min_input and np.nanmean(x['zeros']) < .5   # rows that are sparse
+    small = 0 < np.nanmedian(x['std'][-4:]) < min_input and np.nanmean(x['zeros']) < .5   # not sparse
     if whole or not first.startswith(('Linear', 'Conv', 'LSTM', 'GRU', 'RNN')): return
     if size > max_size or small: return found(
         'warning', f'Inputs go from {x["min"].min():.3g} to {x["max"].max():.3g} (mean {x["mean"].mean():.3g}'
@@ -269,8 +287,10 @@ def target_scale(evidence,
 def no_nonlinearity(evidence):
     """A model of several layers that is an affine function, tried out on two rows of the last batch.
     Source: Goodfellow, Bengio, Courville, "Deep Learning" (2016), 6.1."""
-    if evidence.facts.affine is None: raise Missing('not tried: the model has activations, or is not known')
-    if evidence.facts.affine:
+    facts = evidence.facts
+    if facts.affine is None: raise Missing('not tried: the model has one layer, or is not known')
+    acts = {*activation.__all__} & {kind for nm,kind in facts.layers.items() if nm not in facts.silent}
+    if facts.affine and not acts:   # which may be dead
         return found('warning', 'The model is an affine function: its layers are worth one.')
 
 # %% ../nbs/52_loss_rules.ipynb #734c4ba7
@@ -288,8 +308,10 @@ def weights_barely_moved(evidence,
     types = [kind for _,kind in shapes if 'float16' in kind]
     if len(types) > 1: said = dict(kind=('precision', 'lr_low'), tries=['weights of 32 bits, and autocast'],
                                    causes=[f'weights of {types[0]}, in which a small step is lost'])
-    if path < min_path and loss.late > chance*(1-min_learned): return found(
-        'error' if steps >= 50 else 'warning', f'In all {steps} steps together no weight moves by more than '
+    still = path < min_path and loss.late > chance*(1-min_learned)
+    if still or 0 < path < min_path/20 and loss.late > chance/2: return found(
+        'error' if steps >= 50 and loss.first < 10*chance and not evidence.facts.constant else 'warning',
+        f'In all {steps} steps together no weight moves by more than '
         f'{path:.2g} of itself; the loss ends at {loss.late:.3g}, and guessing gives {chance:.3g}.', path,
         min_path, dict(loss=loss), **said)
 
@@ -297,7 +319,7 @@ def weights_barely_moved(evidence,
 @rule(kind='too_few_updates', causes=['too few epochs, or too few batches in one'],
       tries=['more epochs', 'smaller batches', 'a higher learning rate'])
 def stopped_early(evidence,
-    *, min_updates=50,  # from which on nobody would call them few
+    *, min_updates=50, few=12, # from which on nobody would call them few; up to which it is a note
     min_fall=.03,       # fraction by which the loss still falls in the last third
     min_left=.5): # fraction of the first loss that is left
     """A run of a few updates whose loss was still falling, and had not fallen far.
@@ -308,8 +330,8 @@ def stopped_early(evidence,
     before, late, first = loss[-2*third:-third].usual, loss[-third:].usual, loss[:third].usual
     if n >= min_updates or len(loss) < 3 or not late > min_left*first > 0: return
     if before - late > min_fall*before: return found(
-        'warning', f'The run has {n} updates, and its loss still falls: {first:.3g}, {before:.3g}, '
-        f'{late:.3g} in its thirds.', n, float(min_updates), dict(loss=loss))
+        'warning' if n > few else 'note', f'The run has {n} updates, and its loss still falls: '
+        f'{first:.3g}, {before:.3g}, {late:.3g} in its thirds.', n, float(min_updates), dict(loss=loss))
 
 # %% ../nbs/52_loss_rules.ipynb #cd46c405
 @rule(kind='split_mismatch', before='dead_units', tries=['compare a batch of each by eye'],
@@ -348,58 +370,25 @@ def sorted_batches(evidence, *, max_between=.5): # fraction of the variance of t
         'warning', f'{between:.0%} of the variance of targets is between batches: those of one batch are '
         'nearly alike.', between, max_between)
 
-# %% ../nbs/52_loss_rules.ipynb #b64c4cfd
-@rule(kind=('leakage', 'shuffle'), before='dead_units', causes=['rows that are in the data more than once'],
-      tries=['look for duplicates before the data is split'])
-def repeated_samples(evidence, *, max_repeats=.25): # fraction of a batch; of draws from twice as many: .21
-    """Samples that are more than once in a batch, entry by entry.
-    Source: Kapoor and Narayanan, "Leakage and the reproducibility crisis" (2023), L1.3: duplicates."""
-    x, shape = entries(evidence, 'inputs')
-    repeats = np.nanmean(x.get('repeats', 0.))
-    text = f'{repeats:.0%} of the samples of a batch are in it more than once'
-    same = len(x['min']) > 9 and x.get('repeats', x['zeros']*0).min() > .85
-    if same and fall_of(evidence.loss()) < .5: return found(   # a few kinds of samples may be all there are
-        'error', f'{text}, and nothing is learned from them.', repeats, max_repeats,
-        kind=('data_no_information', 'constant_output'), causes=['a mask or a scale that leaves nothing'])
-    if repeats > max_repeats and np.prod(shape[1:]) >= 4 and x['whole'].max() < 1:
-        return found('warning', text, repeats, max_repeats)
-
 # %% ../nbs/52_loss_rules.ipynb #e1f84026
 @rule(kind='imbalance', before='dead_units', causes=['one class in nearly all rows'],
       tries=['weights for the classes, or a sampler', 'a metric that counts classes equally'])
-def one_class_prevails(evidence, *, max_part=.65): # of the targets of a batch
-    """Most targets of a batch of three classes or more are of one class.
+def one_class_prevails(evidence,
+    *, max_part=.65, # of the targets of a batch
+    min_rare=.05, # fraction of the rarer one of two classes, in a run that learns little of it:
+    max_left=.7): # loss, in units of that of answering with the frequencies
+    """Most targets of a batch of three classes or more are of one class, or nearly all of two.
     Source: Buda and others, "A systematic study of the class imbalance problem" (2018)."""
     t, shape = entries(evidence, 'targets')
+    two = evidence.facts.n_classes == 2 and np.prod(shape) == shape[0] and (t['whole'] == 1).all()
+    rare = min(t['mean'].mean(), 1 - t['mean'].mean()) if two else 1.
+    known = -(rare*np.log(rare) + (1-rare)*np.log(1-rare)) if 0 < rare < min_rare else np.inf
+    if evidence.loss().late > max_left*known: return found(
+        'warning', f'{rare:.1%} of the targets are of one of the two classes.', rare, min_rare)
     part = np.nanmean(t.get('most', 0.))
     classes = loss_kind(evidence) == 'classes' and len(shape) == 1 and t['max'].max() > 1 and shape[0] >= 8
     if classes and part > max_part:
         return found('warning', f'{part:.0%} of the targets of a batch are of one class.', part, max_part)
-
-@rule(kind=('wrong_loss', 'class_ids_vs_units'), before='exploding_activations',
-      causes=['a mean over units before the loss', 'a loss for numbers, given numbers of classes'],
-      tries=['CrossEntropyLoss of all units'])
-def blind_loss(evidence, *, max_fall=.03): # fraction by which the loss falls; beyond it is a note
-    """A loss of several units and numbers of classes that is the same when units change their places.
-    Source: PyTorch, `CrossEntropyLoss`: the unit of the class is compared with the others."""
-    if evidence.facts.blind is None: raise Missing('not tried: targets are no numbers of classes')
-    (t, _), (_, outputs) = entries(evidence, 'targets'), entries(evidence, 'predictions')
-    classes = (*outputs, 1)[1] == t['max'].max() + 1   # else they may be an embedding
-    falls = fall_of(evidence.loss()) > max_fall
-    if evidence.facts.blind and classes: return found(
-        'note' if falls else 'error',
-        'The loss does not depend on which unit is which, so it cannot teach classes.',
-        caveats=[falls and 'the loss falls: the units may be an embedding'])
-
-@rule(kind=('data_no_information', 'misaligned_labels'), before='dead_units',
-      causes=['targets that were cast or scaled to one value'], tries=['print the targets of a batch'])
-def one_target(evidence, *, min_batches=5):
-    """Targets that are one and the same number in all batches, so that the loss falls to nothing.
-    Source: Karpathy, "A recipe for training neural networks" (2019): become one with the data."""
-    t = entries(evidence, 'targets')[0]
-    same = len(t['min']) >= min_batches and np.ptp([t['min'], t['max']]) == 0
-    if same and is_solved(evidence, .05):
-        return found('error', f'All targets are {t["min"][0]:g}, and the loss has fallen to nothing.')
 
 # %% ../nbs/52_loss_rules.ipynb #daa8ae3b
 @rule(kind='init', before='saturated', causes=['weights of the last layers that are too large at the start'],
@@ -445,7 +434,7 @@ def summed_loss(evidence, *, max_ratio=.1): # update:weight ratio from which on 
 
 # %% ../nbs/52_loss_rules.ipynb #0587a199
 @rule(kind='constant_output', before='learning_rate_low', tries=['print a batch of inputs'],
-      causes=['{decay}', 'layers that are dead or saturated', 'too high a learning rate', 'constant inputs'])
+      causes=['{decay}', 'layers that are dead or saturated', 'too high a learning rate'])
 def constant_output(evidence):
     """A model that gives the same answer whatever comes in.
     Source: Karpathy, "A recipe for training neural networks" (2019): a baseline without input."""
@@ -454,9 +443,12 @@ def constant_output(evidence):
     flat = [o for o in names if evidence.track(o, 'std').late == 0]
     if not (names[-1] in flat if constant is None else constant): return
     track = evidence.track(names[-1], 'std') if names else evidence.loss()
+    try: same = bool(np.nanmin(entries(evidence, 'inputs')[0]['repeats']) > .85)
+    except Missing: same = flat[:1] == names[:1]
     return found('error', 'The model gives one answer for all samples of the last batch'
                  f'{"; {layer} is the first layer whose output does not vary" if flat else ""}.',
-                 layers=flat, steps=track[-1:].span(), caveats=[constant and 'read from the last batch only'],
+                 layers=flat, steps=track[-1:].span(), causes=['constant inputs']*same,
+                 caveats=[constant and 'read from the last batch only'],
                  chart=steps_chart('Deviation of the last output', tracks_of(evidence, names[-1:], 'std')))
 
 # %% ../nbs/52_loss_rules.ipynb #e5e8fcd9
@@ -567,6 +559,12 @@ def overfitting(evidence,
         chart=steps_chart('Loss, by epoch', dict(train=train, valid=valid)))
 
 # %% ../nbs/52_loss_rules.ipynb #42c56eda
+def targets_apart(evidence):
+    "How far targets of validation are from those of training, and how wide, in their deviation; or NaN."
+    try: (mean, std), (its, wide) = (spread(entries(evidence, 'targets', o)[0]) for o in ('train', 'valid'))
+    except Missing: return np.nan, np.nan
+    return abs(its - mean)/max(std, 1e-9), wide/max(std, 1e-9)
+
 @rule(kind=('misaligned_labels', 'data_no_information'),
       causes=['targets that do not belong to their inputs (shifted, or shuffled)',
               'validation data of another kind'], tries=['print inputs with their targets, of both sets'])
@@ -579,9 +577,16 @@ def learned_by_heart(evidence,
     (at_first, _), (chance, how) = (of_guessing(evidence, phase) for phase in ('train', 'valid'))
     if min(len(train), len(valid)) < min_epochs: raise Missing(f'it takes {min_epochs} epochs of both losses')
     best = float(valid.finite.min(initial=np.inf))
+    loss, kind, causes = evidence.loss(), (), ()
+    first, shift, narrow = loss[loss.epochs == loss.epochs[0]], *targets_apart(evidence)
+    if shift > 2 or shift > 1 and narrow < .5: kind, causes = ('split_mismatch', 'shuffle'), [
+        'data that was sorted when it was split', 'targets of another scale in validation']
+    elif loss.per == 'step' and len(first) > 9 and first.late < .9*at_first:   # before any was seen twice
+        kind, causes = ('split_mismatch', 'misaligned_labels'), [
+            'validation data of another kind', 'targets of validation that belong to other inputs']
     if train.values[-1] < at_first*(1-min_gain) and best > chance*(1-min_gain/3): return found(
         'warning', f'The training loss falls to {train.values[-1]:.3g}; that of validation is never below '
-        f'{best:.4g}; {how} {chance:.3g}.', best, float(chance), steps=valid.span(),
+        f'{best:.4g}; {how} {chance:.3g}.', best, float(chance), steps=valid.span(), kind=kind, causes=causes,
         chart=steps_chart('Loss, by epoch', dict(train=train, valid=valid)))
 
 # %% ../nbs/52_loss_rules.ipynb #9a79b7d5

@@ -223,6 +223,29 @@ def is_clipped(loss_func, preds, targets):
     stays = lambda a: bool(loss_func(a, targets) == loss_func(moved(a), targets) != 0)
     return stays(preds) and stays(preds.roll(1, 0))
 
+# %% ../nbs/39_loss_stats.ipynb #f01bbef4
+@torch.no_grad()
+def are_amounts(loss_func, preds, targets):
+    "Whether a loss that `is_blind` changes when classes are numbered otherwise; None of other losses."
+    if not is_blind(loss_func, preds, targets): return None
+    one, other = (float(loss_func(preds, o)) for o in (targets, targets.max() - targets))
+    return abs(one - other) > 1e-3*abs(one)
+
+@torch.no_grad()
+def is_unpaired(loss_func, preds, targets):
+    "Whether the loss stays when targets of another shape change places; None where that cannot be tried."
+    moved = targets.roll(1, 0)
+    if preds.shape == targets.shape or torch.equal(moved, targets): return None
+    one, other = (float(loss_func(preds, o)) for o in (targets, moved))
+    return abs(one - other) <= 1e-6*abs(one)
+
+def summed_across(a):
+    "Over what but classes answers, or their exponentials, add up to 1: 'samples', 'places', or ''."
+    for axis in (i for i in range(a.ndim) if i != 1 and a.shape[i] > 1):
+        off = min((o.sum(axis) - 1).abs().amax() for o in (a, a.exp()))
+        if off < .01: return 'places' if axis else 'samples'
+    return ''
+
 # %% ../nbs/39_loss_stats.ipynb #5c1f0a35
 class DropoutSeen(TorchFunctionMode):
     "Notes the highest probability of a dropout that is at work."

@@ -367,21 +367,29 @@ def by_accident(evidence):
     often = np.nanmean(x.values[:, entry_stats.index('repeats')])/max(1, np.median(x.samples))   # for a pair
     return 1 - (1-often)**n
 
+def in_an_epoch(evidence, phase):
+    "The samples that the last epoch of a loop had in a phase; 0 if not known."
+    size, count = (evidence.track('batches', o, phase).values for o in ('size', 'count'))
+    return int(size[-1]*count[-1]) if len(size) and len(count) else 0
+
 @rule(kind='leakage', before='dead_units', causes=['a split that is drawn after rows were copied',
                                                    'the data of training given as that of validation'],
       tries=['make the split first, and by groups', 'look for rows that are in both'])
 def shared_samples(evidence,
     *, max_shared=.1, # fraction of the samples of validation that training has had, in the steps seen
     min_samples=5): # and their number
-    """Samples of validation that are samples of training, entry by entry; a note if that is one batch.
+    """Samples of validation that are samples of training, entry by entry.
+
+    A note if training is one batch, or is measured as a whole in eval mode, beside others.
     Source: Kapoor and Narayanan, "Leakage and the reproducibility crisis" (2023), L1: no clean separation."""
     n, shape = evidence.facts.samples, entries(evidence, 'inputs')[1]
     if 'shared' not in n: raise Missing('inputs of validation are not known')
     part = n['shared']/max(1, n['valid_distinct'])
     beyond = part > max_shared + 3*by_accident(evidence) and n['shared'] >= min_samples
+    both = 0 < in_an_epoch(evidence, 'train') < in_an_epoch(evidence, 'valid') and part < 1
     if beyond and np.prod(shape[1:]) >= 4: return found(
-        'note' if n['train_distinct'] <= shape[0] else 'warning', f'{part:.0%} of the samples of validation, '
-        'of those that were compared, are samples of training, too.', part, max_shared)
+        'note' if both or n['train_distinct'] <= shape[0] else 'warning', f'{part:.0%} of the samples of '
+        'validation, of those that were compared, are samples of training, too.', part, max_shared)
 
 # %% ../nbs/51_step_rules.ipynb #5c1f0b62
 @rule(kind=('shuffle', 'data_no_information'), before='dead_units',
@@ -396,8 +404,7 @@ def same_batch(evidence,
     if not (n.get('train') and n.get('valid')):
         raise Missing('inputs of training and of validation are not known')
     same = len(x) >= min_batches and n['train_distinct'] <= min(x.samples)
-    size, count = (evidence.track('batches', o, 'valid').values for o in ('size', 'count'))   # of a loop
-    there = max([n['valid_distinct'], *(size[-1:]*count[-1:])])
+    there = max(n['valid_distinct'], in_an_epoch(evidence, 'valid'))
     more = there > n['train_distinct'] and not n['shared']
     mine, others = (evidence.epoch_loss(o) for o in ('train', 'valid'))
     gap = others.late - mine.late if len(mine) and len(others) else 0.   # small where it has learned from it
@@ -428,6 +435,49 @@ def always_wrong(evidence, *, max_right=.1): # fraction of right answers, in uni
     if right is None or 'predictions' not in facts.shapes:
         raise Missing('not tried: targets are no numbers of classes, or too few')
     chance, falls = 1/facts.shapes['predictions'][0][1], fall_of(evidence.loss()) > .03
+    valid = evidence.epoch_loss('valid')   # the last batch may be of it; where it rises: `learned_by_heart`
+    if len(valid) > 1 and valid.values[-1] >= valid.first: return
     if right < max_right*chance and falls and not facts.constant: return found(
         'error', f'{right:.0%} of the answers to the last batch are right; guessing gives {chance:.0%}.',
         right, max_right*chance)
+
+# %% ../nbs/51_step_rules.ipynb #d1af5bd9
+@rule(kind=('leakage', 'shuffle'), before='dead_units', causes=['rows that are in the data more than once'],
+      tries=['look for duplicates before the data is split'])
+def repeated_samples(evidence, *, max_repeats=.25): # fraction of a batch; of draws from twice as many: .21
+    """Samples that are more than once in a batch, entry by entry.
+    Source: Kapoor and Narayanan, "Leakage and the reproducibility crisis" (2023), L1.3: duplicates."""
+    x, shape = entries(evidence, 'inputs')
+    repeats = np.nanmean(x.get('repeats', 0.))
+    text = f'{repeats:.0%} of the samples of a batch are in it more than once'
+    same = len(x['min']) > 9 and x.get('repeats', x['zeros']*0).min() > .85
+    if same and fall_of(evidence.loss()) < .5: return found(   # a few kinds of samples may be all there are
+        'error', f'{text}, and nothing is learned from them.', repeats, max_repeats,
+        kind=('data_no_information', 'constant_output'), causes=['a mask or a scale that leaves nothing'])
+    if repeats > max_repeats and np.prod(shape[1:]) >= 4 and x['whole'].max() < 1:
+        return found('warning', text, repeats, max_repeats)
+
+@rule(kind=('data_no_information', 'misaligned_labels'), before='dead_units',
+      causes=['targets that were cast or scaled to one value'], tries=['print the targets of a batch'])
+def one_target(evidence, *, min_batches=5):
+    """Targets that are one and the same number in all batches, so that the loss falls to nothing.
+    Source: Karpathy, "A recipe for training neural networks" (2019): become one with the data."""
+    t = entries(evidence, 'targets')[0]
+    same = len(t['min']) >= min_batches and np.ptp([t['min'], t['max']]) == 0
+    if same and is_solved(evidence, .05):
+        return found('error', f'All targets are {t["min"][0]:g}, and the loss has fallen to nothing.')
+
+@rule(kind=('wrong_loss', 'class_ids_vs_units'), before='exploding_activations',
+      causes=['a mean over units before the loss', 'a loss for numbers, given numbers of classes'],
+      tries=['CrossEntropyLoss of all units'])
+def blind_loss(evidence, *, max_fall=.03): # fraction by which the loss falls; beyond it is a note
+    """A loss of several units and numbers of classes that is the same when units change their places.
+    Source: PyTorch, `CrossEntropyLoss`: the unit of the class is compared with the others."""
+    if evidence.facts.blind is None: raise Missing('not tried: targets are no numbers of classes')
+    (t, _), (_, outputs) = entries(evidence, 'targets'), entries(evidence, 'predictions')
+    classes = (*outputs, 1)[1] == t['max'].max() + 1   # else they may be an embedding
+    falls = fall_of(evidence.loss()) > max_fall and not evidence.facts.amounts
+    if evidence.facts.blind and classes: return found(
+        'note' if falls else 'error',
+        'The loss does not depend on which unit is which, so it cannot teach classes.',
+        caveats=[falls and 'the loss falls: the units may be an embedding'])
