@@ -354,7 +354,7 @@ class Follower:
     "Hangs on an output, and adds its gradient to the row of its source."
     def __init__(self, tap, source, axis):
         self.tap, self.source, self.axis, self.shape = tap, source, axis, None
-        self.job = np.zeros(10, np.int64)   # as the compiled loop takes it
+        self.job = np.zeros(11, np.int64)   # as the compiled loop takes it
 
     def __call__(self, grad):
         tap, rows = self.tap, self.tap.rows
@@ -368,22 +368,23 @@ class Follower:
         "What the compiled loop is to do with a gradient; None if it is not like the last."
         plain = type(grad) is torch.Tensor and grad.dtype is torch.float32 and grad.is_cpu
         if not plain or grad.shape != self.shape or not grad.is_contiguous(): return
-        self.job[0], self.job[4] = grad.data_ptr(), self.cell.address + self.tap.rows.i*self.cell.nbytes
+        self.job[0] = grad.data_ptr()
         return self.job
 
     def take(self, rows, grad):
         "Add one that is not like the last, and prepare for more of its kind."
         tap, self.shape, a = self.tap, None, widen(local(grad)).contiguous()
         if is_divided(grad): rows.places[self.source] = place_of(grad, self.axis)
-        self.cell = rows.cell(self.source, unit_view(a.shape, self.axis)[2], a.device)
+        cell = rows.cell(self.source, unit_view(a.shape, self.axis)[2], a.device)
         before = tap.before.get(self.source) if tap.pairs else None
         known = is_like(before, a)
         if tap.pairs and not known: before = tap.before[self.source] = torch.empty_like(a)
-        add_to_row(self.cell.rows[rows.i], a, self.axis, rows.bins, tap.what, before, known)
+        add_to_row(cell.rows[rows.i], a, self.axis, rows.bins, tap.what, before, known)
         if tap.many is None or not readable(a) or type(grad) is not torch.Tensor: return
         if grad.dtype is not torch.float32: return
         address = before.data_ptr() if tap.pairs else 0
-        self.shape, self.job[:] = grad.shape, [0, 0, address, 1, 0, *unit_view(a.shape, self.axis), tap.what]
+        self.shape, sizes = grad.shape, unit_view(a.shape, self.axis)
+        self.job[:] = [0, 0, address, 1, cell.address, *sizes, tap.what, cell.nbytes]
 
 # %% ../nbs/16_collect.ipynb #db1017e9
 class GradientsInOneGo(TensorTap):
@@ -394,7 +395,8 @@ class GradientsInOneGo(TensorTap):
         self.rows, self.pairs, self.what = rows, pairs, what   # pairs: compare with the gradient before
         self.followers, self.before, self.where = {}, {}, (0, 0, 0)   # where: run, step and epoch
         self.many, self.plan = _compiled('many', rows)
-        self.waiting, self.lines = [], np.zeros((self.most, 10), np.int64)
+        self.waiting, self.lines = [], np.zeros((self.most, 11), np.int64)
+        self.address = self.lines.ctypes.data
         rows.settle = self.settle
 
     def settle(self):
@@ -413,7 +415,7 @@ class GradientsInOneGo(TensorTap):
         self.sampler.seconds += self.sampler.now() - began
 
     def _run(self, n):
-        if n: self.many(self.lines.ctypes.data, n, self.plan)
+        if n: self.many(self.address, n, self.rows.i, self.plan)
         return 0
 
 # %% ../nbs/16_collect.ipynb #69831dee
@@ -484,16 +486,14 @@ class Lines:
     "The lines that the compiled loop takes, one for each parameter."
     def __init__(self, tap, from_start):
         self.tap, self.from_start, self.n = tap, from_start, len(tap.params)
-        self.shapes, self.lines = [None]*self.n, np.zeros((self.n, 10), np.int64)
-        self.base, self.step = np.zeros(self.n, np.int64), np.zeros(self.n, np.int64)
+        self.shapes, self.lines = [None]*self.n, np.zeros((self.n, 11), np.int64)
         self.many, self.plan = _compiled('many', tap.rows)
         self.address, self.at, self.rest, self.new = self.lines.ctypes.data, None, [], []
 
     def run(self, tensors, at=None):
         "Measure what is plain; what is left, [(parameter, tensor)]. `at`: where all are, if that is known."
         if at is None or at != self.at: self._look_up(tensors)
-        self.lines[:, 4] = self.base + self.tap.rows.i*self.step
-        if self.many is not None and self.n: self.many(self.address, self.n, self.plan)
+        if self.many is not None and self.n: self.many(self.address, self.n, self.tap.rows.i, self.plan)
         if self.new: self.lines[self.new, 3], self.new = 1, []   # there is something to compare with now
         self.at = at
         return self.rest
@@ -524,8 +524,8 @@ class Jobs(Lines):
             before = tap.before[o.name].data_ptr()
         cell = tap.rows.cell(o.name, sizes[2])
         self.new.append(i)
-        self.lines[i] = [0, 0 if start is None else start.data_ptr(), before, known, 0, *sizes, tap.what]
-        self.base[i], self.step[i], self.shapes[i] = cell.address, cell.nbytes, t.shape
+        start, self.shapes[i] = 0 if start is None else start.data_ptr(), t.shape
+        self.lines[i] = [0, start, before, known, cell.address, *sizes, tap.what, cell.nbytes]
         return True
 
 # %% ../nbs/16_collect.ipynb #a3bebebe

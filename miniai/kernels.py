@@ -315,8 +315,8 @@ def _add_by_loops(row, a, axis, bins, what, before, counts, start):
         if others: return _add_plainly(row, a, axis, bins, what, before, counts, start)
         a, sizes = a.contiguous(), unit_view(a.shape, axis)
     parts = [0 if o is None else o.data_ptr() for o in (a, start, before)]
-    job, dtype = np.array([*parts, counts, row.data_ptr(), *sizes, what], np.int64), a.dtype
-    compiled_loops().many[str(dtype)[6:]](job.ctypes.data, 1, plan(bins, dtype).address)
+    job, dtype = np.array([*parts, counts, row.data_ptr(), *sizes, what, 0], np.int64), a.dtype
+    compiled_loops().many[str(dtype)[6:]](job.ctypes.data, 1, 0, plan(bins, dtype).address)
 
 def _add_on_cuda(row, a, axis, bins, what, before, counts, start):
     "In one launch; plainly from then on, if that fails."

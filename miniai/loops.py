@@ -261,12 +261,13 @@ def doors(like):
         work = new_work(like, np.int64(spec[0]))
         add_tensor(at, 0, 0, 0, out, B, P, C, S, what, like, work, spec, table)
 
-    def add_many(jobs, n, plan):
-        "A job is (tensor, start, before, whether before counts, row, B, P, C, S, what), a tensor 0 for none."
+    def add_many(jobs, n, slot, plan):
+        """A job is (tensor, start, before, whether before counts, row of slot 0, B, P, C, S, what, bytes from
+        slot to slot), a tensor 0 for none."""
         spec, table = unpacked(plan)
-        work, lines = new_work(like, np.int64(spec[0])), numbers(jobs, n*10, np.int64(0)).reshape(n, 10)
+        work, lines = new_work(like, np.int64(spec[0])), numbers(jobs, n*11, np.int64(0)).reshape(n, 11)
         for j in lines:
-            if j[0]: add_tensor(j[0], j[1], j[2], j[3], j[4], j[5], j[6], j[7], j[8], j[9],
+            if j[0]: add_tensor(j[0], j[1], j[2], j[3], j[4] + slot*j[10], j[5], j[6], j[7], j[8], j[9],
                                 like, work, spec, table)
     return compiled(add_one), compiled(add_many)
 

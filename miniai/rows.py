@@ -231,9 +231,11 @@ class Cell:
         self._own(self.rows)
 
 def to_host(tensors):
-    "Copy float64 tensors to the host, one transfer for each device; the one place that waits for it."
-    arrays = [None]*len(tensors)
-    for device in {o.device for o in tensors}:
+    """Bring float64 tensors to the host, one transfer for each device; the one place that waits for it.
+
+    Those of the CPU are there: their arrays share the memory."""
+    arrays = [o.numpy() if o.is_cpu else None for o in tensors]
+    for device in {o.device for o in tensors if not o.is_cpu}:
         mine = [i for i,o in enumerate(tensors) if o.device == device]
         flat = torch.cat([tensors[i].reshape(-1) for i in mine])
         if device.type == 'meta': flat = torch.full(flat.shape, torch.nan)   # has no values: a gap
@@ -283,15 +285,17 @@ class Slots(OpenSlots):
         return new
 
     def take(self, n):
-        "Bring the first `n` slots to the host: slots, and an array for each source; the rest stays."
+        "Bring the first `n` slots to the host: slots, and an array for each source, until `clear`."
         self.settle()
         slots, self.slots = self.slots[:n], self.slots[n:]
-        arrays = to_host([o.rows[:n] for o in self.cells.values()])
+        self.i, self.closed = len(self.slots)-1, self.closed or not self.slots
+        return slots, to_host([o.rows[:n] for o in self.cells.values()])
+
+    def clear(self, n):
+        "Forget what was taken; the rest stays."
         for o in self.cells.values():
             if self.slots: o.rows[0].copy_(o.rows[n])   # at most one, which is open
             clear_rows(o.rows[len(self.slots):n+len(self.slots)])
-        self.i, self.closed = len(self.slots)-1, self.closed or not self.slots
-        return slots, arrays
 
 # %% ../nbs/14_rows.ipynb #cd303c23
 _of_samples = 'output', 'input', 'output_grad'   # taps of which processes have parts
@@ -304,22 +308,9 @@ def _put(place, facts, table, units):
     return np.pad(units, ((0, 0), (place.first, place.units - place.first - units.shape[1])))
 
 # %% ../nbs/14_rows.ipynb #ab14a33f
-class ArrivingRows(Slots):
-    "Rows of sums on their way from slots to series."
-    def row(self, source, n_units, device='cpu', call=0):   # to add to, in the current slot
-        return self.cell(source, n_units, device, call).rows[self.i]
-    def flush(self):   # of complete steps
-        self._move(len(self.slots) - (not self.closed))
-        return self
-
-    def empty(self):   # a step that is open goes on
-        last = [] if self.closed else self.slots[-1:]
-        self._move(len(self.slots))
-        self.slots, self.closed, self.i = last, not last, len(last)-1
-
-    def _move(self, n):
-        if n <= 0: return
-        slots, arrays = self.take(n)
+class ArrivedRows(Slots):
+    "Makes chunks of series of what was taken from slots."
+    def _add_all(self, slots, arrays):
         phases, facts = np.array([o[0] for o in slots]), np.array([[*o[1:], 0] for o in slots], np.int64)
         kinds = [(phase, phases == phase) for phase in dict.fromkeys(o[0] for o in slots)]
         for source,rows in (dict(zip(self.cells, arrays)) | self.whole(arrays)).items():
@@ -343,6 +334,25 @@ class ArrivingRows(Slots):
         own = [o[:, :len(scalars)] for nm,o in zip(self.cells, arrays) if self.counts_of(nm)]
         total = reduce(add_rows, own or [0*arrays[0][:, :len(scalars)]])
         return dict(all=np.pad(total, ((0, 0), (0, len(self.bins)))))
+
+# %% ../nbs/14_rows.ipynb #7b0d52ce
+class ArrivingRows(ArrivedRows):
+    "Rows of sums on their way from slots to series."
+    def row(self, source, n_units, device='cpu', call=0):   # to add to, in the current slot
+        return self.cell(source, n_units, device, call).rows[self.i]
+    def flush(self):   # of complete steps
+        self._move(len(self.slots) - (not self.closed))
+        return self
+
+    def empty(self):   # a step that is open goes on
+        last = [] if self.closed else self.slots[-1:]
+        self._move(len(self.slots))
+        self.slots, self.closed, self.i = last, not last, len(last)-1
+
+    def _move(self, n):
+        if n <= 0: return
+        try: self._add_all(*self.take(n))
+        finally: self.clear(n)
 
 # %% ../nbs/14_rows.ipynb #67601047
 class ReadRows(ArrivingRows):
