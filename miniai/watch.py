@@ -304,8 +304,9 @@ class Watcher(Callback):
     def __getstate__(self): return {**vars(self), 'learn': None}
     def __dir__(self): return [*super().__dir__(), *views_of_parts]
     def __repr__(self):
-        lines = [f"  {nm}: {o.cost() if hasattr(o, 'cost') else o.report()}" for nm,o in self.parts.items()]
-        return '\n'.join([f'Watcher: {self.cost()}', *lines])
+        def bill(nm, o): return f'{o.bytes/1e6:.1f} MB' if nm in parts_of_watcher[:3] else o   # one sampler
+        said = {k: bill(k, o.cost()) if hasattr(o, 'cost') else o.report() for k,o in self.parts.items()}
+        return '\n'.join([f'Watcher: {self.cost()}', *(f'  {k}: {o}' for k,o in said.items())])
 
 # %% ../nbs/42_watch.ipynb #9c51516a
 @patch

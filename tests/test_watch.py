@@ -303,6 +303,7 @@ def test_one_budget_for_all():
     assert watcher.activations.sampler is watcher.gradients.sampler is watcher.updates.sampler   # one bill
     assert cost.seconds == watcher.activations.sampler.seconds and cost.layers == 6
     assert 'gradients: ' in repr(watcher) and 'Watcher: ' in repr(watcher)
+    assert repr(watcher).count('% of the time') == 1   # of all, whose time is not counted apart
 
 def test_with_everything():
     learn = learner()
