@@ -159,7 +159,9 @@ def mean_over(f, y, own=False, by_class=True):
     f,given = (f.func, f.keywords) if isinstance(f, partial) else (f, {})
     said = lambda nm, default: default if own else given.get(nm, getattr(f, nm, default))
     if not (own or f in (F.cross_entropy, F.nll_loss) or hasattr(f, 'ignore_index')): return
-    there,weight = y != said('ignore_index', -100),said('weight', None) if by_class else None
+    ignored,weight = said('ignore_index', -100),said('weight', None) if by_class else None
+    if weight is None and y.is_cpu and type(y) is torch.Tensor: return int((y.numpy() != ignored).sum())
+    there = y != ignored   # not read from its device
     return there.sum(dtype=torch.float) if weight is None else (weight[y.where(there, 0)]*there).sum()
 
 def is_sum(loss_func):
