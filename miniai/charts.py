@@ -53,6 +53,7 @@ def figure(traces, xlabel, ylabel='', height=260, xaxis=(), yaxis=(), hovermode=
     "Make a figure in the style of the page."
     import plotly.graph_objects as go
     clear, axis = 'rgba(0,0,0,0)', dict(automargin=True, exponentformat='e', hoverformat='.9~g')
+    axis |= dict(ticks='outside', ticklen=4, tickcolor=clear)   # or the lowest labels of both axes touch
     return go.Figure(traces, go.Layout(
         template='none', height=height, paper_bgcolor=clear, plot_bgcolor=clear,
         hovermode=hovermode, hoverdistance=60, margin=dict(l=4, r=10, t=6, b=4),
@@ -61,33 +62,38 @@ def figure(traces, xlabel, ylabel='', height=260, xaxis=(), yaxis=(), hovermode=
         modebar=dict(bgcolor=clear, color='#888', activecolor='#888'),
         xaxis={**axis, 'title': text(xlabel), 'unifiedhovertitle': dict(text=f'{text(xlabel)} %{{x}}'),
                'spikethickness': 1, **dict(xaxis)},
-        yaxis={**axis, 'title': dict(text=text(ylabel), standoff=8), **dict(yaxis)}))
+        yaxis={**axis, 'title': dict(text=text(ylabel), standoff=14), **dict(yaxis)}))
 
 # %% ../nbs/55_charts.ipynb #e3929775
-def line_traces(label, x, y, style, gaps, focus):
-    "Make the line of one label, and the crosses where its values are not finite."
+def line_traces(label, x, y, style, gaps, focus, log=False):
+    "Make the line of one label, crosses where its values are not finite, triangles where there is no log."
     ok, around = np.isfinite(y), np.pad(np.isfinite(y), 1)
     alone = (ok & ~around[:-2] & ~around[2:]).any()   # between two gaps, where a line does not reach
     line = dict(type='scatter', name=text(label, 40), meta=label, x=numbers(x), y=numbers(y),
                 mode='lines+markers' if len(y) < 40 or alone else 'lines', showlegend=True,
                 connectgaps=False, opacity=1. if focus in ('', label) else .45,
                 line=dict(width=3 if label == focus else 1.7, **style), marker=dict(size=5))
-    bad = np.isinf(y) if gaps else ~ok
-    if not bad.any(): return [line]
-    low = y[ok].min() if ok.any() else 1.
-    crosses = dict(x=numbers(x[bad]), y=np.full(bad.sum(), float(low)), text=[str(o) for o in y[bad]],
-                   mode='markers', hovertemplate='%{text}', showlegend=False,
-                   marker=dict(symbol='x', size=8, color='#d0342c'))
-    return [line, {**line, **crosses}]
+    drawn, res = ok & (y > 0) if log else ok, [line]
+    marks = (np.isinf(y) if gaps else ~ok, 'x', '#d0342c'), (ok & ~drawn, 'triangle-down', style['color'])
+    for at,symbol,color in marks:
+        low = dict(y=np.full(at.sum(), float(y[drawn].min() if drawn.any() else 1.)), x=numbers(x[at]))
+        about = dict(text=[f'{o:.9g}' for o in y[at]], mode='markers', hovertemplate='%{text}')
+        about |= dict(marker=dict(symbol=symbol, size=8, color=color), showlegend=False)
+        if at.any(): res.append(line | low | about)
+    if log: line['y'] = np.where(drawn, line['y'], None)
+    return res
 
+# %% ../nbs/55_charts.ipynb #e3929776
 def line_chart(title, xlabel, lines, caption='', ylabel='', log=False, limits=None, guides=(), gaps=False,
                ticks=(), steps=(), focus='', most=1000):
     "Draw lines (label -> positions and values) with title, caption and, if there are, marks."
     shown = thinned(lines, most)
+    log = log and any((np.asarray(y) > 0).any() for _,y in lines.values())
     traces = [o for (nm,(x,y)),style in zip(shown.items(), cycle(line_styles))
-              for o in line_traces(nm, x, np.asarray(y), style, gaps, focus)]
+              for o in line_traces(nm, x, np.asarray(y), style, gaps, focus, log)]
     kept, rows = (max((len(x) for x,_ in o.values()), default=0) for o in (shown, lines))
-    if any(o['mode'] == 'markers' for o in traces): caption += ' Crosses: NaN or infinite.'
+    words = {'x': ' Crosses: NaN or infinite.', 'triangle-down': ' Triangles: zero, or less.'}
+    caption += ''.join(words[o] for o in dict.fromkeys(o['marker'].get('symbol') for o in traces) if o)
     if kept < rows: caption += f' {kept:,} of {rows:,} rows are on this page, highest and lowest among them.'
     xaxis = shown_ticks(range(len(ticks)), ticks) if ticks else {}
     xs = [o for x,_ in shown.values() for o in x]
@@ -118,9 +124,10 @@ def log_bar(values): # values: logarithms
     at = np.linspace(values.min(), values.max(), 4) if len(values) else []
     return dict(thickness=10, outlinewidth=0, tickvals=at, ticktext=[f'{10**o:.2g}' for o in at])
 
+# %% ../nbs/55_charts.ipynb #e82b0339
 def map_chart(title, xlabel, x, rows, values, caption='', ylabel='', value='value', log=False,
-              limits=(None, None), height=260, most=500):
-    "Draw a map of values [rows, n], the first row at the bottom; counts by colours of their own."
+              limits=(None, None), height=260, most=500, scale=1):
+    "Draw a map of values [rows, n], the first row at the bottom; counts by colours of their own, scaled."
     every = -(-len(x)//most) or 1
     if every > 1: caption += f' One in {every} of {len(x):,} columns is on this page.'
     shown, names = np.asarray(values)[:, ::every], [text(o) for o in rows]
@@ -130,7 +137,10 @@ def map_chart(title, xlabel, x, rows, values, caption='', ylabel='', value='valu
                  hovertemplate=f'{xlabel} %{{x}}<br>{text(ylabel)} %{{y}}<br>{value} {cell}<extra></extra>',
                  zmin=limits[0], zmax=limits[1], colorscale='Viridis', hoverongaps=False,
                  showscale=value != 'count', colorbar=dict(thickness=10, outlinewidth=0))
-    if value == 'count': trace |= dict(zmin=0, zmax=shown.max(), colorscale=count_colors(max(shown.max(), 1)))
+    scale = np.broadcast_to(scale, len(x))[::every]
+    if (scale != 1).any(): trace['z'] = numbers(shown)   # as lists, which the page can multiply
+    high = max((shown*scale).max(initial=1), 1)
+    if value == 'count': trace |= dict(zmin=0, zmax=high, colorscale=count_colors(high))
     if log:
         with np.errstate(all='ignore'): z = np.round(np.log10(shown.astype(float)), 2)
         trace |= dict(z=numbers(z), customdata=numbers(shown), colorbar=log_bar(z[np.isfinite(z)]))
@@ -142,7 +152,8 @@ def map_chart(title, xlabel, x, rows, values, caption='', ylabel='', value='valu
         traces.append(trace | dict(z=numbers(np.where(mask, 1., np.nan)), colorscale=[[0, color], [1, color]],
                                    showscale=False, hovertemplate=f'{what}<extra></extra>'))
     fig = figure(traces, xlabel, ylabel, height, yaxis=axis, hovermode='closest')
-    return dict(title=title, caption=caption.strip(), xlabel=xlabel, figure=fig)
+    scale = numbers(scale) if (scale != 1).any() else None   # the page draws what is scaled, and says what is
+    return dict(title=title, caption=caption.strip(), xlabel=xlabel, figure=fig, scale=scale)
 
 # %% ../nbs/55_charts.ipynb #8905fe0d
 def plain_stat(stat):
@@ -282,9 +293,10 @@ def hist_chart(run, source, stat, most):
     rows = np.flatnonzero(counts.any(1))   # of sixteen decades most are empty
     used = slice(rows[0], rows[-1]+1) if len(rows) and stat == 'grad_hist' else slice(None)
     names, note = bin_names(run, source, stat, len(counts)), outside_note(track.values)
-    caption = f'How many entries of {what} were in each bin; colour: log(1 + count).{note}'
+    caption = f'How many entries of {what} were in each bin; colour: log(1 + count), of equal batches.{note}'
+    n = track.values.sum(1)
     return [map_chart(f'{title}: {source}', xlabel, x, names[used], counts[used], caption, what, 'count',
-                      most=most)]
+                      most=most, scale=n.max()/np.maximum(n, 1))]
 
 def layer_charts(run, layer, most, columns):
     "Chart everything that was recorded of one layer."

@@ -90,7 +90,11 @@ def judged_losses(loss, costs, max_first=2., min_fall=.1):
     for how,chance in [*costs.items()][:1]:
         if chance > 0 and not 1/max_first < first/chance < max_first: yield Finding(
             'first_loss', 'note', '', steps[:1]*2, float(first/chance), max_first, kind=('init',),
-            text=f'The first loss is {first:.3g}; {how} gives {chance:.3g}.')
+            text=f'The first loss is {first:.3g}; {how} gives {chance:.3g}.', causes=[
+                'a model that was trained before' if first < chance else
+                'weights of the last layers that are too large at the start',
+                'inputs or targets of another scale'],
+            tries=["PyTorch's own initialisation, or Kaiming's", 'mean 0 and deviation 1 for the inputs'])
     fall = (first - loss.late)/abs(first) if first else 0.
     if n > 9 and fall < min_fall: yield Finding(
         'one_batch_not_learned', 'error' if fall < min_fall/10 else 'note', '', steps, float(fall), min_fall,

@@ -26,7 +26,8 @@ def differences(ends, spreads):
         smaller = np.minimum(np.abs(ends[:, 1:]), np.abs(ends[:, :1]))
         unit = smaller + np.maximum(spreads[:, 1:], spreads[:, :1])
         size = np.nan_to_num(np.abs(ends[:, 1:] - ends[:, :1])/unit, nan=0., posinf=1e9).max(1)
-    return np.where(np.isnan(ends).any(1), np.inf, size)   # what only some have comes first
+    size = np.where(size > 0, size, -1)   # what is equal comes last, before it what only some have
+    return np.where(np.isnan(ends).any(1), 0, size)
 
 # %% ../nbs/54_compare.ipynb #32225189
 _first_stats = 'loss', 'std', 'death_rate', 'grad_norm', 'update_ratio'   # the order of rows of a figure
@@ -82,7 +83,7 @@ class Comparison:
 
     @property
     def table(self): # pandas.DataFrame: layer, stat, a column for each run, its ratio for each but the first
-        """How each quantity ends: those that only some runs have, then the largest difference first.
+        """How each quantity ends: the largest difference first, then those that only some runs have.
 
         Where not all runs have a quantity, `only in` names those with finite numbers. Differences are in
         units of how much values vary in the end: numbers around 0 do not come first by their ratio."""

@@ -29,6 +29,8 @@ _all_ = ['Chart', 'Evidence', 'Facts', 'Finding', 'Findings', 'Param', 'Track', 
 # %% ../nbs/53_diagnose.ipynb #c9c71d27
 _older_limits = dict(max_twins='max_copies', min_share='min_size')   # as the first version called them
 
+untrained = 'nothing was trained yet: `learn.watch()` and `learn.fit(...)`, or attach an Inspector and train'
+
 def limits_of(f): return list(inspect.signature(f).parameters)[1:]
 
 def asked_rules(names, given):
@@ -69,7 +71,7 @@ def diagnose(
     for nm,f in chosen.items():
         new, why = asked(nm, f, evidence, limits)
         found += new
-        if why: unchecked[nm] = why
+        if why: unchecked[nm] = why if isinstance(why, Failed) or evidence.n_steps() else untrained
     stuck = any(o.rule in consequences and o.level == 'error' for o in found)
     for o in found:
         if stuck and o.level == 'warning' and o.rule in explanations: o.level = 'error'

@@ -14,7 +14,7 @@ from torch.nn.modules import activation
 
 from .rules import (Missing, found, is_solved, needed_loss, rule, steps_chart, tracks_of,
                           update_ratios, words_for_clipping)
-from .step_rules import entries, last_called, loss_kind, loss_name
+from .step_rules import entries, entry_track, last_called, loss_kind, loss_name
 
 # %% ../nbs/52_loss_rules.ipynb #56500451
 consequences = 'not_finite', 'constant_output', 'at_chance'   # rules that find what many faults lead to
@@ -443,13 +443,14 @@ def constant_output(evidence):
     flat = [o for o in names if evidence.track(o, 'std').late == 0]
     if not (names[-1] in flat if constant is None else constant): return
     track = evidence.track(names[-1], 'std') if names else evidence.loss()
+    ends = {f'answers, {o}': entry_track(evidence, 'predictions', f'lse_{o}') for o in ('min', 'max')}
+    drawn = ends if not flat and len(ends['answers, max']) else tracks_of(evidence, flat or names[-1:], 'std')
     try: same = bool(np.nanmin(entries(evidence, 'inputs')[0]['repeats']) > .85)
     except Missing: same = flat[:1] == names[:1]
     return found('error', 'The model gives one answer for all samples of the last batch'
                  f'{"; {layer} is the first layer whose output does not vary" if flat else ""}.',
                  layers=flat, steps=track[-1:].span(), causes=['constant inputs']*same,
-                 caveats=[constant and 'read from the last batch only'],
-                 chart=steps_chart('Deviation of the last output', tracks_of(evidence, names[-1:], 'std')))
+                 caveats=[constant and 'read from the last batch only'], chart=steps_chart('Spread', drawn))
 
 # %% ../nbs/52_loss_rules.ipynb #e5e8fcd9
 def of_frequencies(evidence):

@@ -204,8 +204,11 @@ def compared(runs, title):
     table = compare({nm: o.evidence for nm,o in data.items()}).table
     keys = [o for o in zip(table.layer, table.stat) if o[0] not in loop_sources and o[1] in columns][:6]
     found = {f'{nm} {i}': finding_chart(f, 300) for nm,o in each.items() for i,f in enumerate(o['findings'])}
+    results = {}   # 'loss, train' -> run -> its course
+    for nm,tile,o in ((nm, t['name'], c) for nm,x in each.items() for t in x['tiles'] for c in t['courses']):
+        results.setdefault(f"{tile}, {o['phase']}", {})[nm] = o
     return dict(title=title or ' and '.join(runs), line=f'{len(runs)} runs', each=each, levels=levels,
-                table=table.head(40)), dict(curves=compared_charts(data, keys, 500), **found)
+                table=table.head(40), results=results), dict(curves=compared_charts(data, keys, 500), **found)
 
 # %% ../nbs/56_report.ipynb #60903aa2
 _live_seconds = 5   # between two readings of its file by a live page

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/51_step_rules.ipynb #f9762537
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 
@@ -348,6 +349,11 @@ def entries(evidence, source, phase='train'):
                              '`Inspector.attach(model, optimizer, loss_fn)`')
     if not len(values) or not shape: raise Missing('what enters the loss is not known; ' + way)
     return dict(zip(entry_stats, values.astype(float).T)), shape
+
+def entry_track(evidence, source, stat):
+    "One number of what enters the loss, as a track."
+    found = evidence.track(source, 'entries')
+    return replace(found, values=found.values[:, entry_stats.index(stat)]) if len(found) else found
 
 _kinds = dict(crossentropy='classes', nll='classes', bcewithlogits='binary',
               binarycrossentropywithlogits='binary', bce='probabilities', binarycrossentropy='probabilities',

@@ -267,6 +267,8 @@ views = dict(activations=('color_dim', 'dead_chart', 'plot_stats', 'dead_units')
 views_of_parts = {nm: part for part,names in views.items() for nm in names}
 parts_of_watcher = 'activations', 'gradients', 'updates', 'loss', 'ranks', 'ranges', 'tracer'
 
+def bill(nm, o): return f'{o.bytes/1e6:.1f} MB' if nm in parts_of_watcher[:3] else o   # one sampler
+
 # %% ../nbs/42_watch.ipynb #23ec48af
 class Watcher(Callback):
     "Holds what `learn.watch` has added: its parts by name, their histories, cost and pictures."
@@ -303,10 +305,10 @@ class Watcher(Callback):
 
     def __getstate__(self): return {**vars(self), 'learn': None}
     def __dir__(self): return [*super().__dir__(), *views_of_parts]
-    def __repr__(self):
-        def bill(nm, o): return f'{o.bytes/1e6:.1f} MB' if nm in parts_of_watcher[:3] else o   # one sampler
+    def __repr__(self): return f'Watcher: {self.cost()}' if self.parts else 'Watcher()'   # one line of `cbs`
+    def __str__(self):
         said = {k: bill(k, o.cost()) if hasattr(o, 'cost') else o.report() for k,o in self.parts.items()}
-        return '\n'.join([f'Watcher: {self.cost()}', *(f'  {k}: {o}' for k,o in said.items())])
+        return '\n'.join([repr(self), *(f'  {k}: {o}' for k,o in said.items())])
 
 # %% ../nbs/42_watch.ipynb #9c51516a
 @patch

@@ -4,6 +4,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
@@ -359,3 +360,12 @@ def test_a_learner_in_a_bad_state_says_so():
     class Nested(Callback):
         def after_batch(self, learn): learn.check()
     with pytest.raises(RuntimeError, match='is in a fit'): learner(mlp(), x, corner, cbs=[Nested()]).fit(1)
+
+
+def test_a_note_about_the_first_loss_says_what_to_try():
+    from miniai.check import judged_losses
+    from miniai.evidence import Track
+    steps = np.arange(3)
+    for first, cause in ((9., 'too large'), (.1, 'trained before')):
+        note, = judged_losses(Track(steps, steps, steps, np.array([first, .1, .1])), dict(guessing=1.))
+        assert cause in note.causes[0] and note.tries

@@ -590,3 +590,10 @@ def test_a_layer_whose_weight_is_used_without_a_call_is_no_finding():
 def test_a_layer_that_is_the_model_has_a_name():
     from miniai.evidence import Facts
     assert Facts(layers={'': 'Linear'}).named('') == 'the model (Linear)' and Facts().named('fc') == 'layer fc'
+
+
+def test_before_any_training_it_says_so():
+    "A reader got 51 reasons, none of which was that nothing had been trained."
+    for x in (Learner(nn.Linear(2, 2), cbs=TrainCB()), Inspector(visualizer=None)):
+        found = x.diagnose()
+        assert 'nothing was trained yet' in found.summary() and 'learn.fit' in found.summary()

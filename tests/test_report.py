@@ -1,5 +1,6 @@
 "The page of a run: what is in it, and how it behaves in a browser."
 import re, shutil, sys, threading
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import miniai.report
 from miniai.activations import ActivationStats
 from miniai.callback import Callback
 from miniai.evidence import Evidence, Facts
-from miniai.charts import colors as line_colors, kept_rows, numbers
+from miniai.charts import RunData, colors as line_colors, hist_chart, kept_rows, line_chart, numbers
+from miniai.compare import compare
 from miniai.conv import conv
 from miniai.datasets import DataLoaders
 from miniai.device import set_seed
@@ -20,7 +22,7 @@ from miniai.files import atomic_write
 from miniai.history import History
 from miniai.inspector import InspectorCB
 from miniai.learner import MetricsCB, TrainLearner
-from miniai.plots import short_name
+from miniai.plots import short_names
 from miniai.report import ReportCB, plotly_script, report_html, write_report
 from miniai.training import accuracy
 from miniai.watch import Watcher
@@ -315,7 +317,7 @@ def test_names_are_text(tab):
     assert page.locator('tr[data-layer] .pick').all_inner_texts()[0] == hostile[0] + '.0'
     assert page.locator('img, b:text-is("bold")').count() == 0
     ticks = page.locator('[data-charts=overview] .ytick text').all_text_contents()
-    assert {short_name(o + '.1') for o in hostile} <= set(ticks)
+    assert {*short_names([o + ".1" for o in hostile])} <= set(ticks)
     assert tab.wrong == []
 
 
@@ -495,3 +497,31 @@ def test_layers_are_in_the_order_of_the_first_forward(cb):
     learn.fit(1)
     html = report_html(learn)
     assert re.findall(r'<option value="\d">(.*?)</option>', html) == ['body', 'act', 'head']
+
+
+def test_the_folded_line_of_a_finding_says_what_was_found(learn, page):
+    lines = [unescape(o) for o in re.findall(r'<summary>(.*?)</summary>', text(page), re.S)]
+    for o in learn.diagnose(): assert any(o.text.replace('`', '') in re.sub('</?code>', '', line) for line in lines)
+
+
+def test_short_batches_are_as_bright_as_others():
+    rows = History()
+    for step, n in enumerate((64, 64, 8)): rows.record('a', 'hist', torch.full((44,), n).int(), step=step, epoch=0)
+    chart, = hist_chart(RunData(Evidence(rows, Facts(layers={'a': 'ReLU'}))), 'a', 'hist', 500)
+    assert chart['scale'].tolist() == [1, 1, 8] and chart['figure'].data[0].zmax == 64
+
+
+def test_zeros_of_a_logarithmic_chart_are_marked():
+    chart = line_chart('', 'step', {'a': (np.arange(3), np.array([1., 0., .1]))}, log=True)
+    assert chart['figure'].data[1].x == (1,) and chart['caption'] == 'Triangles: zero, or less.'
+
+
+def test_differences_of_numbers_come_first():
+    runs = {}
+    for nm, losses, more in (('one', [1., .9], {}), ('two', [1., .1], dict(b=2.))):
+        h = runs[nm] = History()
+        for step, loss in enumerate(losses):
+            for source, value in (dict(batch=loss, a=1.) | more).items(): h.record(source, 'loss', value, step=step, epoch=0)
+    assert list(compare(runs).table.layer) == ['batch', 'b', 'a']
+    html = report_html(runs)
+    assert html.index('<td class="name">batch') < html.index('<td class="name">b<') < html.index('<td class="name">a<')

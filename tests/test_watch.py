@@ -302,8 +302,8 @@ def test_one_budget_for_all():
     assert watcher.gradients.sampler.sampled['train'] == watcher.updates.sampler.sampled['train'] == cost.steps_sampled
     assert watcher.activations.sampler is watcher.gradients.sampler is watcher.updates.sampler   # one bill
     assert cost.seconds == watcher.activations.sampler.seconds and cost.layers == 6
-    assert 'gradients: ' in repr(watcher) and 'Watcher: ' in repr(watcher)
-    assert repr(watcher).count('% of the time') == 1   # of all, whose time is not counted apart
+    assert 'gradients: ' in str(watcher) and repr(watcher) == f'Watcher: {cost}'
+    assert str(watcher).count('% of the time') == 1   # of all, whose time is not counted apart
 
 def test_with_everything():
     learn = learner()

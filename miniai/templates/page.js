@@ -72,7 +72,8 @@ function smooth(y, beta) {   // gaps stay gaps; the first values are means of fe
 function traces(box) {   // what is drawn: without hidden lines, and where they are smoothed those of the values behind, faint
   const beta = box.closest('[data-charts=curves]') ? +$('smoothing').value : 0
   return box.chart.figure.data.flatMap(t => {
-    const own = {...t, visible: !box.off.has(t.meta)}
+    const own = {...t, visible: !box.off.has(t.meta)}, {scale} = box.chart
+    if (scale) return [{...own, customdata: t.z, z: t.z.map(row => row.map((v, i) => v*scale[i])), hovertemplate: t.hovertemplate.replace('%{z', '%{customdata')}]
     if (!beta || t.type !== 'scatter' || t.mode === 'markers' || t.x.length < 10) return [own]
     return [{...own, opacity: .25, hoverinfo: 'skip', showlegend: false}, {...own, y: smooth(t.y, beta)}]
   })
