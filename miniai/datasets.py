@@ -335,7 +335,7 @@ def _column(o, nm):
     "An array as a tensor; columns of several types and 64-bit floats become the floats that models have."
     def odd(o): return next((v for v in o.flat if not isinstance(v, (numbers.Number, np.bool_))), None)
     try:
-        o = o if isinstance(o, torch.Tensor) else np.asarray(o)
+        o = o if isinstance(o, torch.Tensor) else np.require(o, None, 'W')   # a copy where it is read-only
         o = torch.as_tensor(o.astype(float) if o.dtype==object and odd(o) is None else o)
     except (TypeError, ValueError) as e:
         raise TypeError(f'from_arrays: {nm} holds {odd(np.asarray(o, object))!r} among others; it must be '
