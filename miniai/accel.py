@@ -122,7 +122,7 @@ class Accumulation(Callback):
 
     def after_backward(self, learn):
         if is_sum(learn.loss_func): return
-        factor = self.n*self.first/self.samples
+        factor = self.n*self.first/(self.samples + (self.samples == 0))   # targets may all be left out
         for p in with_grad(learn): p.grad.mul_(factor)
 
 # %% ../nbs/35_accel.ipynb #1f8e4e78
@@ -302,7 +302,7 @@ def count_together(learn):
     if mine is not None:
         total = torch.as_tensor(mine, device=next(learn.model.parameters()).device).clone()
         torch.distributed.all_reduce(total)
-        dl.n_now,dl.weight = total*learn.n_processes/world_size(),mine*world_size()/total
+        dl.n_now,dl.weight = total*learn.n_processes/world_size(),mine*world_size()/(total + (total == 0))
 
 # %% ../nbs/35_accel.ipynb #dc94bbcb
 class Parts(Callback):

@@ -185,6 +185,25 @@ def test_accumulated_tokens_are_those_of_one_batch(kw):
     for a, b in zip(one.model.parameters(), many.model.parameters()): torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize('weight_of', [None, lambda batch: (batch[1] != -100).sum()], ids=['number', 'tensor'])
+def test_a_step_of_batches_whose_targets_are_all_left_out_changes_nothing(weight_of):
+    "What their loss is a mean over is 0."
+    learn = token_learner(5, AccumulateCB(3), weight_of=weight_of)
+    learn.dls.train.dataset.tensors[1][:] = -100
+    before = [p.clone() for p in learn.model.parameters()]
+    learn.fit(1, valid=False)
+    assert learn.n_steps == 1 and all(torch.equal(a, b) for a, b in zip(before, learn.model.parameters()))
+
+
+def test_batches_of_processes_whose_targets_are_all_left_out_weigh_nothing(monkeypatch):
+    from miniai.accel import count_together
+    monkeypatch.setattr(torch.distributed, 'all_reduce', lambda o: o)
+    learn = token_learner(5)
+    learn.dl, learn.batch, learn.n_processes = SimpleNamespace(), (torch.zeros(2, 5).long(), torch.full((2, 5), -100)), 1
+    count_together(learn)
+    assert learn.dl.weight == 0
+
+
 # --- steps ---
 
 class Stream(IterableDataset):
