@@ -16,8 +16,8 @@ import torch
 from .collect import CallTap, InputCallTap, InputTap, OutputGradTap, OutputTap, ParameterTap
 from .hooks import named_tensors, select_modules
 from .lens import layer_taps
-from .rows import Rows, joined
-from .stats import Bins, grad_bins, output_bins, parts_needed, unit_axis, widen
+from .rows import Rows, joined, no_room
+from .stats import grad_bins, output_bins, parts_needed, unit_axis, widen
 
 # %% ../nbs/45_steps.ipynb #818d8c5a
 class Moment(Enum):
@@ -155,7 +155,7 @@ def tables_for(lenses):
             groups.setdefault((o.tap, o.channel_last), []).append(o)
     for (tap,_),group in groups.items():
         usual = output_bins if tap in ('input', 'output') else grad_bins
-        if not parts_needed([o.base(nm) for o in group for nm in o.named]) & 1: usual = Bins(1)   # no room
+        if not parts_needed([o.base(nm) for o in group for nm in o.named]) & 1: usual = no_room
         kinds = list(dict.fromkeys(o.bins for o in group if o.bins)) or [usual]
         res += [LensRows(tap, [o for o in group if (o.bins or kinds[0]) == bins], bins) for bins in kinds]
     return res

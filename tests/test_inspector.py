@@ -18,7 +18,7 @@ from miniai.history import read_table
 from miniai.hooks import count_hooks
 from miniai.inspector import Inspector, InspectorCB, PyTorchInspector
 from miniai.learner import Learner, TrainCB
-from miniai.lens import (Lens, LossMetrics, OutputActivation, OutputGradientGeometry, OutputNorm, ParameterCond,
+from miniai.lens import (Lens, LossMetrics, OutputActivation, OutputGradientGeometry, OutputNorm, OutputStats, ParameterCond,
                          ParameterGradientActivation, ParameterGradientGeometry, ParameterNorm, ParameterUpdateGeometry,
                          aggregates)
 from miniai.visualizer import MatplotlibVisualizer, open_recording
@@ -807,6 +807,21 @@ def test_state_dict_goes_through_weights_only():
     series = other.history.series('1', 'norm')
     assert series.steps.tolist() == list(range(9)) and series.epochs.tolist() == [0]*3 + [1]*3 + [2]*3
     assert other.recording().panels[1].sources == ('1',)
+
+
+def test_goes_on_with_lenses_that_ask_for_histograms_or_no_longer_do():
+    "Rows without room for counts become those of a table that has it, and the other way."
+    model, few, more = small_net(), [OutputNorm(inplace=False)], [OutputNorm(inplace=False), OutputStats()]
+    def run(lenses, state=None):
+        inspector = Inspector(lenses, module=model)
+        if state: inspector.load_state_dict(state)
+        for _ in inspector.range(1): train(model, torch.randn(8, 4))
+        inspector.detach()
+        return inspector
+    for lenses in (few, more), (more, few):
+        first, second = run(lenses[0]), run(lenses[1], run(lenses[0]).state_dict())
+        assert len(second.history.series('1', 'norm')) == 2*len(first.history.series('1', 'norm')) == 6
+    with pytest.raises(ValueError, match='the same bins'): run([OutputStats(bins=9)], run(more).state_dict())
 
 
 # --- nothing is read from the device in a step ---
