@@ -286,7 +286,6 @@ class Slots(OpenSlots):
 
     def take(self, n):
         "Bring the first `n` slots to the host: slots, and an array for each source, until `clear`."
-        self.settle()
         slots, self.slots = self.slots[:n], self.slots[n:]
         self.i, self.closed = len(self.slots)-1, self.closed or not self.slots
         return slots, to_host([o.rows[:n] for o in self.cells.values()])
@@ -341,10 +340,12 @@ class ArrivingRows(ArrivedRows):
     def row(self, source, n_units, device='cpu', call=0):   # to add to, in the current slot
         return self.cell(source, n_units, device, call).rows[self.i]
     def flush(self):   # of complete steps
+        self.settle()   # which may empty it
         self._move(len(self.slots) - (not self.closed))
         return self
 
     def empty(self):   # a step that is open goes on
+        self.settle()
         last = [] if self.closed else self.slots[-1:]
         self._move(len(self.slots))
         self.slots, self.closed, self.i = last, not last, len(last)-1

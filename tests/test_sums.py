@@ -430,3 +430,20 @@ def test_borders_of_logarithmic_bins_count_as_defined(bins, dtype):
 
 def test_bins_that_the_upper_bits_do_not_tell_apart_are_refused():
     with pytest.raises(ValueError, match='give wider bins'): Bins(2000, 1e-3, 1e3, True)
+
+
+def test_what_waits_for_a_flush_may_empty_the_rows():
+    "A gradient that waits has another number of units than those before it: its source gets another cell."
+    rows = Rows('output_grad')
+    def add(step, units):
+        add_to_row(rows.cell('x', units).rows[rows.i], torch.full((2, units), float(step)), 1, rows.bins)
+    def late():
+        rows.settle = lambda: None
+        add(3, 5)
+    for i in range(4):
+        rows.open('train', 0, i, 0, 2)
+        if i < 3: add(i, 3)
+    rows.settle = late
+    rows.flush().close()
+    facts, means = rows.flush().series('train', 'x', 'output_grad_mean')
+    assert facts[:, 1].tolist() == means.tolist() == [0, 1, 2, 3]
