@@ -45,6 +45,7 @@ from miniai.datasets import DataLoaders, fashion_mnist
 from miniai.demo import five_convs
 from miniai.inspector import Inspector
 from miniai.learner import DeviceCB, Learner, MetricsCB, TrainCB
+from miniai.loss_stats import LossStats
 
 
 @dataclass
@@ -381,8 +382,10 @@ def has(package): return importlib.util.find_spec(package) is not None
 def learner_table(setup=standard):
     "The Learner and its metrics over the plain loop."
     variants = {'plain loop': by_hand, 'Learner': ours(), '+ MetricsCB(accuracy)': ours(accuracy)}
+    readme = {'Learner': ours(net=readme_net), '+ what rules ask of the loss (LossStats)': ours(LossStats, net=readme_net)}
     return pd.concat({'batch 64': compared(variants, image_batches(64, 12, setup), setup.part(4), setup, turn=10),
-                      'batch 1024': compared(variants, image_batches(1024, 12, setup), setup.part(1), setup)})
+                      'batch 1024': compared(variants, image_batches(1024, 12, setup), setup.part(1), setup),
+                      "README's net, batch 128": compared(readme, image_batches(128, 12, setup), setup.part(2), setup, turn=10, block=50)})
 
 
 def outputs_table(setup=standard):

@@ -64,12 +64,11 @@ def parts_of(x):
     return [o for part in x for o in parts_of(part)] if isinstance(x, (list, tuple)) else [x]
 
 def costs_of(x): # of (name of the watcher, its `Cost`)
-    "Ask the watchers what they have cost."
-    found = [o for part in parts_of(x)
-             for o in getattr(part, 'cbs', ()) or [*getattr(part, 'parts', {}).values(), part]]
-    own = [getattr(o, 'inspector', o) for o in found]
-    costs = [(type(o).__name__ + (', all its parts' if hasattr(o, 'parts') else ''), o.cost()) for o in own
-             if callable(getattr(o, 'cost', None))]
+    "Ask the watchers what they have cost; parts of one have no clock of their own."
+    found = [getattr(o, 'inspector', o) for part in parts_of(x) for o in getattr(part, 'cbs', ()) or [part]]
+    parts = {id(part) for o in found for part in getattr(o, 'parts', {}).values()}
+    own = [o for o in found if callable(getattr(o, 'cost', None)) and id(o) not in parts]
+    costs = [(type(o).__name__, o.cost()) for o in own]
     return [(nm, o) for nm,o in costs if isinstance(o, Cost)]
 
 def module_types(x):

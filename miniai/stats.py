@@ -36,8 +36,9 @@ class Bins:
         # borders of logarithmic bins are told apart by their upper bits, a 128th of their size
         steps = np.diff(self.edges.view(np.int32) >> 16*self.log)
         if narrow or not 1e-30 < self.hi <= 1e38 or (steps <= 0).any():
-            raise ValueError(f'Bins: {self.n} bins in {(self.lo, self.hi)!r} are not told apart; give wider bins '
-                             '(logarithmic ones span 1/128 of their size), and an upper end from 1e-30 to 1e38')
+            raise ValueError(f'Bins: {self.n} bins in {(self.lo, self.hi)!r} are not told apart; give wider '
+                             'bins (logarithmic ones span 1/128 of their size), and an upper end from 1e-30 '
+                             'to 1e38')
 
     @property
     def edges(self):   # [n+1] float32
