@@ -315,7 +315,7 @@ def _of_answers(preds, inputs):
     if not (isinstance(preds, torch.Tensor) and preds.is_floating_point() and preds.numel()): return {}
     a, rows = preds.detach().float(), preds.ndim > 1
     constant = None if tried(is_constant, inputs) else is_constant(a)   # to one question there is one answer
-    known = dict(constant=constant, across=summed_across(a))
+    known = dict(constant=constant, across=summed_across(preds.detach()))
     if not ((a >= 0) & (a <= 1)).all(): return dict(answers='number', **known)
     sums = a.sum(1) if rows and a.shape[1] > 1 else a.new_zeros(1)
     return dict(**known, answers='distribution' if (sums - 1).abs().amax() < .01 else 'fraction')

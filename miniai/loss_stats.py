@@ -234,16 +234,19 @@ def are_amounts(loss_func, preds, targets):
 @torch.no_grad()
 def is_unpaired(loss_func, preds, targets):
     "Whether the loss stays when targets of another shape change places; None where that cannot be tried."
-    moved = targets.roll(1, 0)
+    moved, alike = targets.roll(1, 0), targets[:1].expand_as(targets).clone()
     if preds.shape == targets.shape or torch.equal(moved, targets): return None
-    one, other = (float(loss_func(preds, o)) for o in (targets, moved))
-    return abs(one - other) <= 1e-6*abs(one)
+    one, *others = (float(loss_func(preds, o)) for o in (targets, moved, alike))
+    turned, without = (abs(o - one) for o in others)   # a loss without targets stays, too
+    return turned <= 1e-6*abs(one) < without
 
 def summed_across(a):
     "Over what but classes answers, or their exponentials, add up to 1: 'samples', 'places', or ''."
-    for axis in (i for i in range(a.ndim) if i != 1 and a.shape[i] > 1):
-        off = min((o.sum(axis) - 1).abs().amax() for o in (a, a.exp()))
-        if off < .01: return 'places' if axis else 'samples'
+    least = min(.01, 50*torch.finfo(a.dtype).eps)
+    for axis in (i for i in range(a.ndim) if i != 1 and a.shape[i] > 3):
+        for o in (a.float(), a.float().exp()):   # certain answers of which one is 1 are chance
+            sums = (o.sum(axis) - 1).abs() < least
+            if sums.all() and o.amax(axis).min() < .99: return 'places' if axis else 'samples'
     return ''
 
 # %% ../nbs/39_loss_stats.ipynb #5c1f0a35

@@ -15,6 +15,7 @@ from miniai.diagnose import diagnose
 from miniai.evidence import likened
 from miniai.inspector import Inspector
 from miniai.learner import Learner, TrainCB, TrainLearner
+from miniai.lens import LossMetrics, ParameterGradientGeometry, ParameterUpdateGeometry
 from miniai.loss_stats import LossStats, fraction_right, is_affine, marks_of, padding_that_counts, samples_of
 from miniai.sgd import BatchSchedCB
 
@@ -439,3 +440,43 @@ def test_asking_a_model_leaves_the_generators_of_other_devices_alone(monkeypatch
     before = torch.get_rng_state()
     assert in_eval_mode(model, x)['drops'] == 0
     assert torch.equal(before, torch.get_rng_state())
+
+
+class OfPairs(nn.Module):
+    "A loss of two views [N, 2, units] that does not use the numbers of classes that it gets."
+    def forward(self, preds, y):
+        a, b = F.normalize(preds, dim=2).unbind(1)
+        return F.cross_entropy(a @ b.T/.2, torch.arange(len(a)))
+
+@pytest.mark.parametrize('head,f,loss', [([nn.Linear(32, 16), nn.Unflatten(1, (2, 8))], corner, OfPairs())])
+def test_a_loss_without_targets_compares_with_none(head, f, loss): assert 'shapes_differ' not in fitted(head, f, loss)
+
+
+@pytest.mark.parametrize('n', [2, 6])
+@pytest.mark.parametrize('head,loss', [([nn.Linear(32, 1), nn.Sigmoid()], nn.BCELoss()), ([nn.Linear(32, 6), nn.LogSoftmax(1)], nn.NLLLoss())])
+def test_a_last_batch_with_one_sample_of_a_class_is_no_softmax_over_samples(head, loss, n):
+    "All answers are right: those of a class add up to 1."
+    set_seed(0)
+    x, y = torch.randn(514, 20), torch.arange(514) % (2 if n == 2 else 6)
+    x[:, :6] += 9*F.one_hot(y, 6)
+    if len(head) == 2 and isinstance(loss, nn.BCELoss): y = (y == 1).float()[:, None]
+    batches = list(zip(x[:-2].split(32), y[:-2].split(32))) + [(x[:n], y[:n])]
+    learn = Learner(nn.Sequential(nn.Linear(20, 32), nn.ReLU(), *head), DataLoaders(batches, batches), loss, .2, [TrainCB(), LossStats()])
+    learn.fit(10)
+    assert learn.loss < .02 and 'softmax_before_loss' not in {o.rule for o in learn.diagnose()}
+
+
+@pytest.mark.filterwarnings('error:diagnose')
+def test_gradients_that_are_all_zero_are_no_failure_of_a_rule():
+    "Their norm before and after clipping is 0, of which clipping leaves no fraction."
+    model, loss = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3, bias=False)), nn.CrossEntropyLoss()
+    nn.init.constant_(model[0].bias, -100.)
+    opt = torch.optim.SGD(model.parameters(), .1)
+    inspector = Inspector([LossMetrics(), ParameterGradientGeometry(before_clipping=True), ParameterUpdateGeometry()])
+    inspector.attach(model, optimizer=opt, loss_fn=loss)
+    for x, y in zip(torch.randn(40, 16, 6), torch.randint(0, 3, (40, 16))):
+        opt.zero_grad()
+        loss(model(x), y).backward()
+        opt.step()
+    inspector.tick_epoch()
+    assert not [o for o in diagnose(inspector).unchecked.values() if 'failed' in o]
