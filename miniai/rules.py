@@ -546,9 +546,8 @@ def words_for_clipping(evidence):
     before, after = (evidence.track('all', o).usual for o in ('grad_norm', 'grad_norm_clipped'))
     norms = norm_of_all(evidence).finite if evidence.sources('grad_norm') else ()
     same = len(norms) > 9 and np.ptp(norms[1:]) < 1e-3*norms[-1]
-    if not (same or before > 0 and after < .01*before): return {}
-    left = f'gradients of norm {norms[-1]:.1g}' if same else f'{after/before:.1g} of the gradients'
-    return dict(kind=('clipping', 'lr_low'), causes=[f'clipping, which leaves {left}'],
+    left = f'gradients of norm {norms[-1]:.1g}' if same else f'{after/(before or 1):.1g} of gradients'
+    return {} if not same and not 0 <= after < .01*before else dict(kind=('clipping', 'lr_low'), causes=[f'clipping, which leaves {left}'],
                 tries=['clip at about the usual norm'])
 
 # %% ../nbs/50_rules.ipynb #d1c5b979
