@@ -117,6 +117,7 @@ def short_names(names, most=26):
         return '.'.join([*(o if i >= n or o.isdigit() else o[:1] for i,o in enumerate(first)), last])
     n = max((k for nm in names for k in range(1, nm.count('.')+1) if len(_cut(nm, k-1)) > most), default=0)
     cut = [_cut(nm, n) for nm in names]
+    cut = [nm if cut.count(o) > 1 else o for nm,o in zip(names, cut)]   # not so far that two are one
     return [nm if len(nm) <= most else '…' + nm[1-most:] for nm in cut]
 
 def short_name(name, most=26): return short_names([name], most)[0]
@@ -170,7 +171,8 @@ def plot_lines(
 # %% ../nbs/01_plots.ipynb #4a8114c2
 def log_scale(ax):
     "Make the y axis logarithmic, if anything is above 0; what is not gets a mark at the bottom."
-    lines = [(o, *map(_array, o.get_data())) for o in ax.lines]
+    lines = [(o, *map(_array, o.get_data())) for o in ax.lines
+             if o.get_transform() is ax.transData]   # not straight across
     if not any((y > 0).any() for _,_,y in lines): return
     ax.set_yscale('log')
     for line,x,y in lines:

@@ -547,8 +547,8 @@ def words_for_clipping(evidence):
     norms = norm_of_all(evidence).finite if evidence.sources('grad_norm') else ()
     same = len(norms) > 9 and np.ptp(norms[1:]) < 1e-3*norms[-1]
     left = f'gradients of norm {norms[-1]:.1g}' if same else f'{after/(before or 1):.1g} of gradients'
-    return {} if not same and not 0 <= after < .01*before else dict(kind=('clipping', 'lr_low'), causes=[f'clipping, which leaves {left}'],
-                tries=['clip at about the usual norm'])
+    return dict(kind=('clipping', 'lr_low'), causes=[f'clipping, which leaves {left}'],
+                tries=['clip at about the usual norm']) if same or 0 <= after < .01*before else {}
 
 # %% ../nbs/50_rules.ipynb #d1c5b979
 @rule(kind='lr_low', causes=['too low a learning rate{rate}', 'a schedule that stays near zero'],

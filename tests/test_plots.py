@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from miniai.plots import caption, get_grid, heatmap, plot_lines, show_image, show_images, subplots
+from miniai.plots import (caption, get_grid, heatmap, log_scale, plot_lines, short_names, show_image,
+                          show_images, subplots)
 
 
 @pytest.fixture(autouse=True)
@@ -142,3 +143,21 @@ def test_zeros_on_a_logarithmic_axis_are_marked():
     assert ax.get_yscale() == 'log' and ax.lines[-1].get_xdata().tolist() == [1, 3]
     assert [o.get_text() for o in ax.get_legend().get_texts()] == ['norm', 'zero, or less']
     assert Chart({'norm': (np.arange(2), np.zeros(2))}, log=True).draw().get_yscale() == 'linear'
+
+
+def test_a_line_across_is_neither_data_nor_marked():
+    fig, ax = plt.subplots()
+    ax.plot([5., 9.], [0., 0.])
+    ax.axhline(.1)
+    log_scale(ax)
+    assert ax.get_yscale() == 'linear'
+    ax.plot([5., 9.], [1., 2.])
+    ax.axhline(0.)
+    log_scale(ax)
+    assert [o.get_xdata().tolist() for o in ax.lines if o.get_label() == 'zero, or less'] == [[5., 9.]]
+
+
+def test_names_that_differ_are_not_shortened_to_one():
+    names = [f'model.backbone.layer{i}.0.downsample.{j}' for i in (1, 2) for j in (0, 1)] + ['backbone.conv1', 'bottleneck.conv1']
+    cut = short_names([*names, 'bottleneck.projection.layers.0.conv1'])
+    assert len({*cut}) == 7 and cut[0] == 'm.b.layer1.0.downsample.0'
