@@ -9,6 +9,7 @@ __all__ = ['fashion_mnist', 'image_to_tensor', 'inplace', 'collate_dict', 'Memor
 # %% ../nbs/26_datasets.ipynb #935ed8c1
 import gzip, math, numbers, warnings, zlib
 from contextlib import suppress
+from decimal import Decimal
 from importlib import resources
 from operator import length_hint
 from pathlib import Path
@@ -333,12 +334,14 @@ def _checked_splits(dd, bs):
 # %% ../nbs/26_datasets.ipynb #a73b0cb6
 def _column(o, nm):
     "An array as a tensor; columns of several types and 64-bit floats become the floats that models have."
-    def odd(o): return next((v for v in o.flat if not isinstance(v, (numbers.Number, np.bool_))), None)
+    def odd(o): return [v for v in o.flat if not isinstance(v, (numbers.Real, Decimal, np.bool_))]
     try:
         o = o if isinstance(o, torch.Tensor) else np.require(o, None, 'W')   # a copy where it is read-only
-        o = torch.as_tensor(o.astype(float) if o.dtype==object and odd(o) is None else o)
+        if o.dtype==object and len({*map(type, o.flat)})==1: o = np.array(o.tolist())   # of one type
+        o = torch.as_tensor(o.astype(float) if o.dtype==object and not odd(o) else o)
     except (TypeError, ValueError) as e:
-        raise TypeError(f'from_arrays: {nm} holds {odd(np.asarray(o, object))!r} among others; it must be '
+        first = next(iter(odd(np.asarray(o, object))), o)
+        raise TypeError(f'from_arrays: {nm} holds {first!r} among others; it must be '
                         'numbers; classes are 0, 1, 2, ... (`numpy.unique(y, return_inverse=True)`)') from e
     return o.to(torch.get_default_dtype()) if o.dtype is torch.float64 else o
 

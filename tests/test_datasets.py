@@ -507,3 +507,11 @@ def test_gpu_batches_wait_for_nothing():
     torch.cuda.set_sync_debug_mode('error')
     try: assert len(list(dl)) == 4
     finally: torch.cuda.set_sync_debug_mode('default')
+
+
+def test_columns_of_objects_are_what_their_entries_are():
+    "Numbers of classes stay whole, several types become floats, and a gap is named instead of a NaN."
+    def made(X, y): return DataLoaders.from_arrays(np.array(X, object), np.array(y, object), valid=.5).train.columns
+    assert (made([1, True, 2.5, 3], [0, 1, 2, 3])['x'].dtype, made([1, 2], [0, 1])['y'].dtype) == (torch.float32, torch.int64)
+    for gap in None, 1j, '2':
+        with pytest.raises(TypeError, match=f'X holds {gap!r} among others'): made([1, gap], [0, 1])
