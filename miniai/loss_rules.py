@@ -117,7 +117,7 @@ def class_ids(evidence,
         'error', f'Targets are whole numbers up to {high:g}, but {evidence.facts.loss} knows the classes 0 '
         'and 1 only.', high, 1.)
     # classes are mostly as frequent as each other, amounts are not; the entropy of a batch is too low
-    even = np.mean(t.get('entropy', 0.)) + high/2/shape[0] > .97*np.log(high+1)
+    even = np.mean(t.get('entropy', 0.)) + high/2/shape[0] > .97*np.log(high+1) and shape[0] > high
     single = np.prod(shape) == shape[0] and np.prod(outputs) == outputs[0]
     left = ids and even and single and evidence.loss().late > max_left*spread(t)[1]**2
     if loss_name(evidence) == 'mse' and left and 1 < high < 100: return found(
