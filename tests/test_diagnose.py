@@ -597,3 +597,13 @@ def test_before_any_training_it_says_so():
     for x in (Learner(nn.Linear(2, 2), cbs=TrainCB()), Inspector(visualizer=None)):
         found = x.diagnose()
         assert 'nothing was trained yet' in found.summary() and 'learn.fit' in found.summary()
+
+
+def test_a_callback_with_an_inspector_of_its_own_kind_is_no_inspector():
+    "Its attribute of that name has nothing that the rules could ask."
+    class Mine(Callback):
+        inspector = None
+    x, y = torch.randn(64, 4), torch.randint(0, 2, (64,))
+    learn = Learner(nn.Linear(4, 2), DataLoaders.from_arrays(x, y, 16), nn.CrossEntropyLoss(), .1, [TrainCB(), Mine()])
+    learn.fit(1)
+    assert learn.diagnose().checked
