@@ -222,7 +222,9 @@ class MatplotlibVisualizer:
         The rows by step of a stream, which has no second epoch, are drawn by step."""
         import matplotlib.pyplot as plt
         recording = recording or self.recording()
-        if len(recording.epochs) < 2 and len((steps := recording.by_step()).epochs) > 1: recording = steps
+        titles, steps = lambda o: {p.title for p in o.panels if phases_of(o, p)}, recording.by_step()
+        more = len(recording.epochs) < 2 <= len(steps.epochs)
+        if more and titles(recording) <= titles(steps): recording = steps   # none is left out
         found = [o for o in recording.panels if phases_of(recording, o)]
         wide, small = titled(o for o in found if o.wide), titled(o for o in found if not o.wide)
         bands = list(chunked(small, self.columns))

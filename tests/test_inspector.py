@@ -824,6 +824,16 @@ def test_goes_on_with_lenses_that_ask_for_histograms_or_no_longer_do():
     with pytest.raises(ValueError, match='the same bins'): run([OutputStats(bins=9)], run(more).state_dict())
 
 
+def test_one_epoch_is_drawn_with_all_that_has_no_rows_by_step():
+    "By step only where nothing is left out."
+    model = small_net()
+    inspector = Inspector([OutputNorm(), OutputActivation(inplace=False)], module=model)
+    for _ in inspector.range(1):
+        for _ in range(3): train(model, torch.randn(8, 4))
+    titles = [ax.get_title() for ax in MatplotlibVisualizer().show_fig(inspector.recording()).axes]
+    assert 'Output norm: shares of the layers' in titles
+
+
 # --- nothing is read from the device in a step ---
 
 def test_no_host_read_in_300_steps():
