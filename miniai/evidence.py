@@ -573,13 +573,13 @@ class Findings(list):
         counts = [f'{n} {o}{"s"*(n != 1)}' for o in levels if (n := len(self.of(o)))]
         text = f'{", ".join(counts) or "Nothing found"}. Rules checked: {len(self.checked)}.'
         failed = [nm for nm,why in self.unchecked.items() if isinstance(why, Failed)]
-        if failed: text += f' Rules that failed with an error: {", ".join(failed)} (see `unchecked`).'
         missing = {nm: why for nm,why in self.unchecked.items() if nm not in failed}
-        n, of = len(missing), len(missing) + len(self.checked)
+        n, of, see = len(missing), len(missing) + len(self.checked), '(see `findings.unchecked`)'
+        if failed: text += f' Rules that failed with an error: {", ".join(failed)} {see}.'
         if n > 3 and n > len(self.checked)/2:
             (why, most), = Counter(missing.values()).most_common(1)
-            return f'{n} of {of} rules could not be asked (see `unchecked`), {most} since {why}. {text}'
-        which = ', '.join(missing) if n < 4 else f'{n} (see `unchecked`)'
+            return f'{n} of {of} rules could not be asked {see}, {most} since {why}. {text}'
+        which = ', '.join(missing) if n < 4 else f'{n} {see}'
         return f'{text} Not checked, for want of records: {which}.' if n else text
 
     def __str__(self): return '\n\n'.join([self.summary(), *map(str, self)])

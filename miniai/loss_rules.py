@@ -14,7 +14,7 @@ from torch.nn.modules import activation
 
 from .rules import (Missing, found, is_solved, needed_loss, rule, steps_chart, tracks_of,
                           update_ratios, words_for_clipping)
-from .step_rules import entries, entry_track, last_called, loss_kind, loss_name
+from .step_rules import entries, entry_track, is_by_turns, last_called, loss_kind, loss_name
 
 # %% ../nbs/52_loss_rules.ipynb #56500451
 consequences = 'not_finite', 'constant_output', 'at_chance'   # rules that find what many faults lead to
@@ -261,7 +261,7 @@ def input_scale(evidence,
     whole, size = facts.shapes['inputs'][1].startswith(('int', 'uint', 'bool')), largest(x)
     small = 0 < np.nanmedian(x['std'][-4:]) < min_input and np.nanmean(x['zeros']) < .5   # not sparse
     if whole or not first.startswith(('Linear', 'Conv', 'LSTM', 'GRU', 'RNN')): return
-    if size > max_size or small: return found(
+    if (size > max_size or small) and not np.isnan(x['min']).any(): return found(   # NaN: `not_finite`
         'warning', f'Inputs go from {x["min"].min():.3g} to {x["max"].max():.3g} (mean {x["mean"].mean():.3g}'
         f', deviation {x["std"].mean():.3g}).', size, min_input if small else max_size,
         causes=['inputs that were scaled twice'] if small else [])
@@ -350,12 +350,6 @@ def split_mismatch(evidence,
             'warning' if what == 'inputs' else 'note',   # targets: a sampler may be meant
             f'{what.title()} of training have mean {mean:.3g} and deviation {std:.3g}, those of validation '
             f'{its:.3g} and {wide:.3g}.', shift, max_shift)
-
-def is_by_turns(evidence):
-    "Whether all targets of a batch are one of two numbers that are no classes, as of a discriminator."
-    t, kind = evidence.track('targets', 'entries'), evidence.facts.shapes.get('targets', ((), ''))[1]
-    if not len(t) or 'float' not in kind or t.samples.min() < 2: return False
-    return (t.values[:, 0] == t.values[:, 1]).all() and len(np.unique(t.values[:, 0])) == 2
 
 @rule(kind='shuffle', before='dead_units', causes=['data that is sorted by class, and not shuffled'],
       tries=['`shuffle=True` for the loader of training'])
@@ -571,8 +565,11 @@ def targets_apart(evidence):
               'validation data of another kind'], tries=['print inputs with their targets, of both sets'])
 def learned_by_heart(evidence,
     *, min_gain=.03, # by which part training must be below guessing; validation: a third of it
+    sure=2.,         # deviations of what guessing costs, by which training must be further below
     min_epochs=4):
     """A training loss below that of guessing, and a validation loss that is not, in every epoch.
+
+    Guessing numbers costs the variance of those that were recorded, known to a part of sqrt(2/n).
     Source: Zhang and others, "Understanding deep learning requires rethinking generalization" (2017)."""
     train, valid = map(evidence.epoch_loss, ('train', 'valid'))
     (at_first, _), (chance, how) = (of_guessing(evidence, phase) for phase in ('train', 'valid'))
@@ -585,9 +582,12 @@ def learned_by_heart(evidence,
     elif loss.per == 'step' and len(first) > 9 and first.late < .9*at_first:   # before any was seen twice
         kind, causes = ('split_mismatch', 'misaligned_labels'), [
             'validation data of another kind', 'targets of validation that belong to other inputs']
-    if train.values[-1] < at_first*(1-min_gain) and best > chance*(1-min_gain/3): return found(
-        'warning', f'The training loss falls to {train.values[-1]:.3g}; that of validation is never below '
-        f'{best:.4g}; {how} {chance:.3g}.', best, float(chance), steps=valid.span(), kind=kind, causes=causes,
+    n = [sum(evidence.track('targets', 'entries', o).samples) for o in ('train', 'valid')]
+    doubt = 0. if evidence.facts.n_classes else sure*np.sqrt(sum(2/max(1, o) for o in n))
+    if train.values[-1] < at_first*(1-min_gain-doubt) and best > chance*(1-min_gain/3): return found(
+        'warning', f'The training loss falls to {train.values[-1]:.3g} ({how} {at_first:.3g}); that of '
+        f'validation is never below {best:.4g} ({chance:.3g}).', best, float(chance), steps=valid.span(),
+        kind=kind, causes=causes,
         chart=steps_chart('Loss, by epoch', dict(train=train, valid=valid)))
 
 # %% ../nbs/52_loss_rules.ipynb #9a79b7d5

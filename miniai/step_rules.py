@@ -366,6 +366,12 @@ def loss_kind(evidence):
     name, kind = loss_name(evidence), evidence.facts.shapes.get('targets', ('', ''))[1]
     return '' if name == 'nll' and 'float' in kind else _kinds.get(name, '')   # it may be of a density
 
+def is_by_turns(evidence):
+    "Whether all targets of a batch are one of two numbers that are no classes, as of a discriminator."
+    t, kind = evidence.track('targets', 'entries'), evidence.facts.shapes.get('targets', ((), ''))[1]
+    if not len(t) or 'float' not in kind or t.samples.min() < 2: return False
+    return (t.values[:, 0] == t.values[:, 1]).all() and len(np.unique(t.values[:, 0])) == 2
+
 # %% ../nbs/51_step_rules.ipynb #5c1f0b34
 def by_accident(evidence):
     "The fraction of validation that would be in training if samples of both were drawn from few."

@@ -12,11 +12,12 @@ from torch import nn
 from miniai.datasets import DataLoaders
 from miniai.device import set_seed
 from miniai.diagnose import diagnose
-from miniai.evidence import likened
+from miniai.evidence import Evidence, Facts, likened
+from miniai.history import History
 from miniai.inspector import Inspector
 from miniai.learner import Learner, TrainCB, TrainLearner
 from miniai.lens import LossMetrics, ParameterGradientGeometry, ParameterUpdateGeometry
-from miniai.loss_stats import LossStats, fraction_right, is_affine, marks_of, padding_that_counts, samples_of
+from miniai.loss_stats import LossStats, entry_stats, fraction_right, is_affine, marks_of, padding_that_counts, samples_of
 from miniai.sgd import BatchSchedCB
 
 
@@ -162,6 +163,31 @@ def weak(apart):
 def test_validation_is_measured_by_its_own_targets():
     assert not weak(False)
     assert weak(True) == ['learned_by_heart']
+
+
+def test_what_guessing_costs_is_known_as_well_as_it_was_recorded():
+    "Nothing is learned; the variance of the targets seems larger in training, and smaller in validation, by chance."
+    def plateau(train):
+        history = History()
+        for step in range(24):
+            for phase,std in dict(train=1.02, valid=.99).items():
+                row = [dict(mean=0., std=std).get(o, 0.) for o in entry_stats]
+                history.record('targets', 'entries', torch.tensor(row).numpy(), step=step, phase=phase, samples=64)
+        for epoch in range(6):
+            for phase,loss in dict(train=train, valid=1.).items(): history.record('epoch', 'loss', loss, step=4*epoch+3, epoch=epoch, phase=phase)
+        return diagnose(Evidence(history, Facts(loss='mse_loss', shapes=dict(targets=((64, 1), 'float32')))), 'learned_by_heart')
+    assert not plateau(1.)
+    assert 'gives 1.04' in plateau(.7)[0].text
+
+
+def test_inputs_that_hold_nan_are_named_first():
+    set_seed(0)
+    x = 100*torch.randn(640, 8)
+    for at in None, 2:
+        data = Split(x, x[:, :1]/100)
+        if at: data.train[at] = (torch.full((32, 8), torch.nan), data.train[at][1])
+        found = through('learner', nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)), data, nn.MSELoss(), epochs=2)
+        assert ('input_scale' in found, 'not_finite' in found) == (not at, bool(at)), found
 
 
 def test_layer_in_a_list_is_named(): assert 'unregistered' in looped(Hidden())
