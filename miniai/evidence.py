@@ -51,6 +51,7 @@ class Tried:
     drops:float = None                            # highest probability of a dropout at work in eval mode
     mixes:bool = None                             # whether an answer depends on the batch it is in
     carries:bool = None                           # whether an answer depends on what was asked before
+    ahead:float = None                            # change of answers with later inputs, if these are targets
     right:float = None                            # fraction of classes of the last batch that were right
     padding:float = None                          # fraction of targets that are padding, and count
     loose:tuple = ()                              # tensors that get a gradient and are no parameters
@@ -387,7 +388,7 @@ def _of_probes(model, loss_func, inputs, preds, targets):
     alone = world_size() == 1 and sum(p.numel() for p in model.parameters()) < 2**27
     twin = tried(copy.deepcopy, model) if alone else None
     return dict(affine=tried(is_affine, twin, inputs) if maybe else None,
-                **tried(in_eval_mode, twin, inputs, default={}),
+                **tried(in_eval_mode, twin, inputs, targets, default={}),
                 **{nm: tried(f, loss_func, preds, targets) for nm,f in asked.items()})
 
 # %% ../nbs/49_evidence.ipynb #5c1f0c02

@@ -6,6 +6,8 @@
 __all__ = ['loss_parts', 'entry_stats', 'LossStats']
 
 # %% ../nbs/39_loss_stats.ipynb #02021be6
+from inspect import signature
+
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
@@ -261,10 +263,31 @@ class DropoutSeen(TorchFunctionMode):
             self.p = max(self.p, float(given.get('p', .5)))
         return func(*args, **kwargs)
 
+# %% ../nbs/39_loss_stats.ipynb #5c1f0a41
+def are_next(x, targets):
+    "If targets are inputs [B, T, ...] one place ahead, all or but the last; of flat ones the first row."
+    if targets is None or x.ndim < 2: return False
+    t = (targets if targets.ndim > 1 else targets[None])[:len(x)]
+    k = min(x.shape[1]-1, t.shape[1])
+    now, then = (x[:len(t), o:o+k] for o in (0, 1))
+    same = k > 7 and t[:, :k].shape == then.shape and bool((t[:, :k] == then).all())
+    return same and bool((now != then).float().mean() > .1)   # else they may be the inputs themselves
+
+def change_ahead(answer, x, a):
+    "By how many deviations answers `a` in the first half change with inputs in the second; or None."
+    n, t = x.shape[:2]
+    ways = a, answer(torch.cat([x[:, :t//2], x[:, t//2:].flip(0, 1)], 1))
+    ways = [o.float().unflatten(0, (n, t)) if len(o) == n*t else o.float() for o in ways]
+    sizes = []
+    for axis in (i for i in range(1, ways[0].ndim) if ways[0].shape[i] == t):   # of two, both must show it
+        old, new = (o.movedim(axis, 1)[:, :t//2].flatten(0, 1) for o in ways)
+        sizes.append(float((old-new).abs().max()/old.std(0, correction=0).max().clamp(1e-9)))
+    return min(sizes, default=None)
+
 # %% ../nbs/39_loss_stats.ipynb #5c1f0a3a
 @torch.no_grad()
-def in_eval_mode(model, x):
-    "What a model does in eval mode with a few samples: `drops`, `carries`, `mixes`; it should be a copy."
+def in_eval_mode(model, x, targets=None):
+    "What a model does in eval mode with a few samples: `drops`, `carries`, `mixes`, `ahead`; give a copy."
     x, n = x[:16], len(x[:16])
     def answer(a, seed=0):
         torch.default_generator.manual_seed(seed)
@@ -276,7 +299,10 @@ def in_eval_mode(model, x):
     with torch.random.fork_rng([x.device] if x.is_cuda else []), DropoutSeen() as seen:   # of no other device
         a = model.eval() and answer(x)
         found = dict(drops=seen.p, carries=differ(a, answer(x)))
-        if found['carries'] or differ(a, answer(x, 1)) or n < 4 or len(a) != n: return found
+        if found['carries'] or differ(a, answer(x, 1)): return found
+        if are_next(x, targets) and len(signature(model.forward).parameters) == 1:   # others may be a mask
+            found |= dict(ahead=change_ahead(answer, x, a))
+        if n < 4 or len(a) != n: return found
         if len(answer(x[:-1])) != n-1: return found   # the first axis is another one
         def mixed(axis):
             "Whether answers to one half of the samples change with the other half."

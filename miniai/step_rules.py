@@ -425,6 +425,21 @@ def same_batch(evidence,
         f'same, of {n["train_distinct"]} samples; validation has {there:g}, and others.',
         n['train_distinct'], float(there))
 
+# %% ../nbs/51_step_rules.ipynb #5c1f0b41
+@rule(kind='leakage', before='dead_units',
+      causes=['attention without a causal mask', 'a convolution, norm or reversed net over later places'],
+      tries=['`is_causal=True`, or a mask of later places', 'padding at the left of a convolution only'])
+def sees_ahead(evidence, *, max_change=.05): # of answers, in units of their deviation
+    """Targets that are the next inputs, and answers that change with inputs that are still to come.
+
+    Tried out in eval mode, if `forward` takes one argument: another may be a mask.
+    Source: Vaswani and others, "Attention is all you need" (2017), 3.2.3: the decoder is masked."""
+    if evidence.facts.drops is None: raise Missing('the model, or a batch to ask it with, is not known')
+    change = evidence.facts.ahead or 0.
+    if change > max_change: return found(
+        'error', 'Targets are the inputs one place ahead, and answers change with inputs that come later.',
+        change, max_change)
+
 # %% ../nbs/51_step_rules.ipynb #5c1f0b37
 @rule(kind='padding', before='dead_units', causes=['no `ignore_index` in the loss'],
       tries=['`ignore_index`, or a mask'])

@@ -190,6 +190,51 @@ def test_inputs_that_hold_nan_are_named_first():
         assert ('input_scale' in found, 'not_finite' in found) == (not at, bool(at)), found
 
 
+class Words(nn.Module):
+    "Words to scores of words at each place, [B, classes, T]; `f` of (module, [B, T, 16]) is between."
+    def __init__(self, f, part): super().__init__(); self.table, self.part, self.head, self.f = nn.Embedding(12, 16), part, nn.Linear(16, 12), f
+    def forward(self, x): return self.head(self.f(self.part, self.table(x))).transpose(1, 2)
+
+
+def attend(part, o, causal): return part(o, src_mask=nn.Transformer.generate_square_subsequent_mask(o.shape[1]) if causal else None)
+def convolve(part, o, left): return part(F.pad(o.transpose(1, 2), (left, 2-left))).transpose(1, 2)
+def recur(part, o): return part(o)[0]
+
+
+def transformer(causal): return Words(partial(attend, causal=causal), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
+def recurrent(both): return Words(recur, nn.LSTM(16, 8 if both else 16, batch_first=True, bidirectional=both))
+def convolution(left): return Words(partial(convolve, left=left), nn.Conv1d(16, 16, 3))
+
+
+@pytest.mark.parametrize('door', ['learner', 'loop'])
+@pytest.mark.parametrize('make,good,bad', [(transformer, True, False), (recurrent, False, True), (convolution, 2, 1)])
+def test_a_language_model_that_sees_later_words_is_named(door, make, good, bad):
+    "Only where they are the targets: not of words that are masked, of a tag for each, nor of the words themselves."
+    set_seed(0)
+    text = torch.randint(12, (256, 17))
+    x, y, loss = text[:, :-1], text[:, 1:], nn.CrossEntropyLoss()
+    masked = x.masked_fill(torch.rand(x.shape) < .15, 0)
+    asked = lambda model, *data: 'sees_ahead' in through(door, model, Split(*data), loss, epochs=1)
+    assert asked(make(bad), x, y)
+    assert not asked(make(good), x, y)
+    for data in (masked, x), (x, x % 3), (x, x): assert not asked(make(bad), *data)
+
+
+def test_a_loss_within_the_model_says_nothing_of_what_it_sees():
+    class Within(nn.Module):
+        def __init__(self): super().__init__(); self.words = transformer(False)
+        def forward(self, x): return F.cross_entropy(self.words(x)[:, :, :-1], x[:, 1:])
+    set_seed(0)
+    model = Within()
+    opt, inspector = torch.optim.Adam(model.parameters(), .01), Inspector()
+    with inspector.attach(model, optimizer=opt):
+        for x in torch.randint(12, (12, 32, 16)):
+            opt.zero_grad()
+            model(x).backward()
+            opt.step()
+    assert 'sees_ahead' not in [o.rule for o in inspector.diagnose()]
+
+
 def test_layer_in_a_list_is_named(): assert 'unregistered' in looped(Hidden())
 def test_right_loop_is_left_alone(): assert not looped()
 
