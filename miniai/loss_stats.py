@@ -273,6 +273,8 @@ def are_next(x, targets):
     same = k > 7 and t[:, :k].shape == then.shape and bool((t[:, :k] == then).all())
     return same and bool((now != then).float().mean() > .1)   # else they may be the inputs themselves
 
+def takes_one(f): return [o.kind.name for o in signature(f).parameters.values()] == ['POSITIONAL_OR_KEYWORD']
+
 def change_ahead(answer, x, a):
     "By how many deviations answers `a` in the first half change with inputs in the second; or None."
     n, t = x.shape[:2]
@@ -300,7 +302,7 @@ def in_eval_mode(model, x, targets=None):
         a = model.eval() and answer(x)
         found = dict(drops=seen.p, carries=differ(a, answer(x)))
         if found['carries'] or differ(a, answer(x, 1)): return found
-        if are_next(x, targets) and len(signature(model.forward).parameters) == 1:   # others may be a mask
+        if are_next(x, targets) and takes_one(model.forward):   # another may be a mask
             found |= dict(ahead=change_ahead(answer, x, a))
         if n < 4 or len(a) != n: return found
         if len(answer(x[:-1])) != n-1: return found   # the first axis is another one
