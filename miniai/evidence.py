@@ -416,8 +416,8 @@ def _of_learner(learn):
                       getattr(learn, 'preds', None), first_tensor(targets))
     for cb in learn.cbs:
         known = watched_facts(cb)
-        if hasattr(cb, 'inspector'):   # the Learner has their full names, but not their order
-            known['layers'] = {nm: o for nm in known.get('layers', {})|facts.layers if (o := facts.layers.get(nm))}
+        if hasattr(cb, 'inspector') and 'layers' in known:   # the Learner has full names, but no order
+            known['layers'] = {nm: o for nm in known['layers']|facts.layers if (o := facts.layers.get(nm))}
         facts = with_known(facts, known)
     evidence = Evidence(learn.histories.values(), facts)
     samples = evidence.loss().samples
