@@ -54,7 +54,9 @@ class Recording:
     `values` gives a line, `band` its ends: of a `source`, a `stat` without its aggregate, and a `phase`."""
     per = 'epoch'
     def __init__(self, rows:dict, panels=()): self.rows, self.panels = rows, list(panels)
-    def by_step(self): return self   # a file has epochs only
+    def by_step(self):
+        "Give the same by step; of a file, which has epochs only, itself."
+        return self
 
     @classmethod
     def of(cls, history:History, panels, run:int, per='epoch'):
